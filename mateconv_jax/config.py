@@ -1,0 +1,192 @@
+"""Every configuration key, its default and its check.
+
+A file in configs/ starts from `default_config()` and changes what it wants; the command line changes the rest:
+
+    python -m mateconv_jax.train --config=configs/base.py --config.training.batch_size=64
+"""
+import difflib
+import re
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_dict import placeholder
+
+from mateconv_jax.errors import UserError
+
+
+def default_config() -> ConfigDict:
+    """The reference configuration: MateConv's 26,878,464-parameter model. Locked, so that an unknown key is an error."""
+    config = ConfigDict()
+
+    config.model = ConfigDict()
+    config.model.dim = 512
+    config.model.n_layers = 8
+    config.model.n_heads = 16
+    config.model.n_kv_heads = 8  # query heads share key/value heads in groups of n_heads / n_kv_heads
+    config.model.head_dim = placeholder(int)  # None: dim / n_heads
+    config.model.hidden_dim = placeholder(int)  # None: the next multiple of `multiple_of` from int(8 * dim / 3)
+    config.model.multiple_of = 64
+    config.model.vocab_size = 6400
+    config.model.max_seq_len = 512
+    config.model.norm_eps = 1e-5
+    config.model.rope_theta = 10_000.0
+    config.model.attention = "auto"  # auto | cudnn | blocked | xla: see model/attention.py
+
+    config.data = ConfigDict()
+    config.data.train_data_path = placeholder(str)  # a folder written by `python -m mateconv_jax.prepare`
+    config.data.val_data_path = placeholder(str)  # None: the validation split of train_data_path
+    config.data.tokenizer_path = placeholder(str)  # None: the tokenizer in train_data_path
+    config.data.seq_len = 512  # the dataset's rows hold seq_len + 1 tokens
+    config.data.num_workers = 4  # threads that read batches ahead
+
+    config.training = ConfigDict()
+    config.training.out_dir = "out"
+    config.training.seed = 1337
+    config.training.epochs = 15
+    config.training.max_steps = placeholder(int)  # when given, it decides instead of epochs
+    config.training.batch_size = 32  # GLOBAL: rows of one optimizer step over all devices (PyTorch's was per GPU)
+    config.training.learning_rate = 3e-4
+    config.training.min_lr = 3e-5  # where the cosine ends
+    config.training.warmup_ratio = 0.1  # of all steps, linear from 0
+    config.training.beta1 = 0.9
+    config.training.beta2 = 0.95
+    config.training.weight_decay = 0.1  # on matrices only
+    config.training.grad_clip = 1.0  # global norm; 0 turns clipping off
+    config.training.dtype = "auto"  # auto | float32 | bfloat16, of the computation; parameters are float32
+    config.training.use_ema = False
+    config.training.ema_decay = 0.9999
+    config.training.eval_interval = 500  # optimizer steps, like the next three
+    config.training.eval_iters = 100  # batches an evaluation reads at most
+    config.training.save_interval = 1000
+    config.training.log_interval = 10
+    config.training.keep_latest = 3  # checkpoints
+    return config.lock()
+
+
+# What each key must satisfy, in words that finish "expected …". Types are checked by ConfigDict itself.
+_POSITIVE = ("a number above 0", lambda value: value > 0)
+_NOT_NEGATIVE = ("a number of at least 0", lambda value: value >= 0)
+_FRACTION = ("a number from 0 to 1", lambda value: 0 <= value <= 1)
+_BELOW_ONE = ("a number from 0 to below 1", lambda value: 0 <= value < 1)
+_CHECKS = {
+    **{f"model.{key}": _POSITIVE for key in (
+        "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "multiple_of", "vocab_size", "max_seq_len",
+        "norm_eps", "rope_theta")},
+    "model.attention": ("auto, cudnn, blocked or xla", lambda value: value in ("auto", "cudnn", "blocked", "xla")),
+    "data.seq_len": _POSITIVE,
+    "data.num_workers": _POSITIVE,
+    "training.epochs": _POSITIVE,
+    "training.max_steps": _POSITIVE,
+    "training.batch_size": _POSITIVE,
+    "training.learning_rate": _POSITIVE,
+    "training.min_lr": _NOT_NEGATIVE,
+    "training.warmup_ratio": _BELOW_ONE,
+    "training.beta1": _BELOW_ONE,
+    "training.beta2": _BELOW_ONE,
+    "training.weight_decay": _NOT_NEGATIVE,
+    "training.grad_clip": _NOT_NEGATIVE,
+    "training.dtype": ("auto, float32 or bfloat16", lambda value: value in ("auto", "float32", "bfloat16")),
+    "training.ema_decay": _FRACTION,
+    "training.eval_interval": _POSITIVE,
+    "training.eval_iters": _POSITIVE,
+    "training.save_interval": _POSITIVE,
+    "training.log_interval": _POSITIVE,
+    "training.keep_latest": _POSITIVE,
+    "training.seed": _NOT_NEGATIVE,
+}  # fmt: skip
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """Check every value and fill in what depends on others (head_dim, hidden_dim). Returns a new, locked config.
+
+    Raises:
+      UserError: a value is out of its range, or two values do not fit each other; the message names the keys.
+    """
+    config = config.copy_and_resolve_references()
+    for path, (expected, holds) in _CHECKS.items():
+        section, key = path.split(".")
+        value = config[section][key]
+        if value is not None and not holds(value):
+            raise UserError(f"{path}: {value!r} is not possible (expected {expected})")
+
+    model = config.model
+    if model.head_dim is None:
+        if model.dim % model.n_heads:
+            raise UserError(f"model.dim: {model.dim} is not divisible by model.n_heads ({model.n_heads})")
+        model.head_dim = model.dim // model.n_heads
+    if model.head_dim % 2:
+        raise UserError(f"model.head_dim: {model.head_dim} is odd (rotary embedding turns pairs of features)")
+    if model.n_heads % model.n_kv_heads:
+        raise UserError(f"model.n_kv_heads: {model.n_kv_heads} does not divide model.n_heads ({model.n_heads})")
+    if model.hidden_dim is None:
+        model.hidden_dim = -(-int(8 * model.dim / 3) // model.multiple_of) * model.multiple_of
+    if config.data.seq_len > model.max_seq_len:
+        raise UserError(f"data.seq_len: {config.data.seq_len} is above model.max_seq_len ({model.max_seq_len})")
+    if config.training.min_lr > config.training.learning_rate:
+        raise UserError(
+            f"training.min_lr: {config.training.min_lr} is above training.learning_rate ({config.training.learning_rate})"
+        )
+    return config
+
+
+def from_command_line(argv: list[str]) -> ConfigDict:
+    """Read `--config=FILE --config.section.key=value …` from argv (program name first). Not resolved yet.
+
+    ml_collections' config_flags does the work; it takes the overrides from `sys.argv`, so argv must be that.
+
+    Raises:
+      UserError: no or no such file, an unknown key, a value of another type, anything else on the command line.
+    """
+    flag_values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "configuration file", lock_config=True, flag_values=flag_values)
+    try:
+        left_over = flag_values(argv)[1:]
+        config = flag_values.config  # the file is loaded when first touched
+    except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+        raise UserError(_explain(error, argv)) from error
+    if left_over:
+        raise UserError(f"unexpected argument {left_over[0]!r} (expected --config=FILE and --config.section.key=value)")
+    if not isinstance(config, ConfigDict):
+        raise UserError("--config is missing (for example --config=configs/base.py)")
+    missing = set(_paths(default_config())) - set(_paths(config))
+    if missing:
+        raise UserError(f"--config: {min(missing)} is missing; start from mateconv_jax.config.default_config()")
+    return config
+
+
+def from_dict(values: dict, source: str) -> ConfigDict:
+    """The config that a run folder's config.json holds; keys newer than the file take their defaults.
+
+    Raises:
+      UserError: a key that this version does not know; the message names it and `source`.
+    """
+    config = default_config()
+    try:
+        config.update(values)
+    except (KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{source}: {' '.join(str(error).split())}") from error
+    return config
+
+
+def _paths(config: ConfigDict) -> list[str]:
+    return [f"{section}.{key}" for section, keys in config.items() for key in keys]
+
+
+def _explain(error: Exception, argv: list[str]) -> str:
+    """config_flags' exceptions carry a bare key, several lines or a module name: say which flag and what would be right."""
+    known = _paths(default_config())
+    for argument in argv[1:]:
+        match = re.match(r"--(?:no)?config\.([^=]+)", argument)
+        if match and match[1] not in known:
+            close = difflib.get_close_matches(match[1], known, n=1)
+            return f"--config.{match[1]}: unknown key" + (f" (did you mean {close[0]}?)" if close else "")
+    if isinstance(error, flags.IllegalFlagValueError):
+        match = re.match(r"flag --config\.([^=]+)=(.*?): (.*)", str(error), re.S)
+        if match:
+            section, _, key = match[1].partition(".")
+            expected = default_config()[section].get_type(key).__name__ if key else "a section has no value of its own"
+            return f"--config.{match[1]}: {match[2]!r} does not fit (expected {expected})"
+    if isinstance(error, OSError):
+        file = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), "?")
+        return f"--config: cannot read {file!r} (for example configs/base.py)"
+    return f"--config: {type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,0 +1,19 @@
+"""How a command says that its input is wrong: one line, exit code 2, no traceback."""
+import sys
+
+
+class UserError(Exception):
+    """Wrong input. The message names the key, file or line, the value, and what would be right."""
+
+
+def exit_code(command, *args) -> int:
+    """Run `command(*args)`; a UserError becomes one line on standard error and 2, Ctrl-C becomes 130."""
+    try:
+        command(*args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
