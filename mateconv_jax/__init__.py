@@ -1,0 +1,16 @@
+"""Pretrain a small Chinese language model in JAX and talk to it."""
+
+__all__ = ["GenerationConfig", "TextGenerator"]
+
+
+def __getattr__(name):
+    # Imported when used: `python -m mateconv_jax.prepare` should not wait for the model's libraries.
+    if name == "GenerationConfig":
+        from mateconv_jax.inference.generation_config import GenerationConfig
+
+        return GenerationConfig
+    if name == "TextGenerator":
+        from mateconv_jax.inference.text_generator import TextGenerator
+
+        return TextGenerator
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,19 @@
+"""Train a model:  python -m mateconv_jax.train --config=configs/base.py --config.data.train_data_path=data/zh"""
+import os
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow only writes TensorBoard files here; it need not talk
+
+from mateconv_jax import config as config_lib
+from mateconv_jax.errors import exit_code
+
+
+def main(argv):
+    config = config_lib.resolve(config_lib.from_command_line(argv))
+    from mateconv_jax.training.loop import train  # 6 s of imports, after the command line is known to be right
+
+    train(config)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, sys.argv))

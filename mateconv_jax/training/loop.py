@@ -1,0 +1,175 @@
+"""The life of a training run, top to bottom."""
+import functools
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from mateconv_jax import run_folder, sharding
+from mateconv_jax.data import dataset, input_pipeline, tokenizer as tokenizer_lib
+from mateconv_jax.errors import UserError
+from mateconv_jax.model.transformer import ModelConfig, abstract_model
+from mateconv_jax.training import checkpoints as checkpoints_lib
+from mateconv_jax.training import optimizer, train_state
+from mateconv_jax.training.metrics import Metrics, logging_to
+from mateconv_jax.training.step import make_eval_step, make_train_step
+
+
+def train(config: ConfigDict) -> None:
+    """Train as `config` (resolved) says, from the newest checkpoint in training.out_dir where there is one.
+
+    Raises:
+      UserError: a path, a size or an option that does not fit; the message names the key. Nothing was written then.
+    """
+    training = config.training
+
+    # ---- where: devices, partition rules ----------------------------------------------------------------------------
+    mesh = sharding.make_mesh()
+    sharding.check_batch_size(training.batch_size, mesh)
+    model_config = ModelConfig.make(config.model, training.dtype)
+
+    # ---- what: data, model, optimizer -------------------------------------------------------------------------------
+    tokenizer = check_data(config)
+    train_rows = dataset.Rows(config.data.train_data_path, "train")
+    val_rows = dataset.Rows(config.data.val_data_path or config.data.train_data_path, "validation")
+    total_steps = training.max_steps or math.floor(training.epochs * len(train_rows) / training.batch_size)
+    if total_steps == 0:
+        raise UserError(
+            f"training.batch_size: {training.batch_size} rows are more than the dataset's {len(train_rows)} rows x "
+            f"{training.epochs} epochs (expected a smaller batch or more epochs)"
+        )
+    schedule = optimizer.make_schedule(training, total_steps)
+    tx = optimizer.make_optimizer(training, schedule)
+    graph, abstract_params = abstract_model(model_config)
+    train_step = make_train_step(graph, tx, schedule, training.ema_decay)
+    eval_step = make_eval_step(graph)
+
+    # ---- from where: the run folder's newest checkpoint > scratch ---------------------------------------------------
+    folder = Path(training.out_dir)
+    check_run_folder(folder, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    with logging_to(folder / "train.log"), checkpoints_lib.Checkpoints(folder, training.keep_latest) as checkpoints:
+        init = functools.partial(train_state.init, model_config, tx, training.seed, training.use_ema)
+        if checkpoints.latest_step() is None:
+            run_folder.write_config(folder, config)
+            tokenizer.save_pretrained(folder / "tokenizer")
+            state = jax.jit(init, out_shardings=sharding.replicated(mesh))()
+        else:
+            state = checkpoints.restore(checkpoints_lib.abstract(init, sharding.replicated(mesh)))
+            run_folder.write_config(folder, config)
+        start_step = int(state.step)
+        batches = input_pipeline.training_batches(
+            train_rows, training.batch_size, training.seed, start_step, config.data.num_workers
+        )
+
+        n_params = sum(p.size for p in jax.tree.leaves(abstract_params))
+        tokens_per_step = training.batch_size * config.data.seq_len
+        log_header(config, model_config, n_params, train_rows, start_step, total_steps)
+
+        # ---- the loop -----------------------------------------------------------------------------------------------
+        with Metrics(folder, start_step, total_steps, tokens_per_step, training.log_interval) as metrics:
+            for step in range(start_step + 1, total_steps + 1):
+                state, step_metrics = train_step(state, to_devices(next(batches), mesh))  # dispatched, not waited for
+                metrics.push(step, step_metrics)  # reads an earlier step while this one runs
+
+                last = step == total_steps
+                if len(val_rows) and (step % training.eval_interval == 0 or last):
+                    with metrics.not_training():
+                        metrics.write(step, evaluate(eval_step, state, val_rows, training, mesh))
+                if step % training.save_interval == 0 or last:
+                    with metrics.not_training():
+                        checkpoints.save(step, state)
+    if start_step >= total_steps:
+        logging.info("nothing to do: step %d of %d is in %s", start_step, total_steps, folder)
+
+
+def evaluate(eval_step, state: train_state.TrainState, rows: dataset.Rows, training: ConfigDict, mesh) -> dict[str, float]:
+    """Mean cross-entropy in nats over the first eval_iters batches: val/loss, and val/ema_loss when EMA is on."""
+    weights = {"val/loss": state.params}
+    if state.ema_params is not None:
+        weights["val/ema_loss"] = state.ema_params
+    sums = {name: [] for name in weights}
+    for batch in input_pipeline.validation_batches(rows, training.batch_size, training.eval_iters):
+        on_devices = to_devices(batch, mesh)
+        for name, params in weights.items():
+            sums[name].append(eval_step(params, on_devices))
+    losses = {}
+    for name, pairs in jax.device_get(sums).items():
+        loss_sum, count = np.sum(np.asarray(pairs, np.float64), axis=0)
+        losses[name] = float(loss_sum / count)
+    return losses
+
+
+def to_devices(batch: input_pipeline.Batch, mesh) -> dict[str, jax.Array]:
+    """This process's rows as part of the global batch."""
+    spread = functools.partial(jax.make_array_from_process_local_data, sharding.batch(mesh))
+    return {key: spread(value) for key, value in batch.items()}
+
+
+def check_data(config: ConfigDict):
+    """The run's tokenizer, once dataset, tokenizer and model are known to fit each other.
+
+    Raises:
+      UserError: they do not; the message names the key.
+    """
+    data = config.data
+    if data.train_data_path is None:
+        raise UserError("data.train_data_path: missing (expected a folder made by python -m mateconv_jax.prepare)")
+    paths = {"data.train_data_path": data.train_data_path}
+    if data.val_data_path is not None:
+        paths["data.val_data_path"] = data.val_data_path
+    if data.tokenizer_path is None:
+        tokenizer = None
+    else:
+        tokenizer = tokenizer_lib.load(data.tokenizer_path, "data.tokenizer_path")
+    for key, path in paths.items():
+        metadata = dataset.read_metadata(path, key)
+        if metadata["seq_len"] != data.seq_len:
+            raise UserError(f"data.seq_len: {data.seq_len}, but {path!r} has rows of {metadata['seq_len']} tokens (set it to that)")
+        if tokenizer is None:
+            tokenizer = tokenizer_lib.load(Path(path) / "tokenizer", key)
+        if tokenizer_lib.fingerprint(tokenizer) != metadata["tokenizer_fingerprint"]:
+            raise UserError(f"{key}: {path!r} was tokenised with another tokenizer than the run's (prepare it with the same one)")
+    if len(tokenizer) > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size: {config.model.vocab_size} is smaller than the tokenizer's vocabulary "
+            f"(expected at least {len(tokenizer)})"
+        )
+    return tokenizer
+
+
+def check_run_folder(folder: Path, config: ConfigDict) -> None:
+    """Raises UserError where the folder holds a run of another model."""
+    if run_folder.latest_step(folder) is None:
+        return
+    theirs = run_folder.read_config(folder, "training.out_dir")
+    for key, value in config.model.items():
+        if key != "attention" and theirs.model[key] != value:
+            raise UserError(
+                f"training.out_dir: {str(folder)!r} holds a run with model.{key}={theirs.model[key]}, not {value} "
+                "(choose another folder, or the same model)"
+            )
+    if theirs.training.use_ema != config.training.use_ema:
+        raise UserError(
+            f"training.use_ema: the run in {str(folder)!r} was started with {theirs.training.use_ema} (expected the same)"
+        )
+
+
+def log_header(config: ConfigDict, c: ModelConfig, n_params: int, rows: dataset.Rows, start_step: int, total_steps: int):
+    """What is about to happen."""
+    training, device = config.training, jax.devices()[0]
+    rows_per_step = training.batch_size
+    logging.info("model: %s parameters, computed in %s, %s attention", f"{n_params:,}", c.dtype.name, c.attention)
+    logging.info("devices: %d x %s, %d rows each", jax.device_count(), device.device_kind, rows_per_step // jax.device_count())
+    logging.info(
+        "data: %s rows of %d tokens, %.2f epochs in %s steps of %s tokens",
+        f"{len(rows):,}", config.data.seq_len, total_steps * rows_per_step / len(rows), f"{total_steps:,}",
+        f"{rows_per_step * config.data.seq_len:,}",
+    )  # fmt: skip
+    logging.info("start: %s", f"step {start_step:,}, resumed" if start_step else "from scratch")
+    if not start_step:
+        vocab_size = config.model.vocab_size
+        logging.info("expected initial loss: ln(%s) = %.4f (a model that knows nothing)", f"{vocab_size:,}", math.log(vocab_size))

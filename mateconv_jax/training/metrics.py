@@ -1,0 +1,136 @@
+"""Where a run's numbers go: TensorBoard, the log, metrics.jsonl and the progress bar."""
+import contextlib
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+import jax
+from absl import logging as absl_logging
+from clu import metric_writers
+from tqdm import tqdm
+from tqdm.contrib import DummyTqdmFile
+
+from mateconv_jax import run_folder
+
+
+class Metrics:
+    """Takes a step's metrics as they are on the device and reads them when a later step has been dispatched, so that the
+    device never waits for the host. Use as a context manager.
+    """
+
+    def __init__(self, folder: Path, start_step: int, total_steps: int, tokens_per_step: int, log_interval: int):
+        self._writer = metric_writers.MultiWriter(
+            [
+                metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder / "tensorboard"))),
+                metric_writers.LoggingWriter(),
+            ]
+        )
+        _forget_after(folder / "metrics.jsonl", start_step)
+        self._jsonl = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._bar = tqdm(
+            total=total_steps, initial=start_step, unit="step", desc="training", dynamic_ncols=True, disable=not sys.stderr.isatty()
+        )
+        self._postfix: dict[str, str] = {}
+        self._tokens_per_step = tokens_per_step
+        self._log_interval = log_interval
+        self._pending = None  # (step, metrics on the device)
+        self._first_step = start_step + 1
+        self._window_step = None  # tokens/s is measured from the end of this step ...
+        self._window_start = 0.0  # ... which was then
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.flush()
+        self._bar.close()
+        self._writer.close()
+        self._jsonl.close()
+
+    def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Metrics of the step just dispatched. Every log_interval steps they are written, one push later."""
+        self.flush()
+        self._bar.update(1)
+        if step % self._log_interval == 0 or step == self._first_step:
+            self._pending = step, metrics
+
+    def flush(self) -> None:
+        """Read and write what waits. Blocks until that step is done."""
+        if self._pending is None:
+            return
+        step, on_device = self._pending
+        self._pending = None
+        scalars = {name: float(value) for name, value in jax.device_get(on_device).items()}
+        now = time.perf_counter()
+        if self._window_step is not None:
+            step_time = (now - self._window_start) / (step - self._window_step)
+            scalars |= {"tokens/s": self._tokens_per_step / step_time, "step_time_s": step_time}
+            self._postfix["tokens/s"] = f"{scalars['tokens/s']:,.0f}"
+        self._window_step, self._window_start = step, now
+        if step == 1:
+            absl_logging.info("initial loss: %.4f", scalars["train/loss"])
+        self.write(step, scalars)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """One line of metrics.jsonl, one of the log, one point of each TensorBoard curve."""
+        self._writer.write_scalars(step, scalars)
+        self._jsonl.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._jsonl.flush()
+        self._postfix |= {name.replace("train/", ""): f"{value:.3f}" for name, value in scalars.items() if name.endswith("loss")}
+        self._bar.set_postfix(self._postfix, refresh=False)
+
+    @contextlib.contextmanager
+    def not_training(self):
+        """What happens inside does not count in tokens/s."""
+        self.flush()
+        start = time.perf_counter()
+        yield
+        self._window_start += time.perf_counter() - start
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """A run that went on past its last checkpoint will do those steps again: drop their lines."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        run_folder.write_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+
+
+@contextlib.contextmanager
+def logging_to(path: Path):
+    """Inside, INFO lines of ours and of clu go to standard error and to `path`; other libraries' only from WARNING on.
+
+    On a terminal the metrics are on the progress bar already, and their log lines go to the file alone.
+    """
+    logger = absl_logging.get_absl_logger()
+    on_terminal = sys.stderr.isatty()
+    to_console = logging.StreamHandler(DummyTqdmFile(sys.stderr) if on_terminal else sys.stderr)
+    to_console.addFilter(lambda record: _is_ours(record) or _is_metrics(record) and not on_terminal)
+    to_file = logging.FileHandler(path, encoding="utf-8")
+    to_file.addFilter(lambda record: _is_ours(record) or _is_metrics(record))
+    handlers = [to_console, to_file]
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+    propagate, level = logger.propagate, absl_logging.get_verbosity()
+    logger.propagate = False
+    absl_logging.set_verbosity(absl_logging.INFO)
+    absl_handler = absl_logging.get_absl_handler()
+    logger.removeHandler(absl_handler)
+    try:
+        yield
+    finally:
+        logger.propagate = propagate
+        absl_logging.set_verbosity(level)
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    return "/mateconv_jax/" in record.pathname or record.levelno >= logging.WARNING
+
+
+def _is_metrics(record: logging.LogRecord) -> bool:
+    return record.pathname.endswith("clu/metric_writers/logging_writer.py")
