@@ -79,7 +79,7 @@ def _plain_texts(documents):
         if isinstance(document, str):
             yield document
         else:
-            yield from (message["content"] for message in document)
+            yield from (f"{message['role']}\n{message['content']}" for message in document)
 
 
 def _report(output: Path, metadata: dict) -> None:

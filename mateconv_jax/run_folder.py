@@ -5,7 +5,6 @@
     checkpoints/STEP/    Orbax, one item `state`: step, params, ema_params, opt_state
     metrics.jsonl, train.log, tensorboard/
 """
-import functools
 import json
 import os
 from pathlib import Path
@@ -14,19 +13,12 @@ import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from mateconv_jax import config as config_lib
+from mateconv_jax import config as config_lib, files
 from mateconv_jax.errors import UserError
 
 
-def write_text(path: Path, text: str) -> None:
-    """Written aside and renamed: the file is never half there."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.rename(path)
-
-
 def write_config(folder: Path, config: ConfigDict) -> None:
-    write_text(folder / "config.json", json.dumps(config.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    files.write_text(folder / "config.json", json.dumps(config.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
 
 def read_config(folder: str | Path, key: str) -> ConfigDict:
@@ -76,7 +68,7 @@ def load_params(folder: str | Path, abstract_params, use_ema: bool | None, key: 
             raise UserError(f"--use_ema: the run {str(folder)!r} has no EMA weights (it was trained with training.use_ema=False)")
         name = "ema_params" if (has_ema if use_ema is None else use_ema) else "params"
         item = {name: abstract_params}
-        restore_args = jax.tree.map(functools.partial(_restore_arg), item)
+        restore_args = jax.tree.map(_restore_arg, item)
         restored = checkpointer.restore(
             path, ocp.args.PyTreeRestore(item, partial_restore=True, restore_args=restore_args)
         )

@@ -4,6 +4,7 @@ Tokenizers are transformers' fast tokenizers; a folder holds tokenizer.json, tok
 """
 import hashlib
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS.values()),
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),  # minutes for a large corpus
     )
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(

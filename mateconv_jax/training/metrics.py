@@ -12,7 +12,7 @@ from clu import metric_writers
 from tqdm import tqdm
 from tqdm.contrib import DummyTqdmFile
 
-from mateconv_jax import run_folder
+from mateconv_jax import files
 
 
 class Metrics:
@@ -94,7 +94,7 @@ def _forget_after(path: Path, step: int) -> None:
     """A run that went on past its last checkpoint will do those steps again: drop their lines."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        run_folder.write_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+        files.write_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,58 @@
+"""How well a model learned the demo corpus:  python -m mateconv_jax.evaluate --model_path=runs/demo --demo"""
+import argparse
+import json
+import sys
+
+from mateconv_jax.data import demo
+from mateconv_jax.errors import exit_code
+from mateconv_jax.inference.generation_config import GenerationConfig
+
+TEXTS = 100  # documents that are sampled, about 400 sentences
+
+
+def score_demo(generator) -> dict[str, float]:
+    """Score a TextGenerator that was trained on the demo corpus.
+
+    Returns:
+      grammar: share of sentences, sampled at temperature 0.8 from the whole distribution, that belong to the corpus's
+      grammar; facts: share of the facts that come back right when asked in chat, each in one of its three wordings.
+    """
+    room = GenerationConfig(temperature=0.8, top_k=0, top_p=1.0, max_new_tokens=120)
+    texts = generator.generate_samples("", TEXTS, room)
+    # A document that is a dialogue begins with the header of the user's turn.
+    sentences = [sentence for text in texts for sentence in demo.sentences(text.removeprefix("user\n"))]
+    asked = [demo.questions(fact)[i % 3] for i, fact in enumerate(demo.FACTS)]
+    answers = generator.batch_chat(
+        [[{"role": "user", "content": question}] for question in asked], GenerationConfig(do_sample=False, max_new_tokens=40)
+    )
+    right = [answer == demo.statement(fact) for answer, fact in zip(answers, demo.FACTS, strict=True)]
+    return {
+        "grammar": sum(map(demo.is_sentence, sentences)) / max(len(sentences), 1),
+        "sentences": len(sentences),
+        "facts": sum(right) / len(right),
+        "questions": len(right),
+    }
+
+
+def main(args):
+    from mateconv_jax.inference.text_generator import TextGenerator  # 3 s of imports, after the command line is right
+
+    score = score_demo(TextGenerator.from_pretrained(args.model_path, use_ema=args.use_ema))
+    if args.json:
+        print(json.dumps(score))
+        return
+    print(f"grammar: {score['grammar']:.1%} of {score['sentences']} sampled sentences belong to the demo corpus's language")
+    print(f"facts:   {score['facts']:.1%} of {score['questions']} questions asked in chat are answered right")
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(prog="python -m mateconv_jax.evaluate", description=__doc__)
+    parser.add_argument("--model_path", required=True, help="a run folder")
+    parser.add_argument("--demo", action="store_true", required=True, help="score what was trained on the demo corpus")
+    parser.add_argument("--use_ema", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, parse_args(sys.argv[1:])))
