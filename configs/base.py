@@ -1,7 +1,8 @@
 """The reference: MateConv's model, 26,878,464 parameters. Every key with its default is in mateconv_jax/config.py.
 
-    python -m mateconv_jax.train --config=configs/base.py --config.data.train_data_path=data/zh
+python -m mateconv_jax.train --config=configs/base.py --config.data.train_data_path=data/zh
 """
+
 from mateconv_jax.config import default_config
 
 

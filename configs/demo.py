@@ -1,7 +1,8 @@
 """The quickstart: 1.4 M parameters that learn the demo corpus in under 4 minutes on two CPU cores.
 
-    python -m mateconv_jax.train --config=configs/demo.py
+python -m mateconv_jax.train --config=configs/demo.py
 """
+
 from mateconv_jax.config import default_config
 
 

@@ -4,6 +4,7 @@ A file in configs/ starts from `default_config()` and changes what it wants; the
 
     python -m mateconv_jax.train --config=configs/base.py --config.training.batch_size=64
 """
+
 import difflib
 import re
 

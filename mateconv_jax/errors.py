@@ -1,4 +1,5 @@
 """How a command says that its input is wrong: one line, exit code 2, no traceback."""
+
 import sys
 
 

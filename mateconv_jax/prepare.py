@@ -1,4 +1,5 @@
 """From raw text to a dataset:  python -m mateconv_jax.prepare --input raw.jsonl --output data/zh --train_tokenizer"""
+
 import argparse
 import glob
 import shutil
@@ -26,7 +27,9 @@ def main(args):
     def documents(doing):
         rejects.clear()
         with tqdm(total=sum(p.stat().st_size for p in paths), unit="B", unit_scale=True, desc=doing, mininterval=1) as bar:
-            yield from jsonl.read_documents(paths, args.text_key, bar.update, lambda p, n, why: rejects.append(f"{p}:{n}: {why}"))
+            yield from jsonl.read_documents(
+                paths, args.text_key, bar.update, lambda p, n, why: rejects.append(f"{p}:{n}: {why}")
+            )
 
     if args.tokenizer:
         tokenizer = tokenizer_lib.load(args.tokenizer, "--tokenizer")

@@ -1,16 +1,18 @@
 """A run folder holds all that a model needs: it can be moved and sampled from.
 
-    config.json          the resolved configuration
-    tokenizer/           as transformers reads it
-    checkpoints/STEP/    Orbax, one item `state`: step, params, ema_params, opt_state
-    metrics.jsonl, train.log, tensorboard/
+config.json          the resolved configuration
+tokenizer/           as transformers reads it
+checkpoints/STEP/    Orbax, one item `state`: step, params, ema_params, opt_state
+metrics.jsonl, train.log, tensorboard/
 """
+
 import json
 import os
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from ml_collections import ConfigDict
 
 from mateconv_jax import config as config_lib, files
@@ -62,16 +64,15 @@ def load_params(folder: str | Path, abstract_params, use_ema: bool | None, key: 
     if step is None:
         raise UserError(f"{key}: no finished checkpoint in {str(folder)!r} (train a little longer)")
     path = Path(os.path.abspath(folder)) / "checkpoints" / str(step) / "state"
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        has_ema = bool(checkpointer.metadata(path).item_metadata.tree.get("ema_params"))
-        if use_ema and not has_ema:
-            raise UserError(f"--use_ema: the run {str(folder)!r} has no EMA weights (it was trained with training.use_ema=False)")
-        name = "ema_params" if (has_ema if use_ema is None else use_ema) else "params"
-        item = {name: abstract_params}
-        restore_args = jax.tree.map(_restore_arg, item)
-        restored = checkpointer.restore(
-            path, ocp.args.PyTreeRestore(item, partial_restore=True, restore_args=restore_args)
-        )
+    handler = ocp.PyTreeCheckpointHandler()
+    has_ema = bool(handler.metadata(epath.Path(path)).tree.get("ema_params"))
+    if use_ema and not has_ema:
+        raise UserError(f"--use_ema: the run {str(folder)!r} has no EMA weights (it was trained with training.use_ema=False)")
+    name = "ema_params" if (has_ema if use_ema is None else use_ema) else "params"
+    item = {name: abstract_params}
+    restore_args = jax.tree.map(_restore_arg, item)
+    with ocp.Checkpointer(handler) as checkpointer:
+        restored = checkpointer.restore(path, ocp.args.PyTreeRestore(item, partial_restore=True, restore_args=restore_args))
     return restored[name]
 
 

@@ -1,4 +1,5 @@
 """Let a model write:  python -m mateconv_jax.sample --model_path=out --prompt="中国" """
+
 import argparse
 import sys
 

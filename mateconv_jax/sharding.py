@@ -1,4 +1,5 @@
 """The mesh and every partition rule: the batch is split over all devices, everything else is whole on each."""
+
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 

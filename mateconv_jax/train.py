@@ -1,4 +1,5 @@
 """Train a model:  python -m mateconv_jax.train --config=configs/base.py --config.data.train_data_path=data/zh"""
+
 import os
 import sys
 

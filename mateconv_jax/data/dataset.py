@@ -1,4 +1,5 @@
 """A dataset folder: rows in ArrayRecord shards, TFDS metadata and the tokenizer, written shard by shard and read back."""
+
 import dataclasses
 import itertools
 import json

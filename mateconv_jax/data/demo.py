@@ -5,6 +5,7 @@
 Half of the tokens are stories and statements, one {"text": …} a line, the other half dialogues about the facts below, one
 {"messages": […]} a line; with less, the facts are not learned in the quickstart's minutes.
 """
+
 import argparse
 import json
 import random

@@ -1,4 +1,5 @@
 """Batches of rows. What a step reads is a pure function of (seed, step), whatever the number of processes."""
+
 from collections.abc import Iterator
 
 import grain

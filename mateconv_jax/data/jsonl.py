@@ -1,4 +1,5 @@
 """Documents out of JSONL files."""
+
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path

@@ -1,4 +1,5 @@
 """Token streams into rows."""
+
 import numpy as np
 
 

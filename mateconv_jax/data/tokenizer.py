@@ -2,6 +2,7 @@
 
 Tokenizers are transformers' fast tokenizers; a folder holds tokenizer.json, tokenizer_config.json and the chat template.
 """
+
 import hashlib
 import re
 import sys

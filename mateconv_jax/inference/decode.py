@@ -2,6 +2,7 @@
 
 Dimensions in names: B rows, P prompt bucket, T cache bucket, V vocabulary.
 """
+
 import flax.struct
 import jax
 import jax.numpy as jnp

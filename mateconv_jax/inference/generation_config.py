@@ -1,4 +1,5 @@
 """What a person chooses about an answer."""
+
 import dataclasses
 
 from mateconv_jax.errors import UserError

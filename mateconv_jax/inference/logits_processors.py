@@ -2,6 +2,7 @@
 
 Order and boundaries are those of transformers' processors: temperature, top-k, top-p.
 """
+
 import jax
 import jax.numpy as jnp
 

@@ -1,4 +1,5 @@
 """From text to text."""
+
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from mateconv_jax import run_folder
 from mateconv_jax.data import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
-from mateconv_jax.inference.decode import DecodeState, Decoder, Sampling, bucket
+from mateconv_jax.inference.decode import Decoder, DecodeState, Sampling, bucket
 from mateconv_jax.inference.generation_config import GenerationConfig
 from mateconv_jax.model.transformer import ModelConfig, Transformer, abstract_model, make_kv_cache
 
@@ -19,8 +20,8 @@ from mateconv_jax.model.transformer import ModelConfig, Transformer, abstract_mo
 class TextGenerator:
     """A model and its tokenizer, ready to write.
 
-        generator = TextGenerator.from_pretrained("out")
-        generator.generate("中国", GenerationConfig(max_new_tokens=50))
+    generator = TextGenerator.from_pretrained("out")
+    generator.generate("中国", GenerationConfig(max_new_tokens=50))
     """
 
     def __init__(self, model: Transformer, tokenizer: PreTrainedTokenizerFast):

@@ -2,6 +2,7 @@
 
 Dimensions in names: B batch, S queries, T keys, H query heads, K key/value heads, G = H / K, N head_dim.
 """
+
 import functools
 
 import jax

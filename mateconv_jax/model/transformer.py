@@ -3,6 +3,7 @@
 Dimensions in names: B batch, S sequence, T cached positions, D model, H query heads, K key/value heads,
 N head_dim, F feed-forward, V vocabulary.
 """
+
 import dataclasses
 
 import jax

@@ -1,4 +1,5 @@
 """Saving and restoring the TrainState with Orbax."""
+
 import os
 from pathlib import Path
 

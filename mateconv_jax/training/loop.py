@@ -1,4 +1,5 @@
 """The life of a training run, top to bottom."""
+
 import functools
 import math
 from pathlib import Path
@@ -12,8 +13,7 @@ from mateconv_jax import run_folder, sharding
 from mateconv_jax.data import dataset, input_pipeline, tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.model.transformer import ModelConfig, abstract_model
-from mateconv_jax.training import checkpoints as checkpoints_lib
-from mateconv_jax.training import optimizer, train_state
+from mateconv_jax.training import checkpoints as checkpoints_lib, optimizer, train_state
 from mateconv_jax.training.metrics import Metrics, logging_to
 from mateconv_jax.training.step import make_eval_step, make_train_step
 
@@ -128,11 +128,15 @@ def check_data(config: ConfigDict):
     for key, path in paths.items():
         metadata = dataset.read_metadata(path, key)
         if metadata["seq_len"] != data.seq_len:
-            raise UserError(f"data.seq_len: {data.seq_len}, but {path!r} has rows of {metadata['seq_len']} tokens (set it to that)")
+            raise UserError(
+                f"data.seq_len: {data.seq_len}, but {path!r} has rows of {metadata['seq_len']} tokens (set it to that)"
+            )
         if tokenizer is None:
             tokenizer = tokenizer_lib.load(Path(path) / "tokenizer", key)
         if tokenizer_lib.fingerprint(tokenizer) != metadata["tokenizer_fingerprint"]:
-            raise UserError(f"{key}: {path!r} was tokenised with another tokenizer than the run's (prepare it with the same one)")
+            raise UserError(
+                f"{key}: {path!r} was tokenised with another tokenizer than the run's (prepare it with the same one)"
+            )
     if len(tokenizer) > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size: {config.model.vocab_size} is smaller than the tokenizer's vocabulary "
@@ -172,4 +176,6 @@ def log_header(config: ConfigDict, c: ModelConfig, n_params: int, rows: dataset.
     logging.info("start: %s", f"step {start_step:,}, resumed" if start_step else "from scratch")
     if not start_step:
         vocab_size = config.model.vocab_size
-        logging.info("expected initial loss: ln(%s) = %.4f (a model that knows nothing)", f"{vocab_size:,}", math.log(vocab_size))
+        logging.info(
+            "expected initial loss: ln(%s) = %.4f (a model that knows nothing)", f"{vocab_size:,}", math.log(vocab_size)
+        )

@@ -1,4 +1,5 @@
 """Where a run's numbers go: TensorBoard, the log, metrics.jsonl and the progress bar."""
+
 import contextlib
 import json
 import logging
@@ -30,7 +31,12 @@ class Metrics:
         _forget_after(folder / "metrics.jsonl", start_step)
         self._jsonl = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._bar = tqdm(
-            total=total_steps, initial=start_step, unit="step", desc="training", dynamic_ncols=True, disable=not sys.stderr.isatty()
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            desc="training",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
         )
         self._postfix: dict[str, str] = {}
         self._tokens_per_step = tokens_per_step
@@ -78,7 +84,9 @@ class Metrics:
         self._writer.write_scalars(step, scalars)
         self._jsonl.write(json.dumps({"step": step, **scalars}) + "\n")
         self._jsonl.flush()
-        self._postfix |= {name.replace("train/", ""): f"{value:.3f}" for name, value in scalars.items() if name.endswith("loss")}
+        self._postfix |= {
+            name.replace("train/", ""): f"{value:.3f}" for name, value in scalars.items() if name.endswith("loss")
+        }
         self._bar.set_postfix(self._postfix, refresh=False)
 
     @contextlib.contextmanager

@@ -1,4 +1,5 @@
 """AdamW with warm-up and cosine."""
+
 import jax
 import optax
 from ml_collections import ConfigDict

@@ -1,4 +1,5 @@
 """The loss, the training step and the evaluation step: pure functions under jit."""
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -30,9 +31,7 @@ def summed_loss(graph: nnx.GraphDef, params: nnx.State, batch: dict[str, jax.Arr
     return jnp.sum(losses_BS, where=is_real_BS), jnp.sum(is_real_BS, dtype=jnp.float32)
 
 
-def make_train_step(
-    graph: nnx.GraphDef, tx: optax.GradientTransformation, schedule: optax.Schedule, ema_decay: float
-):
+def make_train_step(graph: nnx.GraphDef, tx: optax.GradientTransformation, schedule: optax.Schedule, ema_decay: float):
     """The jitted step `(state, batch) -> (state, metrics)`; the state is donated.
 
     metrics: train/loss (mean over the batch's tokens, before the update), grad_norm (before clipping), lr; fp32 scalars on

@@ -1,4 +1,5 @@
 """Everything that training changes, as one tree."""
+
 import flax.struct
 import jax
 import jax.numpy as jnp

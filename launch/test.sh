@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Lint and tests, at most 15 minutes on two cores.
+#   bash launch/test.sh           what CI runs
+#   bash launch/test.sh --slow    and what takes longer: the whole quickstart with its score, the README's long commands
+#   bash launch/test.sh -k NAME   other arguments go to pytest
+source "$(dirname "$0")/venv.sh"
+
+slow=(-m "not slow")
+if [ "${1:-}" = --slow ]; then
+  slow=()
+  shift
+fi
+
+install_requirements requirements.txt
+# pip, not uv: where a CPU build of PyTorch lies beside the package index, pip finds it; anything else is gigabytes of CUDA.
+"$PYTHON" -c 'import torch' 2>/dev/null || "$PYTHON" -m pip install --quiet --disable-pip-version-check torch==2.13.0
+install_requirements requirements-dev.txt
+
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m pytest "${slow[@]}" "$@"
