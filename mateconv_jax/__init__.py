@@ -1,5 +1,11 @@
 """Pretrain a small Chinese language model in JAX and talk to it."""
 
+import os
+
+# Said before the libraries are imported: TensorFlow only writes TensorBoard's files here, and PyTorch is not missing.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
 __all__ = ["GenerationConfig", "TextGenerator"]
 
 

@@ -1,9 +1,6 @@
 """Train a model:  python -m mateconv_jax.train --config=configs/base.py --config.data.train_data_path=data/zh"""
 
-import os
 import sys
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow only writes TensorBoard files here; it need not talk
 
 from mateconv_jax import config as config_lib
 from mateconv_jax.errors import exit_code

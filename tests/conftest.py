@@ -1,0 +1,48 @@
+import os
+from pathlib import Path
+
+# Tests run on the CPU, and compile each program once for all the processes that they start.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "jax-tests"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import hypothesis
+import pytest
+
+from mateconv_jax import config as config_lib
+from mateconv_jax.prepare import main as prepare, parse_args
+
+hypothesis.settings.register_profile("default", deadline=None, max_examples=60)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def demo_jsonl(tmp_path_factory):
+    """400 documents of the demo corpus."""
+    from mateconv_jax.data import demo
+
+    path = tmp_path_factory.mktemp("corpus") / "demo.jsonl"
+    demo.main(demo.parse_args(["--output", str(path), "--documents", "400"]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def dataset_folder(demo_jsonl, tmp_path_factory):
+    """The documents as rows of 32 tokens with their own tokenizer of 400."""
+    folder = tmp_path_factory.mktemp("data") / "demo"
+    flags = ["--train_tokenizer", "--vocab_size", "400", "--seq_len", "32", "--val_fraction", "0.05"]
+    prepare(parse_args(["--input", str(demo_jsonl), "--output", str(folder), *flags]))
+    return folder
+
+
+@pytest.fixture
+def tiny_config(dataset_folder, tmp_path):
+    """A model of 30,000 parameters on that dataset; resolve it after changes."""
+    config = config_lib.default_config()
+    config.model.update(dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=400, max_seq_len=64))
+    config.data.update(dict(train_data_path=str(dataset_folder), seq_len=32))
+    config.training.update(dict(out_dir=str(tmp_path / "out"), batch_size=8, max_steps=6, learning_rate=1e-2))
+    config.training.update(dict(log_interval=1, eval_interval=3, save_interval=3))
+    return config

@@ -1,0 +1,67 @@
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from mateconv_jax.data import dataset, input_pipeline
+
+
+class NumberedRows:
+    """Rows whose every token is the row's number."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def read(self, indices):
+        return {"tokens": np.repeat(indices[:, None], 3, axis=1), "length": np.full(len(indices), 3)}
+
+
+def numbers(n_batches, rows=10, batch_size=4, seed=0, start_step=0):
+    batches = input_pipeline.training_batches(NumberedRows(rows), batch_size, seed, start_step, num_workers=2)
+    return np.concatenate([batch["tokens"][:, 0] for batch in itertools.islice(batches, n_batches)])
+
+
+def test_every_epoch_is_another_permutation():
+    seen = numbers(10).reshape(4, 10)
+    assert all(sorted(epoch) == list(range(10)) for epoch in seen)
+    assert len({tuple(epoch) for epoch in seen}) == 4
+
+
+def test_the_seed_decides_the_order():
+    assert (numbers(5) == numbers(5)).all()
+    assert (numbers(5) != numbers(5, seed=1)).any()
+
+
+@pytest.mark.parametrize("start_step", [1, 2, 7])
+def test_starting_at_a_step_equals_having_read_up_to_it(start_step):
+    np.testing.assert_array_equal(numbers(4, start_step=start_step), numbers(4 + start_step)[4 * start_step :])
+
+
+def test_two_processes_read_the_two_halves_of_the_global_batch(monkeypatch):
+    whole = numbers(5).reshape(5, 4)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    halves = []
+    for index in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda: index)  # noqa: B023
+        halves.append(numbers(5).reshape(5, 2))
+    np.testing.assert_array_equal(np.concatenate(halves, axis=1), whole)
+
+
+def test_validation_reads_in_order_and_fills_the_last_batch_with_empty_rows():
+    batches = list(input_pipeline.validation_batches(NumberedRows(10), 4, max_batches=9))
+    assert np.concatenate([b["tokens"][:, 0] for b in batches])[:10].tolist() == list(range(10))
+    assert batches[-1]["length"].tolist() == [3, 3, 0, 0]
+    assert len(list(input_pipeline.validation_batches(NumberedRows(10), 4, max_batches=2))) == 2
+
+
+def test_rows_of_a_dataset_folder(dataset_folder):
+    rows = dataset.Rows(dataset_folder, "train")
+    batch = rows.read(np.array([5, 0, 5]))
+    assert batch["tokens"].shape == (3, 33) and batch["tokens"].dtype == np.uint16
+    np.testing.assert_array_equal(batch["tokens"][0], batch["tokens"][2])
+    assert batch["tokens"][1, 0] == 1 and batch["length"].tolist() == [33] * 3
+    assert len(dataset.Rows(dataset_folder, "no_such_split")) == 0

@@ -1,0 +1,47 @@
+"""The outside reference for the model: transformers' LlamaForCausalLM with our weights."""
+
+import numpy as np
+import torch
+import transformers
+
+from mateconv_jax.model.transformer import ModelConfig, Transformer
+
+
+def model_config(**changes) -> ModelConfig:
+    """A small model in fp32."""
+    values = dict(
+        dim=64, n_layers=2, n_heads=8, n_kv_heads=4, head_dim=8, hidden_dim=192, vocab_size=96, max_seq_len=256,
+        norm_eps=1e-5, rope_theta=10_000.0, attention="blocked", dtype=np.dtype("float32"),
+    )  # fmt: skip
+    return ModelConfig(**values | changes)
+
+
+def from_ours(model: Transformer) -> transformers.LlamaForCausalLM:
+    c = model.c
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads,
+            head_dim=c.head_dim, intermediate_size=c.hidden_dim, vocab_size=c.vocab_size, rms_norm_eps=c.norm_eps,
+            max_position_embeddings=c.max_seq_len, rope_theta=c.rope_theta, tie_word_embeddings=True,
+            bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        )
+    ).eval()  # fmt: skip
+    weights = {"model.embed_tokens.weight": model.embedding_VD, "model.norm.weight": model.norm.scale_D}
+    for i, block in enumerate(model.blocks):
+        at = f"model.layers.{i}."
+        wqkv_DJN = np.asarray(block.attention.wqkv_DJN[...])
+        heads = np.split(wqkv_DJN, [c.n_heads, c.n_heads + c.n_kv_heads], axis=1)
+        for name, w_DHN in zip(("q", "k", "v"), heads, strict=True):
+            weights[at + f"self_attn.{name}_proj.weight"] = w_DHN.reshape(c.dim, -1).T
+        weights[at + "self_attn.o_proj.weight"] = np.asarray(block.attention.wo_HND[...]).reshape(-1, c.dim).T
+        w13_D2F = np.asarray(block.feed_forward.w13_D2F[...])
+        weights[at + "mlp.gate_proj.weight"] = w13_D2F[:, 0].T
+        weights[at + "mlp.up_proj.weight"] = w13_D2F[:, 1].T
+        weights[at + "mlp.down_proj.weight"] = np.asarray(block.feed_forward.w2_FD[...]).T
+        weights[at + "input_layernorm.weight"] = block.attention_norm.scale_D
+        weights[at + "post_attention_layernorm.weight"] = block.ffn_norm.scale_D
+    tensors = {name: torch.tensor(np.asarray(w)) for name, w in weights.items()}
+    missing, unexpected = llama.load_state_dict(tensors, strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected
+    llama.tie_weights()
+    return llama

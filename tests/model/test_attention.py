@@ -1,0 +1,39 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from mateconv_jax.errors import UserError
+from mateconv_jax.model import attention
+
+
+@pytest.mark.parametrize("S", [1, 63, 64, 130])
+def test_blocked_attention_and_its_gradient_equal_pytorch(S):
+    keys = jax.random.split(jax.random.key(S), 4)
+    q, d_out = (2 * jax.random.normal(key, (2, S, 6, 8)) for key in keys[:2])
+    k, v = (2 * jax.random.normal(key, (2, S, 3, 8)) for key in keys[2:])
+    theirs = [torch.tensor(np.asarray(x), requires_grad=True) for x in (q, k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in theirs), is_causal=True, enable_gqa=True
+    ).transpose(1, 2)
+    expected.backward(torch.tensor(np.asarray(d_out)))
+    for backend in ("blocked", "xla"):
+        out, pull_back = jax.vjp(lambda q, k, v: attention.causal_attention(q, k, v, backend), q, k, v)  # noqa: B023
+        np.testing.assert_allclose(out, expected.detach().numpy(), atol=1e-5)
+        for ours, reference in zip(pull_back(d_out), theirs, strict=True):
+            np.testing.assert_allclose(ours, reference.grad.numpy(), atol=1e-4)
+
+
+def test_auto_takes_the_fastest_backend_of_the_device():
+    choose = attention.choose_backend
+    assert choose("auto", "gpu", jnp.dtype("bfloat16")) == "cudnn"
+    assert choose("auto", "gpu", jnp.dtype("float32")) == "xla"
+    assert choose("auto", "cpu", jnp.dtype("float32")) == "blocked"
+    assert choose("xla", "cpu", jnp.dtype("float32")) == "xla"
+
+
+@pytest.mark.parametrize("platform, dtype", [("cpu", "bfloat16"), ("gpu", "float32")])
+def test_cudnn_where_it_cannot_run_is_an_error(platform, dtype):
+    with pytest.raises(UserError, match=r"model\.attention: cudnn"):
+        attention.choose_backend("cudnn", platform, jnp.dtype(dtype))

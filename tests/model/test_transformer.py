@@ -1,0 +1,100 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from mateconv_jax import config as config_lib
+from mateconv_jax.model.transformer import ModelConfig, Transformer, abstract_model, make_kv_cache
+from tests import llama
+
+
+def make_model(seed=0, scale=3.0, **changes) -> Transformer:
+    """Weights larger than at initialisation, so that attention is far from uniform."""
+    graph, params = nnx.split(Transformer(llama.model_config(**changes), nnx.Rngs(seed)))
+    return nnx.merge(graph, jax.tree.map(lambda p: p * scale if p.ndim > 1 else p + 0.1 * jnp.arange(p.size) / p.size, params))
+
+
+def random_tokens(shape, seed=0, vocab_size=96):
+    return jax.random.randint(jax.random.key(seed), shape, 0, vocab_size)
+
+
+def test_the_base_model_has_26878464_parameters():
+    config = config_lib.resolve(config_lib.default_config())
+    _, params = abstract_model(ModelConfig.make(config.model, "float32", "cpu"))
+    assert sum(p.size for p in jax.tree.leaves(params)) == 26_878_464
+
+
+@pytest.mark.parametrize("attention", ["blocked", "xla"])
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4, 8])
+def test_logits_equal_transformers_llama(n_kv_heads, attention):
+    model = make_model(n_kv_heads=n_kv_heads, attention=attention)
+    tokens_BS = random_tokens((2, 150))
+    with torch.no_grad():
+        theirs = llama.from_ours(model)(torch.tensor(np.asarray(tokens_BS))).logits.numpy()
+    ours = np.asarray(model(tokens_BS))
+    assert np.abs(theirs).max() > 1
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_initialisation_scales_wo_and_w3():
+    model = Transformer(llama.model_config(n_layers=8, dim=256), nnx.Rngs(0))
+    block = model.blocks[3]
+    w13_D2F = block.feed_forward.w13_D2F[...]
+    assert float(jnp.std(model.embedding_VD[...])) == pytest.approx(0.02, rel=0.05)
+    assert float(jnp.std(block.attention.wqkv_DJN[...])) == pytest.approx(0.02, rel=0.05)
+    assert float(jnp.std(block.attention.wo_HND[...])) == pytest.approx(0.02 / 4, rel=0.05)
+    assert float(jnp.std(w13_D2F[:, 0])) == pytest.approx(0.02, rel=0.05)
+    assert float(jnp.std(w13_D2F[:, 1])) == pytest.approx(0.02 / 4, rel=0.05)
+    assert float(jnp.std(block.feed_forward.w2_FD[...])) == pytest.approx(0.02, rel=0.05)
+
+
+def test_no_logit_depends_on_a_later_token():
+    model = make_model()
+    graph, params = nnx.split(model)
+    tokens_S = random_tokens((12,))
+
+    def logit_sums(embedded_SV):
+        """Logits of each position as a function of one-hot inputs."""
+        embedding_VD = params["embedding_VD"][...]
+        swapped = nnx.merge(graph, params)
+        swapped.embedding_VD = nnx.Param(jnp.concatenate([embedded_SV @ embedding_VD, embedding_VD]))
+        return swapped(jnp.arange(12)[None])[0, :, 12:].sum(-1)
+
+    influence_SS = np.abs(np.asarray(jax.jacobian(logit_sums)(jax.nn.one_hot(tokens_S, 96)))).sum(-1)
+    assert (influence_SS[np.triu_indices(12, 1)] == 0).all()
+    assert (influence_SS[np.tril_indices(12)] > 0).all()
+
+
+def test_cached_decoding_equals_the_full_forward_at_every_position():
+    model = make_model()
+    tokens_BS = random_tokens((2, 40))
+    full_BSV = np.asarray(model(tokens_BS))
+    kv_cache = make_kv_cache(model.c, 2, 48)
+    # Prompts of 5 and 9 tokens in a bucket of 16, then token by token, each row at its own position.
+    start_B = jnp.array([5, 9])
+    is_prompt_BP = jnp.arange(16) < start_B[:, None]
+    step = nnx.jit(lambda model, *args: model.cached(*args))
+    logits_BV, kv_cache = step(model, jnp.where(is_prompt_BP, tokens_BS[:, :16], 0), jnp.zeros(2, int), start_B - 1, kv_cache)
+    np.testing.assert_allclose(logits_BV, full_BSV[[0, 1], [4, 8]], atol=1e-4)
+    for i in range(31):
+        at_B = start_B + i
+        tokens_B1 = tokens_BS[jnp.arange(2), at_B][:, None]
+        logits_BV, kv_cache = step(model, tokens_B1, at_B, jnp.zeros(2, int), kv_cache)
+        np.testing.assert_allclose(logits_BV, full_BSV[[0, 1], np.asarray(at_B)], atol=1e-4)
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    model = make_model()
+    tokens_BS = random_tokens((4, 30))
+    np.testing.assert_allclose(model(tokens_BS)[2], model(tokens_BS[2:3])[0], atol=1e-5)
+
+
+def test_bfloat16_computes_in_bfloat16_from_float32_parameters():
+    model = make_model(scale=1.0, dtype=jnp.dtype("bfloat16"), attention="xla")
+    tokens_BS = random_tokens((2, 20))
+    logits = model(tokens_BS)
+    assert logits.dtype == jnp.bfloat16 and model.embedding_VD[...].dtype == jnp.float32
+    reference = make_model(scale=1.0)(tokens_BS)
+    np.testing.assert_allclose(logits.astype(jnp.float32), reference, atol=0.02)

@@ -1,0 +1,100 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+from mateconv_jax import config as config_lib
+from mateconv_jax.errors import UserError
+
+BASE = f"--config={Path(__file__).parents[1] / 'configs/base.py'}"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    def load(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train", *arguments])
+        return config_lib.resolve(config_lib.from_command_line(sys.argv))
+
+    return load
+
+
+def test_any_key_can_be_overridden_and_what_depends_on_it_follows(load):
+    config = load(
+        BASE, "--config.model.dim=64", "--config.training.max_steps=7", "--config.training.use_ema", "--config.data.seq_len=128"
+    )
+    assert (config.model.dim, config.model.head_dim, config.model.hidden_dim) == (64, 4, 192)
+    assert (config.training.max_steps, config.training.use_ema, config.data.seq_len) == (7, True, 128)
+
+
+def test_the_base_config(load):
+    config = load(BASE)
+    assert (config.model.head_dim, config.model.hidden_dim) == (32, 1408)
+    assert config.training.learning_rate == 3e-4 and config.training.epochs == 15
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "--config is missing"),
+        (["--config=no/such.py"], "--config: cannot read 'no/such.py'"),
+        ([BASE, "--config.training.batchsize=1"], r"--config\.training\.batchsize: unknown key \(did you mean training\.batch_size\?\)"),
+        ([BASE, "--config.nothing=1"], r"--config\.nothing: unknown key"),
+        ([BASE, "--config.training.batch_size=many"], r"--config\.training\.batch_size: 'many' does not fit \(expected int\)"),
+        ([BASE, "--config.training.max_steps=1.5"], r"--config\.training\.max_steps: '1\.5' does not fit \(expected int\)"),
+        ([BASE, "--config.training.use_ema=maybe"], r"--config\.training\.use_ema: .* \(expected bool\)"),
+        ([BASE, "stray"], "unexpected argument 'stray'"),
+        ([BASE, "--other=1"], "other"),
+        ([BASE, "--config.training.batch_size=0"], r"training\.batch_size: 0 is not possible \(expected a number above 0\)"),
+        ([BASE, "--config.training.dtype=int8"], r"training\.dtype: 'int8' is not possible"),
+        ([BASE, "--config.model.attention=flash"], r"model\.attention: 'flash' is not possible"),
+        ([BASE, "--config.model.n_heads=7"], r"model\.dim: 512 is not divisible by model\.n_heads \(7\)"),
+        ([BASE, "--config.model.n_kv_heads=5"], r"model\.n_kv_heads: 5 does not divide"),
+        ([BASE, "--config.model.head_dim=5"], r"model\.head_dim: 5 is odd"),
+        ([BASE, "--config.data.seq_len=1024"], r"data\.seq_len: 1024 is above model\.max_seq_len \(512\)"),
+        ([BASE, "--config.training.min_lr=1.0"], r"training\.min_lr: 1\.0 is above"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_line_that_names_the_key(load, arguments, message):
+    with pytest.raises(UserError, match=message) as error:
+        load(*arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("def get_config(:\n", "SyntaxError"),
+        ("from mateconv_jax.config import default_config\ndef get_config():\n    c = default_config()\n    c.training.lr = 1\n    return c\n", "lr"),
+        ("from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict(dict(model=dict(dim=1)))\n", "is missing"),
+    ],
+)  # fmt: skip
+def test_a_broken_config_file(load, tmp_path, source, message):
+    path = tmp_path / "config.py"
+    path.write_text(source)
+    with pytest.raises(UserError, match=message):
+        load(f"--config={path}")
+
+
+def test_a_run_folders_config_may_be_older_but_not_newer():
+    assert config_lib.from_dict({"training": {"seed": 5}}, "config.json").training.seed == 5
+    with pytest.raises(UserError, match=r"config\.json: .*n_experts"):
+        config_lib.from_dict({"model": {"n_experts": 5}}, "config.json")
+
+
+def test_the_keys_change_only_with_thought():
+    """A key is a promise to users' command lines and run folders: removing or renaming one breaks them. When you add one, add
+    it here, its check in config.py, and a test that it changes something.
+    """
+    keys = {section: sorted(values) for section, values in config_lib.default_config().to_dict().items()}
+    assert keys == {
+        "model": [
+            "attention", "dim", "head_dim", "hidden_dim", "max_seq_len", "multiple_of", "n_heads", "n_kv_heads", "n_layers",
+            "norm_eps", "rope_theta", "vocab_size",
+        ],
+        "data": ["num_workers", "seq_len", "tokenizer_path", "train_data_path", "val_data_path"],
+        "training": [
+            "batch_size", "beta1", "beta2", "dtype", "ema_decay", "epochs", "eval_interval", "eval_iters", "grad_clip",
+            "keep_latest", "learning_rate", "log_interval", "max_steps", "min_lr", "out_dir", "save_interval", "seed", "use_ema",
+            "warmup_ratio", "weight_decay",
+        ],
+    }  # fmt: skip

@@ -1,0 +1,232 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mateconv_jax import config as config_lib
+from mateconv_jax.data import input_pipeline
+from mateconv_jax.errors import UserError
+from mateconv_jax.training import loop
+from mateconv_jax.training.checkpoints import Checkpoints
+
+ROOT = Path(__file__).parents[2]
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(folder):
+    return {(m["step"], key): value for m in metrics_of(folder) for key, value in m.items() if "loss" in key}
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """Batches as the loop reads them, and the states it saves; it can be told to stop before a step."""
+
+    class Spy:
+        def __init__(self):
+            self.batches, self.states, self.stop_before = {}, {}, None
+
+    spy = Spy()
+    original_batches, original_save = input_pipeline.training_batches, Checkpoints.save
+
+    def batches(rows, batch_size, seed, start_step, num_workers):
+        for step, batch in enumerate(original_batches(rows, batch_size, seed, start_step, num_workers), start_step + 1):
+            if step == spy.stop_before:
+                raise Stopped
+            spy.batches[step] = batch["tokens"].copy()
+            yield batch
+
+    def save(self, step, state):
+        spy.states[step] = jax.device_get(state)
+        original_save(self, step, state)
+
+    monkeypatch.setattr(input_pipeline, "training_batches", batches)
+    monkeypatch.setattr(Checkpoints, "save", save)
+    return spy
+
+
+def test_stop_and_resume_equals_going_straight_to_the_bit(tiny_config, tmp_path, spy):
+    tiny_config.training.update(dict(use_ema=True, ema_decay=0.9, max_steps=9, save_interval=4))
+
+    tiny_config.training.out_dir = str(tmp_path / "straight")
+    loop.train(config_lib.resolve(tiny_config))
+    straight, spy.batches, spy.states = (spy.batches, spy.states), {}, {}
+
+    tiny_config.training.out_dir = str(tmp_path / "stopped")
+    spy.stop_before = 7  # step 4 is saved, 5 and 6 are done again
+    with pytest.raises(Stopped):
+        loop.train(config_lib.resolve(tiny_config))
+    assert max(spy.states) == 4
+    spy.stop_before, spy.batches = None, {}
+    loop.train(config_lib.resolve(tiny_config))
+
+    assert min(spy.batches) == 5
+    for step, tokens in spy.batches.items():
+        np.testing.assert_array_equal(tokens, straight[0][step])
+    jax.tree.map(np.testing.assert_array_equal, spy.states[9], straight[1][9])
+    assert int(spy.states[9].step) == 9 and spy.states[9].ema_params is not None
+    # The repeated steps stand once in metrics.jsonl, with the same losses.
+    assert losses_of(tmp_path / "stopped") == losses_of(tmp_path / "straight")
+    steps = [m["step"] for m in metrics_of(tmp_path / "stopped") if "train/loss" in m]
+    assert steps == list(range(1, 10))
+
+
+def test_what_a_run_writes(tiny_config):
+    tiny_config.training.update(dict(use_ema=True, ema_decay=0.5, max_steps=8, save_interval=2, keep_latest=2))
+    loop.train(config_lib.resolve(tiny_config))
+    folder = Path(tiny_config.training.out_dir)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["6", "8"]
+    assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+    assert (
+        json.loads((folder / "config.json").read_text())["model"]["hidden_dim"] == 128
+    )  # resolved: int(8 * 32 / 3) = 85 and up
+    metrics = metrics_of(folder)
+    training = [m for m in metrics if "train/loss" in m]
+    assert [m["step"] for m in training] == list(range(1, 9))
+    assert set(training[-1]) == {"step", "train/loss", "grad_norm", "lr", "tokens/s", "step_time_s"}
+    assert training[-1]["tokens/s"] == pytest.approx(8 * 32 / training[-1]["step_time_s"])
+    assert [m["step"] for m in metrics if "val/loss" in m] == [3, 6, 8]
+    assert metrics[-1]["val/loss"] != metrics[-1]["val/ema_loss"]
+    assert training[-1]["train/loss"] < training[0]["train/loss"] - 0.5
+    log = (folder / "train.log").read_text()
+    assert "ln(400) = 5.9915" in log and f"initial loss: {training[0]['train/loss']:.4f}" in log
+
+
+def test_a_finished_run_is_left_as_it_is(tiny_config):
+    loop.train(config_lib.resolve(tiny_config))
+    before = metrics_of(tiny_config.training.out_dir)
+    loop.train(config_lib.resolve(tiny_config))
+    assert metrics_of(tiny_config.training.out_dir) == before
+    assert "nothing to do: step 6 of 6" in (Path(tiny_config.training.out_dir) / "train.log").read_text()
+
+
+def test_epochs_decide_where_max_steps_does_not(tiny_config, spy):
+    from mateconv_jax.data import dataset
+
+    tiny_config.training.update(dict(max_steps=None, epochs=1, batch_size=64))
+    rows = len(dataset.Rows(tiny_config.data.train_data_path, "train"))
+    loop.train(config_lib.resolve(tiny_config))
+    assert max(spy.states) == rows // 64
+
+
+@pytest.mark.parametrize(
+    "section, key, value",
+    [
+        ("training", "seed", 1), ("training", "learning_rate", 3e-2), ("training", "beta1", 0.5), ("training", "beta2", 0.5),
+        ("training", "weight_decay", 0.9), ("training", "grad_clip", 0.01), ("training", "warmup_ratio", 0.5),
+        ("training", "min_lr", 1e-2), ("training", "dtype", "bfloat16"), ("model", "norm_eps", 0.1), ("model", "rope_theta", 10.0),
+    ],
+)  # fmt: skip
+def test_an_option_changes_the_training(tiny_config, tmp_path, section, key, value):
+    tiny_config.training.update(dict(max_steps=4, eval_interval=100))
+    last = []
+    for name in ("default", "changed"):
+        tiny_config.training.out_dir = str(tmp_path / name)
+        loop.train(config_lib.resolve(tiny_config))
+        last.append(metrics_of(tmp_path / name)[-1]["val/loss"])
+        tiny_config[section][key] = value
+    assert last[0] != last[1]
+
+
+def test_eight_devices_give_the_losses_of_one(tiny_config, tmp_path):
+    code = "import sys; from mateconv_jax.errors import exit_code; from mateconv_jax.train import main; sys.exit(exit_code(main, sys.argv))"
+    for devices in (1, 8):
+        flags = [
+            f"--config={ROOT}/configs/base.py", f"--config.training.out_dir={tmp_path}/{devices}",
+            f"--config.data.train_data_path={tiny_config.data.train_data_path}", "--config.data.seq_len=32",
+            "--config.model.dim=32", "--config.model.n_layers=2", "--config.model.n_heads=4", "--config.model.n_kv_heads=2",
+            "--config.model.vocab_size=400", "--config.training.batch_size=8", "--config.training.max_steps=6",
+            "--config.training.learning_rate=1e-2", "--config.training.log_interval=1", "--config.training.use_ema",
+        ]  # fmt: skip
+        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(ROOT)}
+        result = subprocess.run([sys.executable, "-c", code, *flags], env=env, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert f"devices: {devices} x cpu, {8 // devices} rows each" in result.stderr
+    one, eight = losses_of(tmp_path / "1"), losses_of(tmp_path / "8")
+    assert one.keys() == eight.keys() and len(one) == 8
+    for key in one:
+        assert one[key] == pytest.approx(eight[key], abs=1e-5)
+
+
+# ---- what does not fit is an error that names the key --------------------------------------------------------------
+
+
+def error_of(config):
+    with pytest.raises(UserError) as error:
+        loop.train(config_lib.resolve(config))
+    return str(error.value)
+
+
+def test_no_dataset(tiny_config):
+    tiny_config.data.train_data_path = "no/such/folder"
+    assert error_of(tiny_config).startswith("data.train_data_path: no dataset at 'no/such/folder'")
+    tiny_config.data.train_data_path = None
+    assert error_of(tiny_config).startswith("data.train_data_path: missing")
+    assert not Path(tiny_config.training.out_dir).exists()
+
+
+def test_another_row_length(tiny_config):
+    tiny_config.data.seq_len = 16
+    assert error_of(tiny_config).startswith("data.seq_len: 16, but")
+
+
+def test_a_tokenizer_larger_than_the_models_vocabulary(tiny_config):
+    tiny_config.model.vocab_size = 300
+    assert error_of(tiny_config) == ("model.vocab_size: 300 is smaller than the tokenizer's vocabulary (expected at least 400)")
+
+
+def test_a_tokenizer_that_did_not_make_the_dataset(tiny_config, tmp_path):
+    from mateconv_jax.data import tokenizer
+
+    tokenizer.train(["另一个"], 300).save_pretrained(tmp_path / "other")
+    tiny_config.data.tokenizer_path = str(tmp_path / "other")
+    assert "was tokenised with another tokenizer" in error_of(tiny_config)
+
+
+def test_a_given_tokenizer_goes_into_the_run_folder(tiny_config, tmp_path):
+    from mateconv_jax.data import tokenizer
+
+    own = tokenizer.load(Path(tiny_config.data.train_data_path) / "tokenizer", "")
+    own.chat_template = "{{ messages[0]['content'] }}"
+    own.save_pretrained(tmp_path / "own")
+    tiny_config.data.tokenizer_path = str(tmp_path / "own")
+    loop.train(config_lib.resolve(tiny_config))
+    saved = tokenizer.load(Path(tiny_config.training.out_dir) / "tokenizer", "")
+    assert saved.chat_template == own.chat_template
+
+
+def test_more_rows_in_a_batch_than_there_are(tiny_config):
+    tiny_config.training.update(dict(max_steps=None, epochs=1, batch_size=10**6))
+    assert error_of(tiny_config).startswith("training.batch_size: 1000000 rows are more than")
+
+
+def test_a_batch_that_the_devices_cannot_share(monkeypatch, tiny_config):
+    from mateconv_jax import sharding
+
+    class EightDevices:
+        shape = {"data": 8}
+
+    monkeypatch.setattr(sharding, "make_mesh", EightDevices)
+    tiny_config.training.batch_size = 12
+    assert "12 rows cannot be split over 8 devices" in error_of(tiny_config)
+    assert "8 or 16" in error_of(tiny_config)
+
+
+def test_another_model_in_the_run_folder(tiny_config):
+    loop.train(config_lib.resolve(tiny_config))
+    tiny_config.model.n_layers = 3
+    assert "holds a run with model.n_layers=2, not 3" in error_of(tiny_config)
+    tiny_config.model.n_layers = 2
+    tiny_config.training.use_ema = True
+    assert error_of(tiny_config).startswith("training.use_ema: the run in")
