@@ -22,7 +22,7 @@ demo_corpus() {
 }
 
 talk() {
-  for prompt in 春天的一个早晨 小红 熊猫; do
+  for prompt in 春天的一个早晨 小红 法国的首都; do
     "$PYTHON" -m mateconv_jax.sample --model_path=runs/demo --prompt="$prompt" --max_new_tokens=60
   done
   echo

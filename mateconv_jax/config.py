@@ -142,7 +142,8 @@ def from_command_line(argv: list[str]) -> ConfigDict:
     config_flags.DEFINE_config_file("config", None, "configuration file", lock_config=True, flag_values=flag_values)
     try:
         left_over = flag_values(argv)[1:]
-        config = flag_values.config  # the file is loaded when first touched
+        config = flag_values.config
+        getattr(config, "model", None)  # where the file could not be loaded, its errors are raised when it is touched
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
         raise UserError(_explain(error, argv)) from error
     if left_over:

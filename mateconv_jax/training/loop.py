@@ -69,6 +69,10 @@ def train(config: ConfigDict) -> None:
         tokens_per_step = training.batch_size * config.data.seq_len
         log_header(config, model_config, n_params, train_rows, start_step, total_steps)
 
+        if start_step >= total_steps:
+            logging.info("nothing to do: step %d of %d is in %s", start_step, total_steps, folder)
+            return
+
         # ---- the loop -----------------------------------------------------------------------------------------------
         with Metrics(folder, start_step, total_steps, tokens_per_step, training.log_interval) as metrics:
             for step in range(start_step + 1, total_steps + 1):
@@ -82,8 +86,6 @@ def train(config: ConfigDict) -> None:
                 if step % training.save_interval == 0 or last:
                     with metrics.not_training():
                         checkpoints.save(step, state)
-    if start_step >= total_steps:
-        logging.info("nothing to do: step %d of %d is in %s", start_step, total_steps, folder)
 
 
 def evaluate(eval_step, state: train_state.TrainState, rows: dataset.Rows, training: ConfigDict, mesh) -> dict[str, float]:

@@ -67,9 +67,9 @@ def test_fifty_steps_equal_pytorch(grad_clip):
             np.testing.assert_allclose(ours[key], tensor.detach().numpy(), atol=1e-5)
 
 
-def make(ema_decay=0.9, use_ema=True, **model_changes):
-    c = llama.model_config(**model_changes)
-    options = training()
+def make(ema_decay=0.9, use_ema=True, **changes):
+    c = llama.model_config()
+    options = training(**changes)
     schedule = optimizer.make_schedule(options, STEPS)
     tx = optimizer.make_optimizer(options, schedule)
     graph, _ = abstract_model(c)
@@ -82,17 +82,23 @@ def random_batch(seed, rows=4, seq_len=12):
 
 
 def test_training_equals_pytorch_from_the_tokens_to_the_weights():
-    """Loss, gradients and updates of the whole model beside transformers' LLaMA under PyTorch's AdamW, 50 steps."""
-    graph, train_step, state = make(use_ema=False)
-    torch_model = llama.from_ours(nnx.merge(graph, state.params)).train()
+    """Loss, gradients and updates of the whole model beside transformers' LLaMA under PyTorch's AdamW, 50 steps.
+
+    5e-4 because Adam divides a gradient by its own size: where it is rounding noise, so is the update. (On equal gradients
+    the updates agree to 1e-5, above.)
+    """
+    graph, train_step, state = make(use_ema=False, learning_rate=3e-3, min_lr=3e-4)
+    params = jax.tree.map(lambda p: 5 * p if p.ndim > 1 else p, state.params)  # as at first, most gradients are noise
+    state = state.replace(params=params)
+    torch_model = llama.from_ours(nnx.merge(graph, params)).train()
     groups = [
         {"params": [p for p in torch_model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
         {"params": [p for p in torch_model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
-    scheduler = transformers.get_cosine_with_min_lr_schedule_with_warmup(adamw, 5, STEPS, min_lr=1e-3)
-    for seed in range(STEPS):
-        batch = random_batch(seed % 3)
+    adamw = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95))
+    scheduler = transformers.get_cosine_with_min_lr_schedule_with_warmup(adamw, 5, STEPS, min_lr=3e-4)
+    for step in range(STEPS):
+        batch = random_batch(step % 3)
         tokens = torch.tensor(np.asarray(batch["tokens"], np.int64))
         loss = torch.nn.functional.cross_entropy(torch_model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
         adamw.zero_grad()
@@ -101,11 +107,10 @@ def test_training_equals_pytorch_from_the_tokens_to_the_weights():
         adamw.step()
         scheduler.step()
         state, metrics = train_step(state, batch)
-        assert float(metrics["train/loss"]) == pytest.approx(loss.item(), abs=1e-3)
-        if seed < 5:  # later, rounding differences have grown
-            assert float(metrics["train/loss"]) == pytest.approx(loss.item(), abs=1e-5)
+        assert float(metrics["train/loss"]) == pytest.approx(loss.item(), abs=1e-5 if step < 2 else 5e-4)
+        if step < 2:
             assert float(metrics["grad_norm"]) == pytest.approx(grad_norm.item(), rel=1e-4)
-    assert loss.item() < 3  # it learned: ln(96) = 4.6
+    assert loss.item() < 0.5  # it learned: ln(96) = 4.6
 
 
 def test_ema_follows_its_formula():

@@ -1,0 +1,43 @@
+"""Wrong input on the command line: one line, exit code 2, no traceback."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["mateconv_jax.train", "--config=configs/base.py", "--config.training.batchsize=3"], "training.batchsize: unknown key"),
+        (["mateconv_jax.train", "--config=configs/base.py"], "data.train_data_path: missing"),
+        (["mateconv_jax.train", "--config=configs/base.py", "--config.data.train_data_path=none"], "no dataset at 'none'"),
+        (["mateconv_jax.prepare", "--input", "none.jsonl", "--output", "x", "--train_tokenizer"], "--input: no file at"),
+        (["mateconv_jax.prepare", "--input", "a", "--output", "x"], "--train_tokenizer --tokenizer is required"),
+        (["mateconv_jax.sample", "--model_path=none"], "--model_path: no run at 'none'"),
+        (["mateconv_jax.sample", "--model_path=none", "--temperature=0"], "temperature: 0.0 is not possible"),
+        (["mateconv_jax.evaluate", "--model_path=none", "--demo"], "--model_path: no run at 'none'"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_one_line_and_exit_code_2(arguments, message):
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert message in result.stderr.splitlines()[-1]
+
+
+def test_sampling_does_not_import_tensorflow():
+    """Its import costs 5 seconds."""
+    code = "import sys; import mateconv_jax.sample, mateconv_jax.inference.text_generator; print('tensorflow' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "False", result.stderr
+
+
+def test_the_demo_corpus_command(tmp_path):
+    result = run("mateconv_jax.data.demo", "--output", str(tmp_path / "new" / "demo.jsonl"), "--documents", "10")
+    assert result.returncode == 0 and "10 documents" in result.stdout
+    assert len((tmp_path / "new" / "demo.jsonl").read_text().splitlines()) == 10
