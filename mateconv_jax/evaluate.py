@@ -37,7 +37,7 @@ def score_demo(generator) -> dict[str, float]:
 def main(args):
     from mateconv_jax.inference.text_generator import TextGenerator  # 3 s of imports, after the command line is right
 
-    score = score_demo(TextGenerator.from_pretrained(args.model_path, use_ema=args.use_ema))
+    score = score_demo(TextGenerator.from_pretrained(args.model_path, use_ema=args.use_ema, dtype=args.dtype))
     if args.json:
         print(json.dumps(score))
         return
@@ -50,6 +50,7 @@ def parse_args(argv):
     parser.add_argument("--model_path", required=True, help="a run folder")
     parser.add_argument("--demo", action="store_true", required=True, help="score what was trained on the demo corpus")
     parser.add_argument("--use_ema", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(argv)
 

@@ -1,4 +1,6 @@
 import itertools
+import threading
+import time
 
 import jax
 import numpy as np
@@ -49,6 +51,24 @@ def test_two_processes_read_the_two_halves_of_the_global_batch(monkeypatch):
         monkeypatch.setattr(jax, "process_index", lambda: index)  # noqa: B023
         halves.append(numbers(5).reshape(5, 2))
     np.testing.assert_array_equal(np.concatenate(halves, axis=1), whole)
+
+
+def test_num_workers_threads_read_ahead():
+    class SlowRows(NumberedRows):
+        threads = set()
+
+        def read(self, indices):
+            time.sleep(0.02)
+            self.threads.add(threading.get_ident())
+            return super().read(indices)
+
+    counts = []
+    for num_workers in (1, 4):
+        rows = SlowRows(10)
+        rows.threads.clear()
+        list(itertools.islice(input_pipeline.training_batches(rows, 4, 0, 0, num_workers), 20))
+        counts.append(len(rows.threads))
+    assert counts[0] == 1 and counts[1] > 1
 
 
 def test_validation_reads_in_order_and_fills_the_last_batch_with_empty_rows():

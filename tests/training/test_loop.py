@@ -139,6 +139,35 @@ def test_an_option_changes_the_training(tiny_config, tmp_path, section, key, val
     assert last[0] != last[1]
 
 
+def test_validation_reads_at_most_eval_iters_batches_of_val_data_path(tiny_config, tmp_path):
+    """The same seed trains the same model each time: only what is measured differs."""
+    from mateconv_jax.prepare import main as prepare, parse_args
+
+    lines = [f'{{"text": "另一些文字，第{i}句。"}}\n' for i in range(200)]
+    (tmp_path / "other.jsonl").write_text("".join(lines))
+    flags = ["--tokenizer", tiny_config.data.train_data_path + "/tokenizer", "--seq_len", "32", "--val_fraction", "0.5"]
+    prepare(parse_args(["--input", str(tmp_path / "other.jsonl"), "--output", str(tmp_path / "other"), *flags]))
+
+    losses = set()
+    for section, changes in [
+        ("training", {}),
+        ("training", {"eval_iters": 1}),
+        ("data", {"val_data_path": str(tmp_path / "other")}),
+    ]:
+        config = tiny_config.copy_and_resolve_references()
+        config[section].update(changes)
+        config.training.out_dir = str(tmp_path / f"run{len(losses)}")
+        loop.train(config_lib.resolve(config))
+        losses.add(metrics_of(config.training.out_dir)[-1]["val/loss"])
+    assert len(losses) == 3
+
+
+def test_log_interval_decides_which_steps_are_written(tiny_config):
+    tiny_config.training.log_interval = 4
+    loop.train(config_lib.resolve(tiny_config))
+    assert [m["step"] for m in metrics_of(tiny_config.training.out_dir) if "train/loss" in m] == [1, 4]
+
+
 def test_eight_devices_give_the_losses_of_one(tiny_config, tmp_path):
     code = "import sys; from mateconv_jax.errors import exit_code; from mateconv_jax.train import main; sys.exit(exit_code(main, sys.argv))"
     for devices in (1, 8):

