@@ -77,18 +77,17 @@ def write_chunk(
     Returns:
       {split: counts} of the splits that got documents.
     """
+    row_features = features(seq_len, len(tokenizer))
     split_of = ["validation" if is_validation(document, val_fraction) else "train" for document in chunk]
     counts = {}
     for split in SPLITS:
         documents = [document for document, its_split in zip(chunk, split_of, strict=True) if its_split == split]
         if documents:
-            stream = np.fromiter(
-                itertools.chain.from_iterable(_token_ids(documents, tokenizer)),
-                features(seq_len, len(tokenizer))["tokens"].np_dtype,
-            )
+            token_ids = itertools.chain.from_iterable(_token_ids(documents, tokenizer))
+            stream = np.fromiter(token_ids, row_features["tokens"].np_dtype)
             rows, lengths = packing.pack(stream, seq_len)
             path = folder / f"{split}-{index:05d}"
-            _write_shard(path, rows, lengths, features(seq_len, len(tokenizer)))
+            _write_shard(path, rows, lengths, row_features)
             counts[split] = ShardCounts(
                 len(documents), sum(map(n_characters, documents)), len(stream), len(rows), path.stat().st_size
             )
@@ -99,10 +98,11 @@ def _token_ids(documents: list[Document], tokenizer: PreTrainedTokenizerFast) ->
     """A text becomes `<s>` text `</s>`; a dialogue goes through the chat template, which brings its own control tokens."""
     for start in range(0, len(documents), ENCODE_BATCH):
         batch = documents[start : start + ENCODE_BATCH]
-        texts = iter(tokenizer_lib.encode(tokenizer, [d for d in batch if isinstance(d, str)] or [""]))
+        texts = [document for document in batch if isinstance(document, str)]
+        encoded = iter(tokenizer_lib.encode(tokenizer, texts) if texts else [])
         for document in batch:
             if isinstance(document, str):
-                yield [tokenizer.bos_token_id, *next(texts), tokenizer.eos_token_id]
+                yield [tokenizer.bos_token_id, *next(encoded), tokenizer.eos_token_id]
             else:
                 yield tokenizer_lib.encode_chat(tokenizer, document, add_generation_prompt=False)
 

@@ -79,11 +79,6 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[in
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)["input_ids"]
 
 
-def encode_document(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """`<s>` text `</s>`, as documents are trained on."""
-    return [tokenizer.bos_token_id, *encode(tokenizer, [text])[0], tokenizer.eos_token_id]
-
-
 def encode_chat(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
     """A dialogue through the tokenizer's chat template. Only the template's own control tokens become control ids.
 

@@ -55,7 +55,6 @@ def test_the_streamed_pieces_are_the_text(generator, prompt):
     pieces = list(generator.stream(prompt, SAMPLED))
     assert "".join(pieces) == generator.generate(prompt, SAMPLED)
     assert len(pieces) > 5
-    assert "\ufffd" not in "".join(pieces[:-1]).replace("\ufffd", "", generator.generate(prompt, SAMPLED).count("\ufffd"))
 
 
 def test_streaming_holds_the_bytes_of_a_character_until_it_is_whole(generator, monkeypatch):
