@@ -54,12 +54,11 @@ def train(config: ConfigDict) -> None:
     with logging_to(folder / "train.log"), checkpoints_lib.Checkpoints(folder, training.keep_latest) as checkpoints:
         init = functools.partial(train_state.init, model_config, tx, training.seed, training.use_ema)
         if checkpoints.latest_step() is None:
-            run_folder.write_config(folder, config)
-            tokenizer.save_pretrained(folder / "tokenizer")
             state = jax.jit(init, out_shardings=sharding.replicated(mesh))()
         else:
             state = checkpoints.restore(checkpoints_lib.abstract(init, sharding.replicated(mesh)))
-            run_folder.write_config(folder, config)
+        run_folder.write_config(folder, config)
+        tokenizer.save_pretrained(folder / "tokenizer")
         start_step = int(state.step)
         batches = input_pipeline.training_batches(
             train_rows, training.batch_size, training.seed, start_step, config.data.num_workers
