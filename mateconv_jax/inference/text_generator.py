@@ -42,8 +42,9 @@ class TextGenerator:
           UserError: no run, no checkpoint or no tokenizer there; EMA weights asked for and not there.
         """
         key = "--model_path"
-        config = run_folder.read_config(path, key)
-        c = ModelConfig.make(config.model.copy_and_resolve_references(), dtype)
+        model = run_folder.read_config(path, key).model
+        model.attention = "auto"  # the backend it was trained with may not exist on this machine
+        c = ModelConfig.make(model, dtype)
         graph, abstract_params = abstract_model(c)
         params = run_folder.load_params(path, abstract_params, use_ema, key)
         return TextGenerator(nnx.merge(graph, params), tokenizer_lib.load(Path(path) / "tokenizer", key))

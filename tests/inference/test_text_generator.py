@@ -173,6 +173,16 @@ def test_a_run_without_ema_says_so(tiny_config):
     TextGenerator.from_pretrained(tiny_config.training.out_dir)
 
 
+def test_a_run_trained_with_cudnn_speaks_on_the_cpu(run):
+    from pathlib import Path
+
+    path = Path(run) / "config.json"
+    text = path.read_text()
+    assert '"attention": "auto"' in text
+    path.write_text(text.replace('"attention": "auto"', '"attention": "cudnn"'))
+    assert TextGenerator.from_pretrained(run)._c.attention == "blocked"
+
+
 def test_dtype_is_that_of_the_computation(run):
     halves = TextGenerator.from_pretrained(run, dtype="bfloat16")
     assert halves._c.dtype == jnp.bfloat16
