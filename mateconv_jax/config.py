@@ -34,10 +34,11 @@ def default_config() -> ConfigDict:
     config.model.attention = "auto"  # auto | cudnn | blocked | xla: see model/attention.py
 
     config.data = ConfigDict()
-    config.data.train_data_path = placeholder(str)  # a folder written by `python -m mateconv_jax.prepare`
+    config.data.train_data_path = placeholder(str)  # a folder written by `python -m mateconv_jax.prepare`, or a flat .bin file
     config.data.val_data_path = placeholder(str)  # None: the validation split of train_data_path
-    config.data.tokenizer_path = placeholder(str)  # None: the tokenizer in train_data_path
+    config.data.tokenizer_path = placeholder(str)  # None: the tokenizer in train_data_path (a .bin file has none)
     config.data.seq_len = 512  # the dataset's rows hold seq_len + 1 tokens
+    config.data.shuffle = True  # every epoch another permutation of the rows; False: in order
     config.data.num_workers = 4  # threads that read batches ahead
 
     config.training = ConfigDict()

@@ -7,6 +7,13 @@ class UserError(Exception):
     """Wrong input. The message names the key, file or line, the value, and what would be right."""
 
 
+def check_values(instance, checks: list[tuple[str, bool, str]]) -> None:
+    """Raises UserError with the first (attribute, holds, what was expected) that does not hold."""
+    for name, holds, expected in checks:
+        if not holds:
+            raise UserError(f"{name}: {getattr(instance, name)!r} is not possible (expected {expected})")
+
+
 def exit_code(command, *args) -> int:
     """Run `command(*args)`; a UserError becomes one line on standard error and 2, Ctrl-C becomes 130."""
     try:

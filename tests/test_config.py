@@ -91,7 +91,7 @@ def test_the_keys_change_only_with_thought():
             "attention", "dim", "head_dim", "hidden_dim", "max_seq_len", "multiple_of", "n_heads", "n_kv_heads", "n_layers",
             "norm_eps", "rope_theta", "vocab_size",
         ],
-        "data": ["num_workers", "seq_len", "tokenizer_path", "train_data_path", "val_data_path"],
+        "data": ["num_workers", "seq_len", "shuffle", "tokenizer_path", "train_data_path", "val_data_path"],
         "training": [
             "batch_size", "beta1", "beta2", "dtype", "ema_decay", "epochs", "eval_interval", "eval_iters", "grad_clip",
             "keep_latest", "learning_rate", "log_interval", "max_steps", "min_lr", "out_dir", "save_interval", "seed", "use_ema",

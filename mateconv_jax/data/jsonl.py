@@ -1,69 +1,79 @@
-"""Documents out of JSONL files."""
+"""One record of an input as a document, or the rule that it breaks."""
 
-import json
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+import orjson
 
 # Plain text, or a dialogue: [{"role": "user" | "assistant" | "system", "content": text}, …]
 Document = str | list[dict[str, str]]
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-def read_documents(
-    paths: Iterable[Path], text_key: str, on_line: Callable[[int], None], on_reject: Callable[[Path, int, str], None]
-) -> Iterator[Document]:
-    """Every usable document of the files, in order. A line holds {text_key: text} or {"messages": [{role, content}, …]}.
 
-    Args:
-      paths: JSONL files in UTF-8.
-      text_key: the key that holds a plain text.
-      on_line: called with the bytes of each line, for a progress bar.
-      on_reject: called with file, line number (from 1) and reason for each line that is skipped; nothing else stops.
-    """
-    for path in paths:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                on_line(len(line))
-                try:
-                    yield parse_line(line, text_key)
-                except ValueError as error:
-                    on_reject(path, number, str(error))
+class Rejected(ValueError):
+    """A record that cannot be used: the rule that it breaks, as statistics count it, and the reason in words."""
+
+    def __init__(self, rule: str, reason: str):
+        super().__init__(reason)
+        self.rule = rule
 
 
 def parse_line(line: bytes, text_key: str) -> Document:
     """One JSONL line as a document.
 
+    A line holds {text_key: text}, or a dialogue in one of the common shapes: {"messages": [{role, content}, …]},
+    {"prompt", "response"} or {"instruction", "input", "output"} (the input may be missing or empty).
+
     Raises:
-      ValueError: what is wrong with the line, in words.
+      Rejected: what is wrong with the line.
     """
     try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error})") from error
+        record = orjson.loads(line.removeprefix(BYTE_ORDER_MARK))
+    except orjson.JSONDecodeError as error:
+        parse_text(line)
+        rule = "lone_surrogate" if "surrogate" in str(error) else "invalid_json"
+        raise Rejected(rule, f"not JSON ({error})") from error
     if not isinstance(record, dict):
-        raise ValueError(f"not a JSON object but {type(record).__name__}")
+        raise Rejected("not_an_object", f"not a JSON object but {type(record).__name__}")
     if "messages" in record:
         messages = record["messages"]
-        if not (isinstance(messages, list) and messages and all(_is_message(message) for message in messages)):
-            raise ValueError('"messages" is not a list of {"role": text, "content": text}')
-        return [{"role": _text(message["role"]), "content": _text(message["content"])} for message in messages]
-    if text_key not in record:
-        raise ValueError(f"no key {text_key!r} (there are: {', '.join(map(repr, record)) or 'none'})")
-    text = record[text_key]
+        if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
+            raise Rejected("no_text", '"messages" is not a list of {"role": text, "content": text}')
+        return [{"role": message["role"], "content": message["content"]} for message in messages]
+    if text_key in record:
+        return _text(record, text_key)
+    if "prompt" in record and "response" in record:
+        return _exchange(_text(record, "prompt"), _text(record, "response"))
+    if "instruction" in record and "output" in record:
+        more = record.get("input") or ""
+        question = _text(record, "instruction") + ("\n" + _text(record, "input") if more else "")
+        return _exchange(question, _text(record, "output"))
+    keys = ", ".join(map(repr, list(record)[:8])) or "none"
+    raise Rejected("no_text", f"no key {text_key!r} (there are: {keys})")
+
+
+def parse_text(record: bytes) -> str:
+    """A record of a text file.
+
+    Raises:
+      Rejected: it is not UTF-8.
+    """
+    try:
+        return record.removeprefix(BYTE_ORDER_MARK).decode()
+    except UnicodeDecodeError as error:
+        raise Rejected("invalid_utf8", f"not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _exchange(question: str, answer: str) -> Document:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _text(record: dict, key: str) -> str:
+    text = record[key]
     if not isinstance(text, str):
-        raise ValueError(f"{text_key!r} is not text but {type(text).__name__}")
+        raise Rejected("no_text", f"{key!r} is not text but {type(text).__name__}")
     if not text.strip():
-        raise ValueError("empty text")
-    return _text(text)
+        raise Rejected("empty", f"{key!r} is empty")
+    return text
 
 
 def _is_message(message) -> bool:
     return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-
-
-def _text(text: str) -> str:
-    """JSON can spell half a character (a lone surrogate), which no UTF-8 text can hold."""
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("lone surrogate")
-    return text

@@ -25,12 +25,13 @@ CHAT_TEMPLATE = (
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256  # every byte has a token, so that any text can be written
 
 
-def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train(texts: Iterable[str], vocab_size: int, split_digits: bool = False) -> PreTrainedTokenizerFast:
     """Byte-level BPE (Sennrich et al., 2016; GPT-2's bytes and pre-tokenisation) with MateConv's control tokens.
 
     Args:
       texts: documents as plain text.
       vocab_size: upper bound, at least 260; a small corpus may give fewer merges.
+      split_digits: one token a digit; otherwise numbers are merged like words.
 
     Raises:
       UserError: vocab_size is below 260.
@@ -39,6 +40,9 @@ def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
         raise UserError(f"--vocab_size: {vocab_size} is too small (expected at least {SMALLEST_VOCABULARY})")
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if split_digits:
+        digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
+        bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([digits, bpe.pre_tokenizer])
     bpe.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,

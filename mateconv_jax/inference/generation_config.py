@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from mateconv_jax.errors import UserError
+from mateconv_jax.errors import check_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +29,13 @@ class GenerationConfig:
     seed: int = 0
 
     def __post_init__(self):
-        checks = [
-            ("temperature", self.temperature > 0, "above 0; for the most likely token use greedy decoding"),
-            ("top_k", self.top_k >= 0, "at least 0"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("max_new_tokens", self.max_new_tokens >= 0, "at least 0"),
-            ("seed", 0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),
-        ]
-        for name, holds, expected in checks:
-            if not holds:
-                raise UserError(f"{name}: {getattr(self, name)!r} is not possible (expected {expected})")
+        check_values(
+            self,
+            [
+                ("temperature", self.temperature > 0, "above 0; for the most likely token use greedy decoding"),
+                ("top_k", self.top_k >= 0, "at least 0"),
+                ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+                ("max_new_tokens", self.max_new_tokens >= 0, "at least 0"),
+                ("seed", 0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),
+            ],
+        )

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from mateconv_jax import run_folder, sharding
 from mateconv_jax.data import dataset, input_pipeline, tokenizer as tokenizer_lib
+from mateconv_jax.data.rows import FlatRows
 from mateconv_jax.errors import UserError
 from mateconv_jax.model.transformer import ModelConfig, abstract_model
 from mateconv_jax.training import checkpoints as checkpoints_lib, optimizer, train_state
@@ -32,9 +33,7 @@ def train(config: ConfigDict) -> None:
     model_config = ModelConfig.make(config.model, training.dtype)
 
     # ---- what: data, model, optimizer -------------------------------------------------------------------------------
-    tokenizer = check_data(config)
-    train_rows = dataset.Rows(config.data.train_data_path, "train")
-    val_rows = dataset.Rows(config.data.val_data_path or config.data.train_data_path, "validation")
+    train_rows, val_rows, tokenizer = open_data(config)
     total_steps = training.max_steps or math.floor(training.epochs * len(train_rows) / training.batch_size)
     if total_steps == 0:
         raise UserError(
@@ -61,12 +60,14 @@ def train(config: ConfigDict) -> None:
         tokenizer.save_pretrained(folder / "tokenizer")
         start_step = int(state.step)
         batches = input_pipeline.training_batches(
-            train_rows, training.batch_size, training.seed, start_step, config.data.num_workers
+            train_rows, training.batch_size, training.seed, config.data.shuffle, start_step, config.data.num_workers
         )
 
         n_params = sum(p.size for p in jax.tree.leaves(abstract_params))
         tokens_per_step = training.batch_size * config.data.seq_len
         log_header(config, model_config, n_params, train_rows, start_step, total_steps)
+        if val_rows is None:
+            logging.info("validation: none (there is no validation split and no data.val_data_path)")
 
         if start_step >= total_steps:
             logging.info("nothing to do: step %d of %d is in %s", start_step, total_steps, folder)
@@ -79,7 +80,7 @@ def train(config: ConfigDict) -> None:
                 metrics.push(step, step_metrics)  # reads an earlier step while this one runs
 
                 last = step == total_steps
-                if len(val_rows) and (step % training.eval_interval == 0 or last):
+                if val_rows is not None and (step % training.eval_interval == 0 or last):
                     with metrics.not_training():
                         metrics.write(step, evaluate(eval_step, state, val_rows, training, mesh))
                 if step % training.save_interval == 0 or last:
@@ -87,7 +88,7 @@ def train(config: ConfigDict) -> None:
                         checkpoints.save(step, state)
 
 
-def evaluate(eval_step, state: train_state.TrainState, rows: dataset.Rows, training: ConfigDict, mesh) -> dict[str, float]:
+def evaluate(eval_step, state: train_state.TrainState, rows, training: ConfigDict, mesh) -> dict[str, float]:
     """Mean cross-entropy in nats over the first eval_iters batches: val/loss, and val/ema_loss when EMA is on."""
     weights = {"val/loss": state.params}
     if state.ema_params is not None:
@@ -110,23 +111,22 @@ def to_devices(batch: input_pipeline.Batch, mesh) -> dict[str, jax.Array]:
     return {key: spread(value) for key, value in batch.items()}
 
 
-def check_data(config: ConfigDict):
-    """The run's tokenizer, once dataset, tokenizer and model are known to fit each other.
+def open_data(config: ConfigDict):
+    """Training rows, validation rows (None: there are none) and tokenizer, once they are known to fit each other and the model.
 
     Raises:
       UserError: they do not; the message names the key.
     """
     data = config.data
     if data.train_data_path is None:
-        raise UserError("data.train_data_path: missing (expected a folder made by python -m mateconv_jax.prepare)")
-    paths = {"data.train_data_path": data.train_data_path}
-    if data.val_data_path is not None:
-        paths["data.val_data_path"] = data.val_data_path
-    if data.tokenizer_path is None:
-        tokenizer = None
-    else:
-        tokenizer = tokenizer_lib.load(data.tokenizer_path, "data.tokenizer_path")
+        raise UserError(
+            "data.train_data_path: missing (expected a folder made by python -m mateconv_jax.prepare, or a .bin file)"
+        )
+    paths = {"data.train_data_path": data.train_data_path, "data.val_data_path": data.val_data_path}
+    tokenizer = tokenizer_lib.load(data.tokenizer_path, "data.tokenizer_path") if data.tokenizer_path else None
     for key, path in paths.items():
+        if path is None or path.endswith(".bin"):
+            continue
         metadata = dataset.read_metadata(path, key)
         if metadata["seq_len"] != data.seq_len:
             raise UserError(
@@ -138,12 +138,27 @@ def check_data(config: ConfigDict):
             raise UserError(
                 f"{key}: {path!r} was tokenised with another tokenizer than the run's (prepare it with the same one)"
             )
+    if tokenizer is None:
+        raise UserError(
+            f"data.tokenizer_path: missing (expected the tokenizer of {data.train_data_path!r}, which holds only ids)"
+        )
     if len(tokenizer) > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size: {config.model.vocab_size} is smaller than the tokenizer's vocabulary "
             f"(expected at least {len(tokenizer)})"
         )
-    return tokenizer
+    train_rows = dataset.open_rows(data.train_data_path, "train", data.seq_len, "data.train_data_path")
+    if data.val_data_path is not None:
+        val_rows = dataset.open_rows(data.val_data_path, "validation", data.seq_len, "data.val_data_path")
+    elif data.train_data_path.endswith(".bin"):
+        val_rows = None
+    else:
+        val_rows = dataset.open_rows(data.train_data_path, "validation", data.seq_len, "data.train_data_path")
+    for (key, path), rows in zip(paths.items(), (train_rows, val_rows), strict=True):
+        # A folder's ids are known to fit. Out of range, an id would silently take the last row of the embedding.
+        if isinstance(rows, FlatRows) and (largest := rows.largest_token()) >= config.model.vocab_size:
+            raise UserError(f"{key}: {path!r} has the token id {largest} (model.vocab_size is {config.model.vocab_size})")
+    return train_rows, val_rows, tokenizer
 
 
 def check_run_folder(folder: Path, config: ConfigDict) -> None:
@@ -163,7 +178,7 @@ def check_run_folder(folder: Path, config: ConfigDict) -> None:
         )
 
 
-def log_header(config: ConfigDict, c: ModelConfig, n_params: int, rows: dataset.Rows, start_step: int, total_steps: int):
+def log_header(config: ConfigDict, c: ModelConfig, n_params: int, rows, start_step: int, total_steps: int):
     """What is about to happen."""
     training, device = config.training, jax.devices()[0]
     rows_per_step = training.batch_size

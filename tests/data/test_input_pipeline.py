@@ -5,8 +5,9 @@ import time
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, strategies as st
 
-from mateconv_jax.data import dataset, input_pipeline
+from mateconv_jax.data import input_pipeline
 
 
 class NumberedRows:
@@ -22,8 +23,8 @@ class NumberedRows:
         return {"tokens": np.repeat(indices[:, None], 3, axis=1), "length": np.full(len(indices), 3)}
 
 
-def numbers(n_batches, rows=10, batch_size=4, seed=0, start_step=0):
-    batches = input_pipeline.training_batches(NumberedRows(rows), batch_size, seed, start_step, num_workers=2)
+def numbers(n_batches, rows=10, batch_size=4, seed=0, start_step=0, shuffle=True):
+    batches = input_pipeline.training_batches(NumberedRows(rows), batch_size, seed, shuffle, start_step, num_workers=2)
     return np.concatenate([batch["tokens"][:, 0] for batch in itertools.islice(batches, n_batches)])
 
 
@@ -31,6 +32,21 @@ def test_every_epoch_is_another_permutation():
     seen = numbers(10).reshape(4, 10)
     assert all(sorted(epoch) == list(range(10)) for epoch in seen)
     assert len({tuple(epoch) for epoch in seen}) == 4
+
+
+def test_without_shuffling_every_epoch_is_in_order():
+    assert numbers(5, shuffle=False).tolist() == 2 * list(range(10))
+
+
+@given(rows=st.integers(1, 200), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 2**20))
+def test_an_epoch_holds_every_row_once(rows, seed, epoch):
+    positions = epoch * rows + np.arange(rows)
+    assert sorted(input_pipeline.row_numbers(positions, rows, seed)) == list(range(rows))
+
+
+def test_the_order_stays_what_it_was():
+    """Runs that are resumed read on in this order: change it and they read rows twice."""
+    assert numbers(3).tolist() == GOLDEN
 
 
 def test_the_seed_decides_the_order():
@@ -43,14 +59,15 @@ def test_starting_at_a_step_equals_having_read_up_to_it(start_step):
     np.testing.assert_array_equal(numbers(4, start_step=start_step), numbers(4 + start_step)[4 * start_step :])
 
 
-def test_two_processes_read_the_two_halves_of_the_global_batch(monkeypatch):
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_read_disjoint_parts_of_the_same_global_batch(monkeypatch, processes):
     whole = numbers(5).reshape(5, 4)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    halves = []
-    for index in range(2):
-        monkeypatch.setattr(jax, "process_index", lambda: index)  # noqa: B023
-        halves.append(numbers(5).reshape(5, 2))
-    np.testing.assert_array_equal(np.concatenate(halves, axis=1), whole)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    parts = []
+    for index in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        parts.append(numbers(5).reshape(5, 4 // processes))
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
 
 
 def test_num_workers_threads_read_ahead():
@@ -66,7 +83,7 @@ def test_num_workers_threads_read_ahead():
     for num_workers in (1, 4):
         rows = SlowRows(10)
         rows.threads.clear()
-        list(itertools.islice(input_pipeline.training_batches(rows, 4, 0, 0, num_workers), 20))
+        list(itertools.islice(input_pipeline.training_batches(rows, 4, 0, True, 0, num_workers), 20))
         counts.append(len(rows.threads))
     assert counts[0] == 1 and counts[1] > 1
 
@@ -76,12 +93,3 @@ def test_validation_reads_in_order_and_fills_the_last_batch_with_empty_rows():
     assert np.concatenate([b["tokens"][:, 0] for b in batches])[:10].tolist() == list(range(10))
     assert batches[-1]["length"].tolist() == [3, 3, 0, 0]
     assert len(list(input_pipeline.validation_batches(NumberedRows(10), 4, max_batches=2))) == 2
-
-
-def test_rows_of_a_dataset_folder(dataset_folder):
-    rows = dataset.Rows(dataset_folder, "train")
-    batch = rows.read(np.array([5, 0, 5]))
-    assert batch["tokens"].shape == (3, 33) and batch["tokens"].dtype == np.uint16
-    np.testing.assert_array_equal(batch["tokens"][0], batch["tokens"][2])
-    assert batch["tokens"][1, 0] == 1 and batch["length"].tolist() == [33] * 3
-    assert len(dataset.Rows(dataset_folder, "no_such_split")) == 0

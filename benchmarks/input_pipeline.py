@@ -1,0 +1,90 @@
+"""How fast rows come, without a model:  python benchmarks/input_pipeline.py [--data data/zh] [--seconds 10]
+
+Reads batches of 32 rows of 512 tokens through the training pipeline, from a dataset folder's shards and from a flat .bin file of
+random tokens, or from --data. One JSON line for each number of workers. Exit code 1 where memory grew by 16 MB or more.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from mateconv_jax.data import dataset, input_pipeline, packing, rows as rows_lib
+
+BATCH_SIZE, VOCAB_SIZE = 32, 6400
+WARM_UP = 500  # batches: buffers and threads are there, and every shard has been read from
+MOST_GROWTH_MB = 16
+
+
+def main(args):
+    with tempfile.TemporaryDirectory() as folder:
+        if args.data:
+            cases = {args.data: dataset.open_rows(args.data, "train", args.seq_len, "--data")}
+        else:
+            cases = random_rows(Path(folder), args.shards, args.seq_len)
+        reports = [measure(name, rows, n, args) for name, rows in cases.items() for n in (1, 4)]
+    return int(any(report["rss_end_mb"] - report["rss_start_mb"] >= MOST_GROWTH_MB for report in reports))
+
+
+def random_rows(folder: Path, n_shards: int, seq_len: int) -> dict:
+    """Shards of 4,096 rows, and one file of as many tokens."""
+    rng = np.random.default_rng(0)
+    paths = [folder / f"{shard:05d}" for shard in range(n_shards)]
+    with (folder / "tokens.bin").open("wb") as flat:
+        for path in paths:
+            stream = rng.integers(VOCAB_SIZE, size=4096 * seq_len + 1, dtype=np.uint16)
+            rows_lib.write_shard(path, *packing.pack(stream, seq_len))
+            flat.write(stream.tobytes())
+    return {
+        "shards": rows_lib.ShardRows(paths, seq_len, VOCAB_SIZE),
+        "flat": rows_lib.FlatRows(folder / "tokens.bin", seq_len, "tokens.bin"),
+    }
+
+
+def measure(name: str, rows, num_workers: int, args) -> dict:
+    """Rates over --seconds; the best second is that of a quiet machine."""
+    batches = input_pipeline.training_batches(rows, BATCH_SIZE, 0, True, 0, num_workers)
+    for _ in range(WARM_UP):
+        next(batches)
+    rss_start, start, rates = rss_mb(), time.perf_counter(), []
+    while time.perf_counter() - start < args.seconds:
+        n_batches, second = 0, time.perf_counter()
+        while time.perf_counter() - second < 1:
+            next(batches)
+            n_batches += 1
+        rates.append(n_batches * BATCH_SIZE / (time.perf_counter() - second))
+    report = {
+        "data": name,
+        "rows": len(rows),
+        "num_workers": num_workers,
+        "rows/s": round(np.mean(rates)),
+        "tokens/s": round(np.mean(rates) * args.seq_len),
+        "best_tokens/s": round(max(rates) * args.seq_len),
+        "rss_start_mb": rss_start,
+        "rss_end_mb": rss_mb(),
+    }
+    print(json.dumps(report), flush=True)
+    return report
+
+
+def rss_mb() -> float:
+    """Resident memory of this process."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return round(int(status["VmRSS"].split()[0]) / 1000, 1)
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="a dataset folder or a .bin file")
+    parser.add_argument("--seq_len", type=int, default=512)
+    parser.add_argument("--shards", type=int, default=32, help="of random rows")
+    parser.add_argument("--seconds", type=float, default=10, help="for each line")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args(sys.argv[1:])))

@@ -1,0 +1,103 @@
+import os
+import subprocess
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from hypothesis import given, strategies as st
+
+from mateconv_jax.data import dataset, packing, rows
+from mateconv_jax.errors import UserError
+
+
+def some_rows(n, seq_len, vocab_size, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocab_size, (n, seq_len + 1)).astype(rows.token_dtype(vocab_size))
+    return tokens, rng.integers(2, seq_len + 2, n).astype(np.int32)
+
+
+@pytest.mark.parametrize("vocab_size, dtype", [(6400, np.uint16), (2**16, np.uint16), (2**16 + 1, np.uint32)])
+@given(seq_len=st.integers(1, 300), sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_rows_come_back_from_several_shards(tmp_path_factory, vocab_size, dtype, seq_len, sizes, seed):
+    folder = tmp_path_factory.mktemp("shards")
+    shards = [some_rows(n, seq_len, vocab_size, seed + i) for i, n in enumerate(sizes)]
+    for i, (tokens, length) in enumerate(shards):
+        rows.write_shard(folder / str(i), tokens, length)
+    reader = rows.ShardRows([folder / str(i) for i in range(len(sizes))], seq_len, vocab_size)
+    assert len(reader) == sum(sizes)
+    order = np.random.default_rng(seed).permutation(len(reader))
+    batch = reader.read(order)
+    assert batch["tokens"].dtype == dtype and batch["length"].dtype == np.int32
+    np.testing.assert_array_equal(batch["tokens"], np.concatenate([tokens for tokens, _ in shards])[order])
+    np.testing.assert_array_equal(batch["length"], np.concatenate([length for _, length in shards])[order])
+
+
+@pytest.mark.parametrize("seq_len, vocab_size", [(1, 300), (64, 300), (512, 6400), (10_000, 70_000)])
+def test_tfds_reads_the_same(tmp_path, seq_len, vocab_size):
+    tokens, length = some_rows(5, seq_len, vocab_size)
+    template = tfds.core.ShardedFileTemplate(data_dir=tmp_path, dataset_name="x", split="train", filetype_suffix="array_record")
+    rows.write_shard(template.sharded_filepath(shard_index=0, num_shards=1), tokens, length)
+    tfds.folder_dataset.write_metadata(
+        data_dir=tmp_path,
+        features=rows.features(seq_len, vocab_size),
+        split_infos=[tfds.core.SplitInfo(name="train", shard_lengths=[5], num_bytes=1, filename_template=template)],
+        check_data=False,
+    )
+    for i, row in enumerate(tfds.builder_from_directory(tmp_path).as_data_source("train")):
+        np.testing.assert_array_equal(row["tokens"], tokens[i])
+        assert row["length"] == length[i] and row["tokens"].dtype == tokens.dtype
+
+
+def test_equal_rows_give_equal_bytes(tmp_path):
+    for name in "ab":
+        rows.write_shard(tmp_path / name, *some_rows(100, 16, 300))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_full_disk_and_a_missing_folder_are_os_errors(tmp_path):
+    with pytest.raises(OSError, match="none"):
+        rows.write_shard(tmp_path / "none" / "a", *some_rows(1, 16, 300))
+    (tmp_path / "small").mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path / "small"]).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        with pytest.raises(OSError, match="No space left on device"):
+            rows.write_shard(tmp_path / "small" / "a", *some_rows(2000, 128, 300))
+    finally:
+        subprocess.run(["umount", tmp_path / "small"], check=True)
+
+
+def test_rows_of_another_length_are_refused(tmp_path):
+    rows.write_shard(tmp_path / "a", *some_rows(4, 16, 300))
+    with pytest.raises(UserError, match="another version"):
+        rows.ShardRows([tmp_path / "a"], 32, 300).read(np.array([1]))
+
+
+@given(n=st.integers(2, 300), seq_len=st.integers(1, 40))
+def test_a_flat_file_gives_the_rows_that_packing_makes(tmp_path_factory, n, seq_len):
+    stream = np.arange(1, n + 1, dtype=np.uint16)
+    path = tmp_path_factory.mktemp("flat") / "a.bin"
+    stream.tofile(path)
+    flat = rows.FlatRows(path, seq_len, "data.train_data_path")
+    expected, lengths = packing.pack(stream, seq_len)
+    batch = flat.read(np.arange(len(flat)))
+    np.testing.assert_array_equal(batch["tokens"], expected)
+    np.testing.assert_array_equal(batch["length"], lengths)
+    assert batch["length"].dtype == np.int32 and flat.largest_token() == n
+
+
+@pytest.mark.parametrize("content", [b"", b"ab", b"abc", b"abcde"])
+def test_what_is_no_flat_file(tmp_path, content):
+    (tmp_path / "a.bin").write_bytes(content)
+    with pytest.raises(UserError, match=rf"data.val_data_path: .*a.bin' has {len(content)} bytes \(expected 16-bit"):
+        dataset.open_rows(tmp_path / "a.bin", "train", 8, "data.val_data_path")
+    with pytest.raises(UserError, match="data.val_data_path: no file at"):
+        dataset.open_rows(tmp_path / "b.bin", "train", 8, "data.val_data_path")
+
+
+def test_rows_of_a_dataset_folder(dataset_folder):
+    batch = dataset.open_rows(dataset_folder, "train", 32, "").read(np.array([5, 0, 5]))
+    assert batch["tokens"].shape == (3, 33) and batch["tokens"].dtype == np.uint16
+    np.testing.assert_array_equal(batch["tokens"][0], batch["tokens"][2])
+    assert batch["tokens"][1, 0] == 1 and batch["length"].tolist() == [33] * 3
+    assert dataset.open_rows(dataset_folder, "no_such_split", 32, "") is None
