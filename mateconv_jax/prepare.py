@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import os
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ def main(args):
     tokenizer = args.tokenizer or preparation.TokenizerTraining(args.vocab_size, args.split_digits, args.sample_mb)
     output = Path(args.output)
     figures = preparation.prepare(
-        sources.find(args.input), output, tokenizer, options, args.num_workers, args.overwrite, args.also_bin
+        sources.find(args.input), output, tokenizer, options, args.num_workers, args.overwrite, args.also_bin, _runner(args)
     )
     if figures is None:
         print(f"nothing to do: {output} is there, made with the same options")
@@ -35,6 +36,17 @@ def main(args):
     from mateconv_jax.data.statistics import print_table
 
     print_table(figures, output)
+
+
+def _runner(args):
+    if not args.runner:
+        return None
+    try:
+        from mateconv_jax.data import beam
+    except ImportError as error:
+        raise UserError(f"--runner: Apache Beam is not installed ({error}; pip install apache-beam)") from error
+    flags = [f"--runner={args.runner}", *args.beam_flags]
+    return functools.partial(beam.run_chunks, beam_flags=flags, work_folder=args.beam_work_folder)
 
 
 def parse_args(argv):
@@ -88,7 +100,14 @@ def parse_args(argv):
         "--dedup", choices=("none", "exact", "near"), default=rows.dedup, help="over all inputs; near: MinHash too"
     )
     group.add_argument("--near_threshold", type=float, default=rows.near_threshold, help="similarity dropped half of the time")
-    return parser.parse_args(argv)
+
+    group = parser.add_argument_group("Apache Beam", "in place of this machine's processes; other options go to Beam")
+    group.add_argument("--runner", help="DirectRunner, FlinkRunner, SparkRunner, DataflowRunner …")
+    group.add_argument("--beam_work_folder", help="where all workers can write, for example gs://BUCKET/work")
+    args, args.beam_flags = parser.parse_known_args(argv)
+    if args.beam_flags and not args.runner:
+        parser.error(f"unrecognized arguments: {' '.join(args.beam_flags)}")
+    return args
 
 
 if __name__ == "__main__":

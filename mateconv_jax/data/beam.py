@@ -77,7 +77,7 @@ Position = tuple[str, int]  # chunk, document: in the order of the input
 def _keys(cleaned: tuple[str, tuple[bytes, str, np.ndarray]], dedup: str) -> Iterator[tuple[tuple[bool, int], Position]]:
     name, (_, _, keys_NK) = cleaned
     if dedup != "none":
-        for document, keys in enumerate(keys_NK.tolist()):
+        for document, keys in enumerate(keys_NK.view(np.int64).tolist()):  # Beam knows no unsigned integers
             for column, key in enumerate(keys):
                 yield (column == 0, key), (name, document)
 

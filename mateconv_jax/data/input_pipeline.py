@@ -26,28 +26,26 @@ def training_batches(
     part = _this_process(batch_size)
 
     def read(step: int) -> Batch:
-        return rows.read(row_numbers(len(rows), step * batch_size + part, seed, shuffle))
+        positions = step * batch_size + part
+        return rows.read(row_numbers(positions, len(rows), seed) if shuffle else positions % len(rows))
 
-    # A step is one element and one read: row by row, Grain's shuffle, repeat and batch alone take 0.4 ms a batch of 32.
+    # A step is one element and one read: Grain's own shuffle, repeat and batch of row numbers take 400 us a batch of 32 rows,
+    # row_numbers 110.
     batches = grain.MapDataset.range(np.iinfo(np.int64).max).map(read)
     iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=num_workers, prefetch_buffer_size=2 * num_workers)))
     iterator.set_state({"next_index": start_step})
     return iterator
 
 
-def row_numbers(n_rows: int, places: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:
-    """Which rows stand at `places` (B,) int64 of the endless sequence of epochs."""
-    epoch_B, place_B = np.divmod(places, n_rows)
-    if not shuffle:
-        return place_B
-    # Not seed + epoch: the next seed's run would read this one's second epoch first.
-    seeds = {epoch: _epoch_seed(seed, epoch) for epoch in set(epoch_B.tolist())}
-    pairs = zip(epoch_B.tolist(), place_B.tolist(), strict=True)
-    return np.array([grain.experimental.index_shuffle(place, n_rows - 1, seeds[epoch], 4) for epoch, place in pairs])
-
-
-def _epoch_seed(seed: int, epoch: int) -> int:
-    return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+def row_numbers(position_B: np.ndarray, n_rows: int, seed: int) -> np.ndarray:
+    """Which rows (B,) int64 stand at positions of the endless sequence of epochs, each its own permutation of the rows."""
+    epoch_B, place_B = (part.tolist() for part in np.divmod(position_B, n_rows))
+    # Hashed, not seed + epoch: the second epoch would be the first of the next seed's run.
+    seeds = {epoch: int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]) for epoch in set(epoch_B)}
+    shuffled = grain.experimental.index_shuffle
+    return np.array(
+        [shuffled(place, n_rows - 1, seeds[epoch], 4) for epoch, place in zip(epoch_B, place_B, strict=True)], np.int64
+    )
 
 
 def validation_batches(rows: ShardRows | FlatRows, batch_size: int, max_batches: int) -> Iterator[Batch]:
