@@ -6,11 +6,15 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-__all__ = ["GenerationConfig", "TextGenerator"]
+__all__ = ["DataProcessor", "GenerationConfig", "TextGenerator"]
 
 
 def __getattr__(name):
     # Imported when used: `python -m mateconv_jax.prepare` should not wait for the model's libraries.
+    if name == "DataProcessor":
+        from mateconv_jax.data.processor import DataProcessor
+
+        return DataProcessor
     if name == "GenerationConfig":
         from mateconv_jax.inference.generation_config import GenerationConfig
 
