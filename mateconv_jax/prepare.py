@@ -27,8 +27,17 @@ def main(args):
     )
     tokenizer = args.tokenizer or preparation.TokenizerTraining(args.vocab_size, args.split_digits, args.sample_mb)
     output = Path(args.output)
+    files, open_file, run_chunks = sources.local_files, sources.open_local, None
+    if args.runner:
+        if "-" in args.input:
+            raise UserError("--input: '-' is this process's standard input (expected files that Beam's workers can read)")
+        beam = _beam()
+        files, open_file = beam.files, beam.open_file
+        flags = [f"--runner={args.runner}", *args.beam_flags]
+        run_chunks = functools.partial(beam.run_chunks, beam_flags=flags, work_folder=args.beam_work_folder)
+    found = sources.find(args.input, files)
     figures = preparation.prepare(
-        sources.find(args.input), output, tokenizer, options, args.num_workers, args.overwrite, args.also_bin, _runner(args)
+        found, output, tokenizer, options, args.num_workers, args.overwrite, args.also_bin, run_chunks, open_file
     )
     if figures is None:
         print(f"nothing to do: {output} is there, made with the same options")
@@ -38,15 +47,12 @@ def main(args):
     print_table(figures, output)
 
 
-def _runner(args):
-    if not args.runner:
-        return None
+def _beam():
     try:
         from mateconv_jax.data import beam
     except ImportError as error:
         raise UserError(f"--runner: Apache Beam is not installed ({error}; pip install apache-beam)") from error
-    flags = [f"--runner={args.runner}", *args.beam_flags]
-    return functools.partial(beam.run_chunks, beam_flags=flags, work_folder=args.beam_work_folder)
+    return beam
 
 
 def parse_args(argv):

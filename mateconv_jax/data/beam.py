@@ -23,6 +23,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from mateconv_jax.data import chunk_work, duplicates, sources as sources_lib
 from mateconv_jax.data.preparation import WorkerSetup
 from mateconv_jax.data.sources import Chunk, Source
+from mateconv_jax.errors import UserError
 
 CHUNK_FILES = (*chunk_work.SPLITS, "statistics.npz", "keys.npy", "rejected.jsonl", "chunk.json")  # the last one seals
 
@@ -36,12 +37,11 @@ def run_chunks(sources: list[Source], setup: WorkerSetup, beam_flags: list[str],
     """
     work_folder = work_folder or str(setup.chunks_folder.with_name("beam"))
     tokenizer = {path.name: path.read_bytes() for path in setup.tokenizer_folder.iterdir()}
-    eos_token_id = setup.bos_eos[1]
     with beam.Pipeline(options=PipelineOptions(beam_flags)) as pipeline:
         cleaned = (
             pipeline
             | beam.Create(list(enumerate(sources)))
-            | "read chunks" >> beam.FlatMap(_chunks, setup, eos_token_id)
+            | "read chunks" >> beam.FlatMap(_chunks, setup)
             | beam.Reshuffle()
             | "clean" >> beam.Map(_clean, setup)
         )
@@ -57,13 +57,22 @@ def run_chunks(sources: list[Source], setup: WorkerSetup, beam_flags: list[str],
         _fetch(match.path.removesuffix("/chunk.json"), setup.chunks_folder)
 
 
-def _open(path: str):
+def files(pattern: str) -> list[tuple[str, int]]:
+    """As sources.local_files, on any of Beam's file systems."""
+    found = [(match.path, match.size_in_bytes) for match in FileSystems.match([pattern])[0].metadata_list]
+    if not found:
+        raise UserError(f"--input: no file at {pattern!r} (expected .jsonl, .txt or .bin files, or a glob)")
+    return sorted(found)
+
+
+def open_file(path: str):
     return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)  # sources.py decompresses itself
 
 
-def _chunks(numbered: tuple[int, Source], setup: WorkerSetup, eos_token_id: int) -> Iterator[Chunk]:
+def _chunks(numbered: tuple[int, Source], setup: WorkerSetup) -> Iterator[Chunk]:
     number, source = numbered
-    return sources_lib.chunks(source, number, setup.options.sizes, setup.options.txt_document, eos_token_id, _open)
+    options = setup.options
+    return sources_lib.chunks(source, number, options.sizes, options.txt_document, setup.bos_eos[1], open_file)
 
 
 def _clean(chunk: Chunk, setup: WorkerSetup) -> tuple[str, tuple[bytes, str, np.ndarray]]:
@@ -137,7 +146,7 @@ def _fetch(remote: str, chunks_folder: Path) -> None:
     aside.mkdir()
     for file in CHUNK_FILES:
         if FileSystems.exists(f"{remote}/{file}"):
-            with _open(f"{remote}/{file}") as data, (aside / file).open("wb") as out:
+            with open_file(f"{remote}/{file}") as data, (aside / file).open("wb") as out:
                 shutil.copyfileobj(data, out)
     shutil.rmtree(chunks_folder / name, ignore_errors=True)
     aside.rename(chunks_folder / name)

@@ -6,11 +6,11 @@ import grain
 import jax
 import numpy as np
 
-from mateconv_jax.data.rows import Batch, FlatRows, ShardRows
+from mateconv_jax.data.rows import Batch, Rows
 
 
 def training_batches(
-    rows: ShardRows | FlatRows, batch_size: int, seed: int, shuffle: bool, start_step: int, num_workers: int
+    rows: Rows, batch_size: int, seed: int, shuffle: bool, start_step: int, num_workers: int
 ) -> Iterator[Batch]:
     """This process's part of every global batch from `start_step` on, without end.
 
@@ -48,7 +48,7 @@ def row_numbers(position_B: np.ndarray, n_rows: int, seed: int) -> np.ndarray:
     )
 
 
-def validation_batches(rows: ShardRows | FlatRows, batch_size: int, max_batches: int) -> Iterator[Batch]:
+def validation_batches(rows: Rows, batch_size: int, max_batches: int) -> Iterator[Batch]:
     """This process's part of the first `max_batches` batches, in order; the last is filled up with rows of length 0."""
     part = _this_process(batch_size)
     for start in range(0, min(len(rows), max_batches * batch_size), batch_size):

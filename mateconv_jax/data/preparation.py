@@ -9,6 +9,7 @@ import concurrent.futures.process
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import heapq
 import itertools
 import json
@@ -24,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -68,6 +70,7 @@ def prepare(
     overwrite: bool = False,
     also_bin: bool = False,
     run_chunks: Callable | None = None,
+    open_file: Callable[[str], BinaryIO] = sources_lib.open_local,
 ) -> dict | None:
     """Make a dataset folder; see dataset.py.
 
@@ -77,6 +80,7 @@ def prepare(
       overwrite: replace what is there, or was begun there, with other options.
       also_bin: write each split as a flat uint16 stream too.
       run_chunks: takes (sources, WorkerSetup) and makes all chunks, in place of this machine's processes.
+      open_file: opens an input for reading bytes.
 
     Returns:
       What stats.json holds; None where the dataset was there already, made with the same options.
@@ -110,9 +114,11 @@ def prepare(
         return None
     try:
         with work_folder(partial, described, overwrite) as folder:
-            chunks = all_chunks(sources, options, given and given.eos_token_id)
+            read = functools.partial(all_chunks, sources, options, given and given.eos_token_id, open_file)
+            chunks = read()
             if given is None:
-                given, chunks = _trained(training, sources, options, folder / "tokenizer", chunks)
+                once = any(source.path == "-" for source in sources)
+                given, chunks = _trained(training, options, folder / "tokenizer", chunks, None if once else read)
             elif not (folder / "tokenizer").exists():
                 _save(given, folder / "tokenizer")
             setup = WorkerSetup(
@@ -152,16 +158,14 @@ def prepare(
 # ---- the tokenizer ------------------------------------------------------------------------------------------------
 
 
-def _trained(
-    training: TokenizerTraining, sources: list[Source], options: PrepareOptions, folder: Path, chunks: Iterator[Chunk]
-):
-    """The tokenizer, and the chunks that are still to be read."""
+def _trained(training: TokenizerTraining, options: PrepareOptions, folder: Path, chunks: Iterator[Chunk], read_again):
+    """The tokenizer, and the chunks that are still to be read. `read_again` is None where the input can be read only once."""
     from mateconv_jax.data import tokenizer as tokenizer_lib
 
     if folder.exists():
         return tokenizer_lib.load(folder, "--output"), chunks
     max_bytes = int(training.sample_mb * 1e6)
-    if any(source.path == "-" for source in sources):  # can be read only once: the sample is its beginning
+    if read_again is None:  # the sample is the input's beginning
         head, size = [], 0
         for chunk in chunks:
             head.append(chunk)
@@ -170,8 +174,7 @@ def _trained(
                 break
         texts, chunks = clean_texts(head, options), itertools.chain(head, chunks)
     else:
-        texts = clean_texts(sample(chunks, max_bytes), options)
-        chunks = all_chunks(sources, options, None)
+        texts, chunks = clean_texts(sample(chunks, max_bytes), options), read_again()
     trained = tokenizer_lib.train(texts, training.vocab_size, split_digits=training.split_digits)
     _save(trained, folder)
     return trained, chunks
@@ -299,9 +302,11 @@ class Progress:
             )
 
 
-def all_chunks(sources: list[Source], options: PrepareOptions, eos_token_id: int | None) -> Iterator[Chunk]:
+def all_chunks(
+    sources: list[Source], options: PrepareOptions, eos_token_id: int | None, open_file=sources_lib.open_local
+) -> Iterator[Chunk]:
     for number, source in enumerate(sources):
-        yield from sources_lib.chunks(source, number, options.sizes, options.txt_document, eos_token_id)
+        yield from sources_lib.chunks(source, number, options.sizes, options.txt_document, eos_token_id, open_file)
 
 
 def process_chunks(chunks: Iterable[Chunk], setup: WorkerSetup, num_workers: int, on_done: Callable[[Chunk], None]) -> None:

@@ -214,3 +214,6 @@ class FlatRows:
             while len(block := np.fromfile(file, "<u2", 2**24)):
                 largest = max(largest, int(block.max()))
         return largest
+
+
+Rows = ShardRows | FlatRows

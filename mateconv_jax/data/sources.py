@@ -66,11 +66,33 @@ class Chunk:
     rejects: list[tuple[int, str, str]]  # (line, rule, reason) of what the reader itself refused
 
 
-def find(patterns: list[str]) -> list[Source]:
-    """The inputs that paths, globs, `-` and `tfds:NAME/CONFIG:SPLIT:FEATURE` name, in the order given; a glob's are sorted.
+def open_local(path: str) -> BinaryIO:
+    return open(path, "rb")
+
+
+def local_files(pattern: str) -> list[tuple[str, int]]:
+    """(path, bytes) of the files that a path or glob names, sorted.
 
     Raises:
       UserError: nothing is there, or a folder is.
+    """
+    paths = sorted(glob.glob(pattern, recursive=True)) or [pattern]
+    for path in paths:
+        if Path(path).is_dir():
+            raise UserError(f"--input: {path!r} is a folder (expected files, or a glob such as {Path(path) / '*.jsonl'})")
+        if not Path(path).is_file():
+            raise UserError(f"--input: no file at {path!r} (expected .jsonl, .txt or .bin files, or a glob)")
+    return [(path, Path(path).stat().st_size) for path in paths]
+
+
+def find(patterns: list[str], files: Callable[[str], list[tuple[str, int]]] = local_files) -> list[Source]:
+    """The inputs that paths, globs, `-` and `tfds:NAME/CONFIG:SPLIT:FEATURE` name, in the order given.
+
+    Args:
+      files: the (path, bytes) that a path or glob names; Beam brings its own.
+
+    Raises:
+      UserError: nothing is there.
     """
     sources = []
     for pattern in patterns:
@@ -81,18 +103,11 @@ def find(patterns: list[str]) -> list[Source]:
                 raise UserError(f"--input: {pattern!r} is incomplete (expected tfds:NAME/CONFIG:SPLIT:FEATURE)")
             sources.append(Source(pattern, "tfds"))
         else:
-            sources += map(_file, sorted(glob.glob(pattern, recursive=True)) or [pattern])
+            for path, size in files(pattern):
+                suffixes = [suffix for suffix in Path(path).suffixes if suffix not in DECOMPRESSORS]
+                kind = {".txt": "txt", ".bin": "bin"}.get((suffixes or [""])[-1], "jsonl")
+                sources.append(Source(path, kind, size))
     return sources
-
-
-def _file(name: str) -> Source:
-    path = Path(name)
-    if path.is_dir():
-        raise UserError(f"--input: {name!r} is a folder (expected files, or a glob such as {path / '*.jsonl'})")
-    if not path.is_file():
-        raise UserError(f"--input: no file at {name!r} (expected .jsonl, .txt or .bin files, or a glob)")
-    suffixes = [suffix for suffix in path.suffixes if suffix not in DECOMPRESSORS]
-    return Source(name, {".txt": "txt", ".bin": "bin"}.get((suffixes or [""])[-1], "jsonl"), path.stat().st_size)
 
 
 def chunks(
@@ -101,7 +116,7 @@ def chunks(
     sizes: ChunkSizes,
     txt_document: str = "line",
     eos_token_id: int | None = None,
-    open_file: Callable[[str], BinaryIO] = lambda path: open(path, "rb"),
+    open_file: Callable[[str], BinaryIO] = open_local,
 ) -> Iterator[Chunk]:
     """The chunks of a source, in order.
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from mateconv_jax import run_folder, sharding
 from mateconv_jax.data import dataset, input_pipeline, tokenizer as tokenizer_lib
-from mateconv_jax.data.rows import FlatRows
+from mateconv_jax.data.rows import FlatRows, Rows
 from mateconv_jax.errors import UserError
 from mateconv_jax.model.transformer import ModelConfig, abstract_model
 from mateconv_jax.training import checkpoints as checkpoints_lib, optimizer, train_state
@@ -88,7 +88,7 @@ def train(config: ConfigDict) -> None:
                         checkpoints.save(step, state)
 
 
-def evaluate(eval_step, state: train_state.TrainState, rows, training: ConfigDict, mesh) -> dict[str, float]:
+def evaluate(eval_step, state: train_state.TrainState, rows: Rows, training: ConfigDict, mesh) -> dict[str, float]:
     """Mean cross-entropy in nats over the first eval_iters batches: val/loss, and val/ema_loss when EMA is on."""
     weights = {"val/loss": state.params}
     if state.ema_params is not None:
@@ -123,6 +123,10 @@ def open_data(config: ConfigDict):
             "data.train_data_path: missing (expected a folder made by python -m mateconv_jax.prepare, or a .bin file)"
         )
     paths = {"data.train_data_path": data.train_data_path, "data.val_data_path": data.val_data_path}
+    if data.tokenizer_path is None and data.train_data_path.endswith(".bin"):
+        raise UserError(
+            f"data.tokenizer_path: missing (expected the tokenizer of {data.train_data_path!r}, which holds only ids)"
+        )
     tokenizer = tokenizer_lib.load(data.tokenizer_path, "data.tokenizer_path") if data.tokenizer_path else None
     for key, path in paths.items():
         if path is None or path.endswith(".bin"):
@@ -138,10 +142,6 @@ def open_data(config: ConfigDict):
             raise UserError(
                 f"{key}: {path!r} was tokenised with another tokenizer than the run's (prepare it with the same one)"
             )
-    if tokenizer is None:
-        raise UserError(
-            f"data.tokenizer_path: missing (expected the tokenizer of {data.train_data_path!r}, which holds only ids)"
-        )
     if len(tokenizer) > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size: {config.model.vocab_size} is smaller than the tokenizer's vocabulary "
@@ -178,7 +178,7 @@ def check_run_folder(folder: Path, config: ConfigDict) -> None:
         )
 
 
-def log_header(config: ConfigDict, c: ModelConfig, n_params: int, rows, start_step: int, total_steps: int):
+def log_header(config: ConfigDict, c: ModelConfig, n_params: int, rows: Rows, start_step: int, total_steps: int):
     """What is about to happen."""
     training, device = config.training, jax.devices()[0]
     rows_per_step = training.batch_size

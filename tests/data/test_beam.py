@@ -39,6 +39,14 @@ def test_a_beam_pipeline_makes_the_same_bytes(inputs, tmp_path, dedup):
     assert list((tmp_path / "work").glob("*/chunk.json"))
 
 
+def test_inputs_that_workers_cannot_read(tmp_path):
+    flags = [*FLAGS, "--output", str(tmp_path / "x"), "--runner", "DirectRunner"]
+    with pytest.raises(UserError, match="--input: no file at 'none"):
+        main(parse_args(["--input", "none*.jsonl", *flags]))
+    with pytest.raises(UserError, match="--input: '-' is this process's"):
+        main(parse_args(["--input", "-", *flags]))
+
+
 def test_flags_that_nobody_takes_are_an_error(inputs, capsys):
     with pytest.raises(SystemExit) as error:
         parse_args([*inputs, *FLAGS, "--output", "x", "--direct_num_workers", "2"])

@@ -1,9 +1,13 @@
+import concurrent.futures
 import os
+import resource
 import subprocess
+import sys
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from hypothesis import given, strategies as st
 
 from mateconv_jax.data import dataset, packing, rows
@@ -67,10 +71,76 @@ def test_a_full_disk_and_a_missing_folder_are_os_errors(tmp_path):
         subprocess.run(["umount", tmp_path / "small"], check=True)
 
 
-def test_rows_of_another_length_are_refused(tmp_path):
+@pytest.mark.parametrize("seq_len, vocab_size", [(32, 300), (16, 70_000)])
+def test_rows_of_another_size_are_refused(tmp_path, seq_len, vocab_size):
     rows.write_shard(tmp_path / "a", *some_rows(4, 16, 300))
     with pytest.raises(UserError, match="another version"):
-        rows.ShardRows([tmp_path / "a"], 32, 300).read(np.array([1]))
+        rows.ShardRows([tmp_path / "a"], seq_len, vocab_size)
+
+
+@pytest.mark.parametrize("name", [b"length", b"tokens"])
+def test_records_that_only_have_the_same_size_are_refused(tmp_path, name):
+    rows.write_shard(tmp_path / "a", *some_rows(4, 16, 300))
+    writer = ArrayRecordWriter(str(tmp_path / "b"), "group_size:1,uncompressed")
+    for record in ArrayRecordReader(str(tmp_path / "a")).read_all():
+        writer.write(record.replace(name, name.upper()))
+    writer.close()
+    with pytest.raises(UserError, match="another version"):
+        rows.ShardRows([tmp_path / "b"], 16, 300)
+
+
+def test_a_missing_and_a_broken_shard(tmp_path):
+    rows.write_shard(tmp_path / "a", *some_rows(4000, 16, 300))
+    with pytest.raises(UserError, match="b' is missing or broken"):
+        rows.ShardRows([tmp_path / "a", tmp_path / "b"], 16, 300)
+    with (tmp_path / "a").open("r+b") as file:
+        file.truncate((tmp_path / "a").stat().st_size // 2)
+    with pytest.raises(UserError, match="a' is missing or broken"):
+        rows.ShardRows([tmp_path / "a"], 16, 300)
+
+
+@pytest.mark.parametrize("kind", ["shards", "flat"])
+def test_many_threads_read_at_once(tmp_path, kind):
+    tokens, _ = some_rows(3000, 16, 300)
+    length = np.full(3000, 17, np.int32)
+    for i in range(3):
+        rows.write_shard(tmp_path / str(i), tokens[1000 * i : 1000 * (i + 1)], length[:1000])
+    reader = rows.ShardRows([tmp_path / str(i) for i in range(3)], 16, 300)
+    if kind == "flat":
+        stream = tokens[:, :-1].ravel()
+        stream.tofile(tmp_path / "a.bin")
+        tokens, length = packing.pack(stream, 16)
+        reader = rows.FlatRows(tmp_path / "a.bin", 16, "")
+
+    def read(seed):
+        order = np.random.default_rng(seed).permutation(len(reader))
+        return all((reader.read(part)["tokens"] == tokens[part]).all() for part in np.array_split(order, 20))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns between any two lines
+    try:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(read, range(8)))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_more_shards_than_files_may_be_open_at_first(tmp_path):
+    rows.write_shard(tmp_path / "a", *some_rows(2, 16, 300))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
+        assert len(rows.ShardRows([tmp_path / "a"] * 400, 16, 300)) == 800
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with pytest.raises(UserError, match=f"the system allows {hard}"):
+        rows.ShardRows([tmp_path / "a"] * hard, 16, 300)
+
+
+def test_workers_import_nothing_heavy():
+    heavy = "{'grain', 'jax', 'tensorflow', 'tensorflow_datasets', 'transformers'}"
+    program = f"import sys, mateconv_jax.data.rows; print({heavy} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 @given(n=st.integers(2, 300), seq_len=st.integers(1, 40))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mateconv_jax import config as config_lib
-from mateconv_jax.data import input_pipeline
+from mateconv_jax.data import dataset, input_pipeline
 from mateconv_jax.errors import UserError
 from mateconv_jax.training import loop
 from mateconv_jax.training.checkpoints import Checkpoints
@@ -40,8 +40,9 @@ def spy(monkeypatch):
     spy = Spy()
     original_batches, original_save = input_pipeline.training_batches, Checkpoints.save
 
-    def batches(rows, batch_size, seed, start_step, num_workers):
-        for step, batch in enumerate(original_batches(rows, batch_size, seed, start_step, num_workers), start_step + 1):
+    def batches(rows, batch_size, seed, shuffle, start_step, num_workers):
+        original = original_batches(rows, batch_size, seed, shuffle, start_step, num_workers)
+        for step, batch in enumerate(original, start_step + 1):
             if step == spy.stop_before:
                 raise Stopped
             spy.batches[step] = batch["tokens"].copy()
@@ -112,10 +113,8 @@ def test_a_finished_run_is_left_as_it_is(tiny_config):
 
 
 def test_epochs_decide_where_max_steps_does_not(tiny_config, spy):
-    from mateconv_jax.data import dataset
-
     tiny_config.training.update(dict(max_steps=None, epochs=1, batch_size=64))
-    rows = len(dataset.Rows(tiny_config.data.train_data_path, "train"))
+    rows = len(dataset.open_rows(tiny_config.data.train_data_path, "train", 32, ""))
     loop.train(config_lib.resolve(tiny_config))
     assert max(spy.states) == rows // 64
 
@@ -162,6 +161,49 @@ def test_validation_reads_at_most_eval_iters_batches_of_val_data_path(tiny_confi
     assert len(losses) == 3
 
 
+def test_without_shuffle_a_run_reads_the_rows_in_order(tiny_config, spy):
+    tiny_config.data.shuffle = False
+    loop.train(config_lib.resolve(tiny_config))
+    rows = dataset.open_rows(tiny_config.data.train_data_path, "train", 32, "")
+    for step, tokens in spy.batches.items():
+        np.testing.assert_array_equal(tokens, rows.read(np.arange(8 * step - 8, 8 * step))["tokens"])
+
+
+# ---- flat .bin files ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flat_config(tiny_config, tmp_path):
+    """The streams of the dataset's splits, one shard each, as .bin files."""
+    folder = tiny_config.data.train_data_path
+    for split in ("train", "validation"):
+        rows = dataset.open_rows(folder, split, 32, "")
+        batch = rows.read(np.arange(len(rows)))
+        parts = [row[i > 0 : length] for i, (row, length) in enumerate(zip(batch["tokens"], batch["length"], strict=True))]
+        np.concatenate(parts).tofile(tmp_path / f"{split}.bin")
+    tiny_config.data.train_data_path = str(tmp_path / "train.bin")
+    tiny_config.data.val_data_path = str(tmp_path / "validation.bin")
+    tiny_config.data.tokenizer_path = f"{folder}/tokenizer"
+    return tiny_config
+
+
+def test_flat_files_train_to_the_losses_of_the_folder_of_the_same_stream(flat_config, dataset_folder, tmp_path):
+    losses = []
+    for train, validation in ((flat_config.data.train_data_path, flat_config.data.val_data_path), (str(dataset_folder), None)):
+        flat_config.data.update(dict(train_data_path=train, val_data_path=validation))
+        flat_config.training.out_dir = str(tmp_path / f"run{len(losses)}")
+        loop.train(config_lib.resolve(flat_config))
+        losses.append(losses_of(flat_config.training.out_dir))
+    assert losses[0] == losses[1] and {key for _, key in losses[0]} == {"train/loss", "val/loss"}
+
+
+def test_a_flat_file_alone_has_no_validation_and_the_log_says_so(flat_config):
+    flat_config.data.val_data_path = None
+    loop.train(config_lib.resolve(flat_config))
+    assert {key for _, key in losses_of(flat_config.training.out_dir)} == {"train/loss"}
+    assert "validation: none" in (Path(flat_config.training.out_dir) / "train.log").read_text()
+
+
 def test_log_interval_decides_which_steps_are_written(tiny_config):
     tiny_config.training.log_interval = 4
     loop.train(config_lib.resolve(tiny_config))
@@ -203,6 +245,25 @@ def test_no_dataset(tiny_config):
     tiny_config.data.train_data_path = None
     assert error_of(tiny_config).startswith("data.train_data_path: missing")
     assert not Path(tiny_config.training.out_dir).exists()
+
+
+def test_a_flat_file_without_its_tokenizer(flat_config):
+    flat_config.data.tokenizer_path = None
+    assert error_of(flat_config).startswith("data.tokenizer_path: missing (expected the tokenizer of ")
+
+
+@pytest.mark.parametrize("key, name", [("train_data_path", "train.bin"), ("val_data_path", "validation.bin")])
+def test_a_flat_file_with_an_id_that_the_model_has_not(flat_config, tmp_path, key, name):
+    with (tmp_path / name).open("ab") as file:
+        np.array([400], np.uint16).tofile(file)
+    message = f"data.{key}: {str(tmp_path / name)!r} has the token id 400 (model.vocab_size is 400)"
+    assert error_of(flat_config) == message
+
+
+@pytest.mark.parametrize("key", ["train_data_path", "val_data_path"])
+def test_no_flat_file(flat_config, key):
+    flat_config.data[key] = "no/such.bin"
+    assert error_of(flat_config) == f"data.{key}: no file at 'no/such.bin'"
 
 
 def test_another_row_length(tiny_config):
