@@ -1,4 +1,4 @@
-"""How fast rows come, without a model:  python benchmarks/input_pipeline.py [--data data/zh] [--seconds 10]
+"""How fast rows come, without a model:  python -m benchmarks.input_pipeline [--data data/zh] [--seconds 10]
 
 Reads batches of 32 rows of 512 tokens through the training pipeline: random tokens, from shards as in a dataset folder and from
 a flat .bin file, or what is in --data. One JSON line a case. Exit code 1 where memory grew by 16 MB or more.
