@@ -31,6 +31,7 @@ def default_config() -> ConfigDict:
     config.model.max_seq_len = 512
     config.model.norm_eps = 1e-5
     config.model.rope_theta = 10_000.0
+    config.model.dropout = 0.0  # of embeddings, attention weights and residual branches, in training
     config.model.attention = "auto"  # auto | cudnn | blocked | xla: see model/attention.py
 
     config.data = ConfigDict()
@@ -46,17 +47,28 @@ def default_config() -> ConfigDict:
     config.training.seed = 1337
     config.training.epochs = 15
     config.training.max_steps = placeholder(int)  # when given, it decides instead of epochs
-    config.training.batch_size = 32  # GLOBAL: rows of one optimizer step over all devices (PyTorch's was per GPU)
+    config.training.batch_size = 32  # GLOBAL: rows of one micro-batch over all devices (PyTorch's was per GPU)
+    config.training.accumulation_steps = 1  # micro-batches of one optimizer step
+    config.training.optimizer_type = "adamw"  # adamw | adam | lion | adafactor | muon: see training/optimizer.py
     config.training.learning_rate = 3e-4
-    config.training.min_lr = 3e-5  # where the cosine ends
+    config.training.min_lr = 3e-5  # where the schedule ends
+    config.training.lr_scheduler = "cosine"  # cosine | linear | polynomial | constant | wsd
     config.training.warmup_ratio = 0.1  # of all steps, linear from 0
+    config.training.warmup_steps = placeholder(int)  # when given, it decides instead of warmup_ratio
+    config.training.lr_power = 2.0  # of the polynomial
+    config.training.decay_ratio = 0.2  # wsd: share of all steps, at the end, in which the rate falls
     config.training.beta1 = 0.9
     config.training.beta2 = 0.95
+    config.training.muon_momentum = 0.95
     config.training.weight_decay = 0.1  # on matrices only
     config.training.grad_clip = 1.0  # global norm; 0 turns clipping off
-    config.training.dtype = "auto"  # auto | float32 | bfloat16, of the computation; parameters are float32
+    config.training.z_loss = 0.0  # weight of the squared log-sum-exp; 1e-4 is usual
+    config.training.document_mask = False  # attention within a document only, positions restarting
+    config.training.remat = "none"  # none | full | dots: compute again in the backward pass, for memory
+    config.training.dtype = "auto"  # auto | float32 | bfloat16 | float16, of the computation; parameters are float32
     config.training.use_ema = False
     config.training.ema_decay = 0.9999
+    config.training.ema_warmup = True  # a smaller decay in the first steps: (1 + step) / (10 + step)
     config.training.eval_interval = 500  # optimizer steps, like the next three
     config.training.eval_iters = 100  # batches an evaluation reads at most
     config.training.save_interval = 1000
@@ -70,16 +82,32 @@ _POSITIVE = ("a number above 0", lambda value: value > 0)
 _NOT_NEGATIVE = ("a number of at least 0", lambda value: value >= 0)
 _FRACTION = ("a number from 0 to 1", lambda value: 0 <= value <= 1)
 _BELOW_ONE = ("a number from 0 to below 1", lambda value: 0 <= value < 1)
+
+
+def _one_of(*choices):
+    return " or ".join(choices), lambda value: value in choices
+
+
 _CHECKS = {
     **{f"model.{key}": _POSITIVE for key in (
         "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "multiple_of", "vocab_size", "max_seq_len",
         "norm_eps", "rope_theta")},
-    "model.attention": ("auto, cudnn, blocked or xla", lambda value: value in ("auto", "cudnn", "blocked", "xla")),
+    "model.dropout": _BELOW_ONE,
+    "model.attention": _one_of("auto", "cudnn", "blocked", "xla"),
     "data.seq_len": _POSITIVE,
     "data.num_workers": _POSITIVE,
     "training.epochs": _POSITIVE,
     "training.max_steps": _POSITIVE,
     "training.batch_size": _POSITIVE,
+    "training.accumulation_steps": _POSITIVE,
+    "training.optimizer_type": _one_of("adamw", "adam", "lion", "adafactor", "muon"),
+    "training.lr_scheduler": _one_of("cosine", "linear", "polynomial", "constant", "wsd"),
+    "training.warmup_steps": _NOT_NEGATIVE,
+    "training.lr_power": _POSITIVE,
+    "training.decay_ratio": _FRACTION,
+    "training.muon_momentum": _BELOW_ONE,
+    "training.z_loss": _NOT_NEGATIVE,
+    "training.remat": _one_of("none", "full", "dots"),
     "training.learning_rate": _POSITIVE,
     "training.min_lr": _NOT_NEGATIVE,
     "training.warmup_ratio": _BELOW_ONE,
@@ -87,7 +115,7 @@ _CHECKS = {
     "training.beta2": _BELOW_ONE,
     "training.weight_decay": _NOT_NEGATIVE,
     "training.grad_clip": _NOT_NEGATIVE,
-    "training.dtype": ("auto, float32 or bfloat16", lambda value: value in ("auto", "float32", "bfloat16")),
+    "training.dtype": _one_of("auto", "float32", "bfloat16", "float16"),
     "training.ema_decay": _FRACTION,
     "training.eval_interval": _POSITIVE,
     "training.eval_iters": _POSITIVE,

@@ -12,9 +12,9 @@ def make_mesh() -> Mesh:
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
 
-def batch(mesh: Mesh) -> NamedSharding:
+def batch(mesh: Mesh, rows_axis: int = 0) -> NamedSharding:
     """Rows split over the devices."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    return NamedSharding(mesh, PartitionSpec(*[None] * rows_axis, "data"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

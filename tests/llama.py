@@ -11,7 +11,7 @@ def model_config(**changes) -> ModelConfig:
     """A small model in fp32."""
     values = dict(
         dim=64, n_layers=2, n_heads=8, n_kv_heads=4, head_dim=8, hidden_dim=192, vocab_size=96, max_seq_len=256,
-        norm_eps=1e-5, rope_theta=10_000.0, attention="blocked", dtype=np.dtype("float32"),
+        norm_eps=1e-5, rope_theta=10_000.0, dropout=0.0, attention="blocked", dtype=np.dtype("float32"),
     )  # fmt: skip
     return ModelConfig(**values | changes)
 

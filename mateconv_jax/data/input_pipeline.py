@@ -61,3 +61,8 @@ def validation_batches(rows: Rows, batch_size: int, max_batches: int) -> Iterato
 def _this_process(batch_size: int) -> np.ndarray:
     share = batch_size // jax.process_count()
     return jax.process_index() * share + np.arange(share)
+
+
+def micro_batches(batch: Batch, accumulation_steps: int) -> Batch:
+    """A step's rows as (A, B, …). With several processes each takes its share of every micro-batch."""
+    return {key: x.reshape(accumulation_steps, -1, *x.shape[1:]) for key, x in batch.items()}

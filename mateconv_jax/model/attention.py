@@ -16,16 +16,20 @@ MASKED = -1e30
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def choose_backend(name: str, platform: str, dtype: jnp.dtype) -> str:
+def choose_backend(name: str, platform: str, dtype: jnp.dtype, dropout: float = 0.0) -> str:
     """The backend that serves `name` ('auto' or a backend's own name) for a computation in `dtype` on `platform`.
 
     cudnn: cuDNN's fused attention, on NVIDIA GPUs in bfloat16 or float16. blocked: no S x S matrix is ever whole, 2.3
-    times faster than xla on the CPU. xla: plain einsums, the reference, anywhere.
+    times faster than xla on the CPU. xla: plain einsums, the reference, anywhere, and the only one with dropout.
 
     Raises:
       UserError: the backend asked for cannot run there. Nothing falls back silently.
     """
     half = dtype in (jnp.bfloat16, jnp.float16)
+    if dropout and name not in ("auto", "xla"):
+        raise UserError(f"model.attention: {name} cannot drop weights (with model.dropout={dropout} expected auto or xla)")
+    if dropout:
+        return "xla"
     if name == "auto":
         if platform == "gpu":
             return "cudnn" if half else "xla"
@@ -38,24 +42,30 @@ def choose_backend(name: str, platform: str, dtype: jnp.dtype) -> str:
     return name
 
 
-def causal_attention(q_BSHN, k_BSKN, v_BSKN, backend: str):
+def causal_attention(q_BSHN, k_BSKN, v_BSKN, backend: str, documents_BS=None, dropout: float = 0.0, dropout_key=None):
     """softmax(q k^T / sqrt(N), causal) v for grouped queries: head h reads key/value head h // (H / K).
 
     Args:
       q_BSHN, k_BSKN, v_BSKN: one dtype, rotary embedding applied.
       backend: from `choose_backend`.
+      documents_BS: int32 numbers; a query sees the keys of its own document only. None: all before it.
+      dropout, dropout_key: share of the weights that are dropped, of the xla backend; no key, no dropout.
 
     Returns:
       (B, S, H, N) in the same dtype; the softmax is fp32.
     """
     if backend == "cudnn":
-        return jax.nn.dot_product_attention(q_BSHN, k_BSKN, v_BSKN, is_causal=True, implementation="cudnn")
+        mask_B1SS = None if documents_BS is None else (documents_BS[:, :, None] == documents_BS[:, None])[:, None]
+        return jax.nn.dot_product_attention(q_BSHN, k_BSKN, v_BSKN, mask=mask_B1SS, is_causal=True, implementation="cudnn")
     if backend == "blocked":
-        return _blocked_attention(q_BSHN, k_BSKN, v_BSKN)
+        return _blocked_attention(q_BSHN, k_BSKN, v_BSKN, documents_BS)
     if backend == "xla":
         positions_S = jnp.arange(q_BSHN.shape[1])
-        seen_1ST = (positions_S[:, None] >= positions_S)[None]
-        return _attend(q_BSHN, k_BSKN.transpose(0, 2, 1, 3), v_BSKN.transpose(0, 2, 1, 3), seen_1ST)
+        seen_BST = (positions_S[:, None] >= positions_S)[None]
+        if documents_BS is not None:
+            seen_BST &= documents_BS[:, :, None] == documents_BS[:, None]
+        k_BKSN, v_BKSN = k_BSKN.transpose(0, 2, 1, 3), v_BSKN.transpose(0, 2, 1, 3)
+        return _attend(q_BSHN, k_BKSN, v_BKSN, seen_BST, dropout, dropout_key)
     raise ValueError(f"unknown attention backend {backend!r}")
 
 
@@ -65,13 +75,20 @@ def cached_attention(q_BSHN, k_BKTN, v_BKTN, positions_BS):
     return _attend(q_BSHN, k_BKTN, v_BKTN, seen_BST)
 
 
-def _attend(q_BSHN, k_BKTN, v_BKTN, seen_BST):
+def dropout(x, rate: float, key):
+    """Zeros for a share `rate` of x, the rest divided by 1 - rate (Srivastava et al., 2014); without a key x itself."""
+    if not rate or key is None:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+
+
+def _attend(q_BSHN, k_BKTN, v_BKTN, seen_BST, dropout_rate: float = 0.0, dropout_key=None):
     B, S, H, N = q_BSHN.shape
     K = k_BKTN.shape[1]
     q_BKGSN = q_BSHN.reshape(B, S, K, H // K, N).transpose(0, 2, 3, 1, 4) * N**-0.5
     scores_BKGST = _dot("BKGSN,BKTN->BKGST", q_BKGSN, k_BKTN)
     scores_BKGST = jnp.where(seen_BST[:, None, None], scores_BKGST, MASKED)
-    weights_BKGST = jax.nn.softmax(scores_BKGST, axis=-1).astype(q_BSHN.dtype)
+    weights_BKGST = dropout(jax.nn.softmax(scores_BKGST, axis=-1).astype(q_BSHN.dtype), dropout_rate, dropout_key)
     out_BKGSN = _dot("BKGST,BKTN->BKGSN", weights_BKGST, v_BKTN)
     return out_BKGSN.transpose(0, 3, 1, 2, 4).reshape(B, S, H, N).astype(q_BSHN.dtype)
 
@@ -84,11 +101,11 @@ def _attend(q_BSHN, k_BKTN, v_BKTN, seen_BST):
 BLOCK = 64  # queries; on 2 cores blocks of 128 and 256 were 1.2 and 1.5 times slower at S = 512
 
 
-def _blocked_attention(q_BSHN, k_BSKN, v_BSKN):
+def _blocked_attention(q_BSHN, k_BSKN, v_BSKN, documents_BS):
     B, S, H, N = q_BSHN.shape
     K = k_BSKN.shape[2]
     q_BKGSN = q_BSHN.reshape(B, S, K, H // K, N).transpose(0, 2, 3, 1, 4) * N**-0.5
-    out_BKGSN = _blocked(q_BKGSN, k_BSKN.transpose(0, 2, 1, 3), v_BSKN.transpose(0, 2, 1, 3))
+    out_BKGSN = _blocked(q_BKGSN, k_BSKN.transpose(0, 2, 1, 3), v_BSKN.transpose(0, 2, 1, 3), documents_BS)
     return out_BKGSN.transpose(0, 3, 1, 2, 4).reshape(B, S, H, N)
 
 
@@ -98,12 +115,14 @@ def _rows(x_BKGSN, block):
     return x_BKGSN[:, :, :, block].reshape(B, K, -1, N)
 
 
-def _block_scores(q_BKGSN, k_BKSN, block):
+def _block_scores(q_BKGSN, k_BKSN, documents_BS, block):
     """Masked fp32 scores (B, K, G, block, T) of one block of queries against its prefix of keys."""
     B, K, G, _, _ = q_BKGSN.shape
     scores_BKRT = _dot("BKRN,BKTN->BKRT", _rows(q_BKGSN, block), k_BKSN[:, :, : block.stop])
-    seen_RT = jnp.arange(block.start, block.stop)[:, None] >= jnp.arange(block.stop)
-    return jnp.where(seen_RT, scores_BKRT.reshape(B, K, G, -1, block.stop), MASKED)
+    seen = jnp.arange(block.start, block.stop)[:, None] >= jnp.arange(block.stop)
+    if documents_BS is not None:
+        seen = (seen & (documents_BS[:, block, None] == documents_BS[:, None, : block.stop]))[:, None, None]
+    return jnp.where(seen, scores_BKRT.reshape(B, K, G, -1, block.stop), MASKED)
 
 
 def _blocks(S):
@@ -111,15 +130,15 @@ def _blocks(S):
 
 
 @jax.custom_vjp
-def _blocked(q_BKGSN, k_BKSN, v_BKSN):
-    return _blocked_forward(q_BKGSN, k_BKSN, v_BKSN)[0]
+def _blocked(q_BKGSN, k_BKSN, v_BKSN, documents_BS):
+    return _blocked_forward(q_BKGSN, k_BKSN, v_BKSN, documents_BS)[0]
 
 
-def _blocked_forward(q_BKGSN, k_BKSN, v_BKSN):
+def _blocked_forward(q_BKGSN, k_BKSN, v_BKSN, documents_BS):
     dtype = q_BKGSN.dtype
     outs, log_sums = [], []
     for block in _blocks(q_BKGSN.shape[3]):
-        scores = _block_scores(q_BKGSN, k_BKSN, block)
+        scores = _block_scores(q_BKGSN, k_BKSN, documents_BS, block)
         highest = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - highest)
         total = weights.sum(-1, keepdims=True)
@@ -128,16 +147,16 @@ def _blocked_forward(q_BKGSN, k_BKSN, v_BKSN):
         outs.append((out.reshape(*scores.shape[:-1], -1) / total).astype(dtype))
         log_sums.append(highest + jnp.log(total))
     out_BKGSN, log_sum_BKGS1 = jnp.concatenate(outs, 3), jnp.concatenate(log_sums, 3)
-    return out_BKGSN, (q_BKGSN, k_BKSN, v_BKSN, out_BKGSN, log_sum_BKGS1)
+    return out_BKGSN, (q_BKGSN, k_BKSN, v_BKSN, documents_BS, out_BKGSN, log_sum_BKGS1)
 
 
 def _blocked_backward(saved, d_out_BKGSN):
-    q_BKGSN, k_BKSN, v_BKSN, out_BKGSN, log_sum_BKGS1 = saved
+    q_BKGSN, k_BKSN, v_BKSN, documents_BS, out_BKGSN, log_sum_BKGS1 = saved
     dtype = q_BKGSN.dtype
     delta_BKGS1 = jnp.sum(d_out_BKGSN.astype(jnp.float32) * out_BKGSN, -1, keepdims=True)
     d_qs, d_k_BKSN, d_v_BKSN = [], jnp.zeros(k_BKSN.shape, jnp.float32), jnp.zeros(v_BKSN.shape, jnp.float32)
     for block in _blocks(q_BKGSN.shape[3]):
-        weights = jnp.exp(_block_scores(q_BKGSN, k_BKSN, block) - log_sum_BKGS1[:, :, :, block])
+        weights = jnp.exp(_block_scores(q_BKGSN, k_BKSN, documents_BS, block) - log_sum_BKGS1[:, :, :, block])
         d_out_BKRN = _rows(d_out_BKGSN, block)
         d_weights = _dot("BKRN,BKTN->BKRT", d_out_BKRN, v_BKSN[:, :, : block.stop]).reshape(weights.shape)
         d_scores = weights * (d_weights - delta_BKGS1[:, :, :, block])
@@ -147,7 +166,7 @@ def _blocked_backward(saved, d_out_BKGSN):
         d_qs.append(d_q_BKRN.reshape(*weights.shape[:-1], -1).astype(dtype))
         d_k_BKSN = d_k_BKSN.at[:, :, : block.stop].add(_dot("BKRT,BKRN->BKTN", d_scores_BKRT, _rows(q_BKGSN, block)))
         d_v_BKSN = d_v_BKSN.at[:, :, : block.stop].add(_dot("BKRT,BKRN->BKTN", weights_BKRT, d_out_BKRN))
-    return jnp.concatenate(d_qs, 3), d_k_BKSN.astype(dtype), d_v_BKSN.astype(dtype)
+    return jnp.concatenate(d_qs, 3), d_k_BKSN.astype(dtype), d_v_BKSN.astype(dtype), None
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)

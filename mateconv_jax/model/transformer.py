@@ -28,6 +28,7 @@ class ModelConfig:
     max_seq_len: int
     norm_eps: float
     rope_theta: float
+    dropout: float
     attention: str  # a backend of model/attention.py, never "auto"
     dtype: jnp.dtype
 
@@ -48,7 +49,7 @@ class ModelConfig:
         if dtype == "auto":
             dtype = "float32" if platform == "cpu" else "bfloat16"
         shape = {field.name: model[field.name] for field in dataclasses.fields(ModelConfig) if field.name in model}
-        shape["attention"] = attention.choose_backend(model.attention, platform, jnp.dtype(dtype))
+        shape["attention"] = attention.choose_backend(model.attention, platform, jnp.dtype(dtype), model.dropout)
         return ModelConfig(**shape, dtype=jnp.dtype(dtype))
 
 
@@ -99,13 +100,13 @@ class Attention(nnx.Module):
         self.wo_HND = nnx.Param(init(rngs.params(), (c.n_heads, c.head_dim, c.dim)) / (2 * c.n_layers) ** 0.5)
         self.c = c
 
-    def __call__(self, x_BSD, positions_BS, layer_cache):
+    def __call__(self, x_BSD, positions_BS, layer_cache, documents_BS, key):
         c, dtype = self.c, x_BSD.dtype
         qkv_BSJN = jnp.einsum("BSD,DJN->BSJN", x_BSD, self.wqkv_DJN[...].astype(dtype))
         q_BSHN, k_BSKN, v_BSKN = jnp.split(qkv_BSJN, [c.n_heads, c.n_heads + c.n_kv_heads], axis=2)
         q_BSHN, k_BSKN = rope(q_BSHN, positions_BS, c.rope_theta), rope(k_BSKN, positions_BS, c.rope_theta)
         if layer_cache is None:
-            out_BSHN = attention.causal_attention(q_BSHN, k_BSKN, v_BSKN, c.attention)
+            out_BSHN = attention.causal_attention(q_BSHN, k_BSKN, v_BSKN, c.attention, documents_BS, c.dropout, key)
         else:
             layer_cache = tuple(
                 _write(cache_BKTN, new_BSKN, positions_BS[:, 0])
@@ -145,11 +146,22 @@ class Block(nnx.Module):
         self.attention = Attention(c, rngs)
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
         self.feed_forward = FeedForward(c, rngs)
+        self.dropout = c.dropout
 
-    def __call__(self, x_BSD, positions_BS, layer_cache):
-        out_BSD, layer_cache = self.attention(self.attention_norm(x_BSD), positions_BS, layer_cache)
-        x_BSD = x_BSD + out_BSD
-        return x_BSD + self.feed_forward(self.ffn_norm(x_BSD)), layer_cache
+    def __call__(self, x_BSD, positions_BS, layer_cache=None, documents_BS=None, key=None):
+        weights_key, attention_key, ffn_key = (None,) * 3 if key is None else jax.random.split(key, 3)
+        normed_BSD = self.attention_norm(x_BSD)
+        out_BSD, layer_cache = self.attention(normed_BSD, positions_BS, layer_cache, documents_BS, weights_key)
+        x_BSD = x_BSD + attention.dropout(out_BSD, self.dropout, attention_key)
+        out_BSD = self.feed_forward(self.ffn_norm(x_BSD))
+        return x_BSD + attention.dropout(out_BSD, self.dropout, ffn_key), layer_cache
+
+
+# What the backward pass keeps of a block; the rest it computes again.
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the products with weights, not attention's
+}
 
 
 class Transformer(nnx.Module):
@@ -163,14 +175,34 @@ class Transformer(nnx.Module):
         self.norm = RMSNorm(c.dim, c.norm_eps)
         self.c = c
 
-    def __call__(self, tokens_BS):
+    def __call__(self, tokens_BS, documents_BS=None, dropout_key=None, remat: str = "none"):
         """Next-token logits (B, S, V) in the compute dtype; whoever takes a log-sum-exp does it in fp32.
 
         fp32 logits out of the product would make XLA run a gradient product in fp32 x fp32.
+
+        Args:
+          tokens_BS: int32.
+          documents_BS: int32, rising along a row: attention stays within a document, whose positions start at 0. None: a row
+            is one document.
+          dropout_key: drops a share c.dropout of embeddings, attention weights and residual branches; None: nothing.
+          remat: "none", or one of REMAT_POLICIES: compute again in the backward pass what it does not keep.
         """
         positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
-        x_BSD, _ = self._features(tokens_BS, positions_BS, (None,) * self.c.n_layers)
-        return self._logits(x_BSD)
+        if documents_BS is not None:
+            is_first_BS = jnp.diff(documents_BS, axis=1, prepend=documents_BS[:, :1] - 1) != 0
+            positions_BS -= jax.lax.cummax(jnp.where(is_first_BS, positions_BS, 0), axis=1)
+        keys = [None] * (self.c.n_layers + 1) if dropout_key is None else jax.random.split(dropout_key, self.c.n_layers + 1)
+        x_BSD = attention.dropout(self._embed(tokens_BS), self.c.dropout, keys[-1])
+        for block, key in zip(self.blocks, keys, strict=False):
+            graph, params = nnx.split(block)
+
+            def run(params, x_BSD, key, graph=graph):
+                return nnx.merge(graph, params)(x_BSD, positions_BS, None, documents_BS, key)[0]
+
+            if remat != "none":
+                run = jax.checkpoint(run, policy=REMAT_POLICIES[remat])
+            x_BSD = run(params, x_BSD, key)
+        return self._logits(self.norm(x_BSD))
 
     def cached(self, tokens_BS, start_B, last_B, kv_cache: KVCache):
         """Read S more tokens into the cache: a prefill (S = the prompts' bucket) or a decode step (S = 1).
@@ -186,17 +218,16 @@ class Transformer(nnx.Module):
           (logits_BV after each row's last token, in the compute dtype; the cache with the tokens in it)
         """
         positions_BS = start_B[:, None] + jnp.arange(tokens_BS.shape[1])
-        x_BSD, kv_cache = self._features(tokens_BS, positions_BS, kv_cache)
-        x_BD = jnp.take_along_axis(x_BSD, last_B[:, None, None], axis=1)[:, 0]
-        return self._logits(x_BD), kv_cache
-
-    def _features(self, tokens_BS, positions_BS, kv_cache):
-        x_BSD = self.embedding_VD[...].astype(self.c.dtype)[tokens_BS]
+        x_BSD = self._embed(tokens_BS)
         new_cache = []
         for block, layer_cache in zip(self.blocks, kv_cache, strict=True):
             x_BSD, layer_cache = block(x_BSD, positions_BS, layer_cache)
             new_cache.append(layer_cache)
-        return self.norm(x_BSD), tuple(new_cache)
+        x_BD = jnp.take_along_axis(self.norm(x_BSD), last_B[:, None, None], axis=1)[:, 0]
+        return self._logits(x_BD), tuple(new_cache)
+
+    def _embed(self, tokens_BS):
+        return self.embedding_VD[...].astype(self.c.dtype)[tokens_BS]
 
     def _logits(self, x):
         return jnp.einsum("...D,VD->...V", x, self.embedding_VD[...].astype(x.dtype))

@@ -16,7 +16,7 @@ from mateconv_jax.errors import UserError
 from mateconv_jax.model.transformer import ModelConfig, abstract_model
 from mateconv_jax.training import checkpoints as checkpoints_lib, optimizer, train_state
 from mateconv_jax.training.metrics import Metrics, logging_to
-from mateconv_jax.training.step import make_eval_step, make_train_step
+from mateconv_jax.training.step import LossOptions, make_eval_step, make_train_step
 
 
 def train(config: ConfigDict) -> None:
@@ -34,17 +34,19 @@ def train(config: ConfigDict) -> None:
 
     # ---- what: data, model, optimizer -------------------------------------------------------------------------------
     train_rows, val_rows, tokenizer = open_data(config)
-    total_steps = training.max_steps or math.floor(training.epochs * len(train_rows) / training.batch_size)
+    rows_per_step = training.batch_size * training.accumulation_steps
+    total_steps = training.max_steps or math.floor(training.epochs * len(train_rows) / rows_per_step)
     if total_steps == 0:
         raise UserError(
-            f"training.batch_size: {training.batch_size} rows are more than the dataset's {len(train_rows)} rows x "
+            f"training.batch_size: {rows_per_step} rows of a step are more than the dataset's {len(train_rows)} rows x "
             f"{training.epochs} epochs (expected a smaller batch or more epochs)"
         )
     schedule = optimizer.make_schedule(training, total_steps)
-    tx = optimizer.make_optimizer(training, schedule)
+    tx = optimizer.make_optimizer(training, model_config)
     graph, abstract_params = abstract_model(model_config)
-    train_step = make_train_step(graph, tx, schedule, training.ema_decay)
-    eval_step = make_eval_step(graph)
+    loss_options = LossOptions(tokenizer.bos_token_id if training.document_mask else None, training.z_loss, training.remat)
+    train_step = make_train_step(graph, tx, schedule, training, loss_options)
+    eval_step = make_eval_step(graph, loss_options)
 
     # ---- from where: the run folder's newest checkpoint > scratch ---------------------------------------------------
     folder = Path(training.out_dir)
@@ -60,11 +62,11 @@ def train(config: ConfigDict) -> None:
         tokenizer.save_pretrained(folder / "tokenizer")
         start_step = int(state.step)
         batches = input_pipeline.training_batches(
-            train_rows, training.batch_size, training.seed, config.data.shuffle, start_step, config.data.num_workers
+            train_rows, rows_per_step, training.seed, config.data.shuffle, start_step, config.data.num_workers
         )
 
         n_params = sum(p.size for p in jax.tree.leaves(abstract_params))
-        tokens_per_step = training.batch_size * config.data.seq_len
+        tokens_per_step = rows_per_step * config.data.seq_len
         log_header(config, model_config, n_params, train_rows, start_step, total_steps)
         if val_rows is None:
             logging.info("validation: none (there is no validation split and no data.val_data_path)")
@@ -76,7 +78,8 @@ def train(config: ConfigDict) -> None:
         # ---- the loop -----------------------------------------------------------------------------------------------
         with Metrics(folder, start_step, total_steps, tokens_per_step, training.log_interval) as metrics:
             for step in range(start_step + 1, total_steps + 1):
-                state, step_metrics = train_step(state, to_devices(next(batches), mesh))  # dispatched, not waited for
+                batch = input_pipeline.micro_batches(next(batches), training.accumulation_steps)
+                state, step_metrics = train_step(state, to_devices(batch, mesh))  # dispatched, not waited for
                 metrics.push(step, step_metrics)  # reads an earlier step while this one runs
 
                 last = step == total_steps
@@ -106,8 +109,9 @@ def evaluate(eval_step, state: train_state.TrainState, rows: Rows, training: Con
 
 
 def to_devices(batch: input_pipeline.Batch, mesh) -> dict[str, jax.Array]:
-    """This process's rows as part of the global batch."""
-    spread = functools.partial(jax.make_array_from_process_local_data, sharding.batch(mesh))
+    """This process's rows as part of the global batch: `length` (B,) or, of several micro-batches, (A, B)."""
+    rows_axis = batch["length"].ndim - 1
+    spread = functools.partial(jax.make_array_from_process_local_data, sharding.batch(mesh, rows_axis))
     return {key: spread(value) for key, value in batch.items()}
 
 
@@ -181,9 +185,11 @@ def check_run_folder(folder: Path, config: ConfigDict) -> None:
 def log_header(config: ConfigDict, c: ModelConfig, n_params: int, rows: Rows, start_step: int, total_steps: int):
     """What is about to happen."""
     training, device = config.training, jax.devices()[0]
-    rows_per_step = training.batch_size
+    rows_per_step = training.batch_size * training.accumulation_steps
     logging.info("model: %s parameters, computed in %s, %s attention", f"{n_params:,}", c.dtype.name, c.attention)
-    logging.info("devices: %d x %s, %d rows each", jax.device_count(), device.device_kind, rows_per_step // jax.device_count())
+    logging.info(
+        "devices: %d x %s, %d rows each", jax.device_count(), device.device_kind, training.batch_size // jax.device_count()
+    )
     logging.info(
         "data: %s rows of %d tokens, %.2f epochs in %s steps of %s tokens",
         f"{len(rows):,}", config.data.seq_len, total_steps * rows_per_step / len(rows), f"{total_steps:,}",

@@ -60,7 +60,7 @@ class Metrics:
         self.flush()
         self._bar.update(1)
         if step % self._log_interval == 0 or step == self._first_step:
-            self._pending = step, metrics
+            self._pending = step, {name: value for name, value in metrics.items() if name != "leaf_norms"}
 
     def flush(self) -> None:
         """Read and write what waits. Blocks until that step is done."""

@@ -1,33 +1,147 @@
-"""AdamW with warm-up and cosine."""
+"""Learning-rate schedules and optimizers, all of them optax's."""
 
 import jax
+import jax.numpy as jnp
 import optax
+from flax import nnx
 from ml_collections import ConfigDict
+from optax.contrib import MuonDimensionNumbers, muon
+
+from mateconv_jax.model.transformer import ModelConfig
 
 
 def make_schedule(training: ConfigDict, total_steps: int) -> optax.Schedule:
-    """Learning rate of the update made at a step (0 for the first): linear from 0, then half a cosine down to min_lr.
+    """Learning rate of the update made at a step (0 for the first): linear from 0 over the warm-up, then as lr_scheduler says.
 
-    Equals transformers' `get_cosine_with_min_lr_schedule_with_warmup` with int(warmup_ratio * total_steps) warm-up steps.
+    Each equals transformers' schedule of that kind over the same steps: cosine, get_cosine_with_min_lr_schedule_with_warmup;
+    polynomial, get_polynomial_decay_schedule_with_warmup with lr_power; linear, the same with power 1; constant,
+    get_constant_schedule_with_warmup; wsd, get_wsd_schedule with linear decay over the last decay_ratio of all steps (but for
+    its warm-up, which there begins at min_lr).
     """
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=training.learning_rate,
-        warmup_steps=int(training.warmup_ratio * total_steps),
-        decay_steps=total_steps,
-        end_value=training.min_lr,
-    )
+    peak, end = training.learning_rate, training.min_lr
+    warmup_steps = warmup_steps_of(training, total_steps)
+    rest = max(1, total_steps - warmup_steps)
+    match training.lr_scheduler:
+        case "cosine":
+            after = optax.cosine_decay_schedule(peak, rest, alpha=end / peak)
+        case "linear":
+            after = optax.linear_schedule(peak, end, rest)
+        case "polynomial":
+            after = optax.polynomial_schedule(peak, end, training.lr_power, rest)
+        case "constant":
+            after = optax.constant_schedule(peak)
+        case "wsd":
+            decay_steps = int(training.decay_ratio * total_steps)
+            after = optax.linear_schedule(peak, end, max(1, decay_steps), transition_begin=rest - decay_steps)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup_steps)), after], [warmup_steps])
 
 
-def make_optimizer(training: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW (Loshchilov & Hutter, 2019) with decay on matrices only, as PyTorch's AdamW with
-    two parameter groups.
+def warmup_steps_of(training: ConfigDict, total_steps: int) -> int:
+    """warmup_steps when given, else warmup_ratio of all steps."""
+    return int(training.warmup_ratio * total_steps) if training.warmup_steps is None else training.warmup_steps
+
+
+def make_optimizer(training: ConfigDict, c: ModelConfig) -> optax.GradientTransformation:
+    """Clipping by global norm, then the optimizer at a learning rate of 1: the step multiplies its updates by the schedule, so
+    that a step whose update is left out still moves the schedule on.
+
+    Weight decay is on matrices only, decoupled, but for adam, where it is added to the gradient as in torch.optim.Adam.
+    adamw, adam, adafactor (Shazeer & Stern, 2018) equal torch.optim's; lion: Chen et al., 2023; muon: Jordan, 2024, with
+    Moonshot's factor 0.2 sqrt(max(fan)), on the hidden matrices, and AdamW on embedding and norms.
     """
-    adamw = optax.adamw(
-        schedule,
-        b1=training.beta1,
-        b2=training.beta2,
-        weight_decay=training.weight_decay,
-        mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
-    )
-    return optax.chain(optax.clip_by_global_norm(training.grad_clip), adamw) if training.grad_clip else adamw
+    b1, b2, weight_decay = training.beta1, training.beta2, training.weight_decay
+    match training.optimizer_type:
+        case "adamw":
+            tx = optax.adamw(1.0, b1, b2, weight_decay=weight_decay, mask=is_matrix)
+        case "adam":
+            tx = optax.chain(optax.add_decayed_weights(weight_decay, is_matrix), optax.adam(1.0, b1, b2))
+        case "lion":
+            tx = optax.lion(1.0, b1, b2, weight_decay=weight_decay, mask=is_matrix)
+        case "adafactor":
+            tx = optax.chain(
+                optax.scale_by_factored_rms(),
+                optax.clip_by_block_rms(1.0),
+                optax.scale_by_param_block_rms(),
+                optax.add_decayed_weights(weight_decay, is_matrix),
+                optax.scale(-1.0),
+            )
+        case "muon":
+            adamw = optax.adamw(1.0, b1, b2, weight_decay=weight_decay, mask=is_matrix)
+            hidden = muon(
+                1.0,
+                beta=training.muon_momentum,
+                weight_decay=weight_decay,
+                muon_weight_dimension_numbers=muon_dimensions,
+                consistent_rms=0.2,
+            )
+            tx = on_parts(optax.partition({"muon": hidden, "adamw": adamw}, muon_labels), c)
+    return optax.chain(optax.clip_by_global_norm(training.grad_clip), tx) if training.grad_clip else tx
+
+
+def is_matrix(params):
+    return jax.tree.map(lambda p: p.ndim >= 2, params)
+
+
+# ---- Muon ---------------------------------------------------------------------------------------------------------
+
+# Which axes of a part are rows and which columns of its matrix.
+_MUON_DIMENSIONS = {
+    **{name: MuonDimensionNumbers(0, (1, 2)) for name in ("wq_DHN", "wk_DKN", "wv_DKN")},
+    "wo_HND": MuonDimensionNumbers((0, 1), 2),
+    **{name: MuonDimensionNumbers(0, 1) for name in ("w1_DF", "w3_DF", "w2_FD")},
+}
+
+
+def muon_labels(parts):
+    """ "muon" for the hidden matrices, "adamw" for embedding and norms."""
+    return jax.tree.map_with_path(lambda path, _: "muon" if path[-1].key in _MUON_DIMENSIONS else "adamw", parts)
+
+
+def muon_dimensions(parts):
+    return jax.tree.map_with_path(lambda path, _: _MUON_DIMENSIONS[path[-1].key], parts)
+
+
+def to_parts(params: nnx.State, c: ModelConfig) -> dict:
+    """As a plain dict, the matrices that are kept as one taken apart: wqkv into wq, wk, wv and w13 into w1, w3."""
+
+    def split(tree):
+        if not isinstance(tree, dict):
+            return tree
+        tree = {key: split(value) for key, value in tree.items()}
+        if "wqkv_DJN" in tree:
+            parts = jnp.split(tree.pop("wqkv_DJN"), [c.n_heads, c.n_heads + c.n_kv_heads], axis=1)
+            tree |= dict(zip(("wq_DHN", "wk_DKN", "wv_DKN"), parts, strict=True))
+        if "w13_D2F" in tree:
+            w13_D2F = tree.pop("w13_D2F")
+            tree |= {"w1_DF": w13_D2F[:, 0], "w3_DF": w13_D2F[:, 1]}
+        return tree
+
+    return split(nnx.to_pure_dict(params))
+
+
+def from_parts(parts: dict, like: nnx.State) -> nnx.State:
+    """The inverse of `to_parts`, in the structure of `like`."""
+
+    def join(tree):
+        if not isinstance(tree, dict):
+            return tree
+        tree = {key: join(value) for key, value in tree.items()}
+        if "wq_DHN" in tree:
+            tree["wqkv_DJN"] = jnp.concatenate([tree.pop(key) for key in ("wq_DHN", "wk_DKN", "wv_DKN")], axis=1)
+        if "w1_DF" in tree:
+            tree["w13_D2F"] = jnp.stack([tree.pop("w1_DF"), tree.pop("w3_DF")], axis=1)
+        return tree
+
+    joined = join(parts)
+    assert jax.tree.structure(joined) == jax.tree.structure(nnx.to_pure_dict(like))
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(joined))
+
+
+def on_parts(tx: optax.GradientTransformation, c: ModelConfig) -> optax.GradientTransformation:
+    """`tx` as it would be were the parts matrices of their own."""
+
+    def update(updates, state, params):
+        parts, state = tx.update(to_parts(updates, c), state, to_parts(params, c))
+        return from_parts(parts, updates), state
+
+    return optax.GradientTransformation(lambda params: tx.init(to_parts(params, c)), update)

@@ -1,60 +1,141 @@
-"""The loss, the training step and the evaluation step: pure functions under jit."""
+"""The loss, the training step and the evaluation step: pure functions under jit.
+
+Dimensions in names: A micro-batches of a step, B rows of one, S tokens of a row, V vocabulary.
+"""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from ml_collections import ConfigDict
 
 from mateconv_jax.training.train_state import TrainState
 
 
 def token_losses(logits_BSV, targets_BS):
-    """Cross-entropy of each target in nats, fp32 (B, S). The log-sum-exp is fp32 whatever the logits are."""
+    """Cross-entropy of each target in nats and the log-sum-exp of its logits, fp32 (B, S) both, whatever the logits are."""
     logits_BSV = logits_BSV.astype(jnp.float32)
     target_logits_BS = jnp.take_along_axis(logits_BSV, targets_BS[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits_BSV, axis=-1) - target_logits_BS
+    log_sums_BS = jax.nn.logsumexp(logits_BSV, axis=-1)
+    return log_sums_BS - target_logits_BS, log_sums_BS
 
 
-def summed_loss(graph: nnx.GraphDef, params: nnx.State, batch: dict[str, jax.Array]):
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """document_start: the id that begins a document, for attention within documents only; None: over the whole row.
+    z_loss: weight of the squared log-sum-exp (PaLM, Chowdhery et al., 2022). remat: see Transformer.
+    """
+
+    document_start: int | None = None
+    z_loss: float = 0.0
+    remat: str = "none"
+
+
+def summed_loss(graph: nnx.GraphDef, params: nnx.State, batch: dict[str, jax.Array], options=LossOptions(), dropout_key=None):
     """Cross-entropy summed over the batch's real targets, and how many there are.
 
     Args:
       batch: tokens (B, S + 1), any integer type; length (B,), how many of a row's tokens are real.
+      dropout_key: of the step; None: no dropout.
 
     Returns:
-      (summed loss in nats, number of targets), fp32 scalars.
+      (summed cross-entropy in nats, number of targets, summed objective: the same, with z_loss), fp32 scalars.
     """
     tokens_BS1 = batch["tokens"].astype(jnp.int32)
-    logits_BSV = nnx.merge(graph, params)(tokens_BS1[:, :-1])
-    losses_BS = token_losses(logits_BSV, tokens_BS1[:, 1:])
+    inputs_BS, targets_BS = tokens_BS1[:, :-1], tokens_BS1[:, 1:]
+    documents_BS = None if options.document_start is None else jnp.cumsum(inputs_BS == options.document_start, axis=1)
+    logits_BSV = nnx.merge(graph, params)(inputs_BS, documents_BS, dropout_key, options.remat)
+    losses_BS, log_sums_BS = token_losses(logits_BSV, targets_BS)
     is_real_BS = jnp.arange(losses_BS.shape[1]) < batch["length"][:, None] - 1
-    return jnp.sum(losses_BS, where=is_real_BS), jnp.sum(is_real_BS, dtype=jnp.float32)
+    loss = jnp.sum(losses_BS, where=is_real_BS)
+    objective = loss + options.z_loss * jnp.sum(log_sums_BS**2, where=is_real_BS) if options.z_loss else loss
+    return loss, jnp.sum(is_real_BS, dtype=jnp.float32), objective
 
 
-def make_train_step(graph: nnx.GraphDef, tx: optax.GradientTransformation, schedule: optax.Schedule, ema_decay: float):
+def make_train_step(
+    graph: nnx.GraphDef, tx: optax.GradientTransformation, schedule: optax.Schedule, training: ConfigDict, options=LossOptions()
+):
     """The jitted step `(state, batch) -> (state, metrics)`; the state is donated.
 
-    metrics: train/loss (mean over the batch's tokens, before the update), grad_norm (before clipping), lr; fp32 scalars on
-    the device.
+    batch: tokens (A, B, S + 1) and length (A, B), A = training.accumulation_steps: the gradient is the mean over all their
+    tokens. Where it is not finite, the update is left out: parameters, EMA and optimizer state stay, the step counts on.
+
+    metrics, fp32 scalars on the device: train/loss (mean over the tokens, before the update), grad_norm (before clipping), lr,
+    update_to_weight (ratio of norms), bad_steps, and loss_scale in float16; and leaf_norms, the gradient's norm by leaf.
     """
 
-    def mean_loss(params, batch):
-        loss_sum, count = summed_loss(graph, params, batch)
-        return loss_sum / jnp.maximum(count, 1)
+    def gradients(state: TrainState, batch):
+        A, B, S1 = batch["tokens"].shape
+        scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
+        # Divided by a constant first, so that a sum over many tokens cannot overflow in float16.
+        factor = scale / (A * B * (S1 - 1))
+        step_key = jax.random.fold_in(jax.random.key(training.seed), state.step)
+
+        def scaled(params, micro_batch, i):
+            key = jax.random.fold_in(step_key, i)
+            loss, count, objective = summed_loss(graph, params, micro_batch, options, key)
+            return objective * factor, (loss, count)
+
+        def accumulate(sums, micro_batch_and_i):
+            (_, sums_of_batch), grads = jax.value_and_grad(scaled, has_aux=True)(state.params, *micro_batch_and_i)
+            return jax.tree.map(jnp.add, sums, (grads, *sums_of_batch)), None
+
+        if A == 1:
+            first = jax.tree.map(lambda x: x[0], batch)
+            (_, (loss, count)), grads = jax.value_and_grad(scaled, has_aux=True)(state.params, first, 0)
+        else:
+            zeros = (jax.tree.map(jnp.zeros_like, state.params), jnp.float32(0), jnp.float32(0))
+            (grads, loss, count), _ = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(A)))
+        count = jnp.maximum(count, 1)
+        return loss / count, jax.tree.map(lambda g: g / (factor * count), grads)
 
     def train_step(state: TrainState, batch):
-        loss, grads = jax.value_and_grad(mean_loss)(state.params, batch)
+        loss, grads = gradients(state, batch)
+        leaf_norms = jax.tree.map(lambda g: jnp.sqrt(jnp.sum(g * g)), grads)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
+        lr = schedule(state.step)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates = jax.tree.map(lambda u: lr * u, updates)
         params = optax.apply_updates(state.params, updates)
         ema_params = state.ema_params
         if ema_params is not None:  # ema <- decay * ema + (1 - decay) * params
-            ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay)
-        metrics = {"train/loss": loss, "grad_norm": optax.tree.norm(grads), "lr": schedule(state.step)}
-        return TrainState(state.step + 1, params, ema_params, opt_state), metrics
+            ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay_at(training, state.step))
+
+        def if_finite(new, old):
+            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+        metrics = {
+            "train/loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "update_to_weight": optax.tree.norm(updates) / optax.tree.norm(state.params),
+            "leaf_norms": leaf_norms,
+        }
+        loss_scale = state.loss_scale
+        if loss_scale is not None:
+            metrics["loss_scale"] = loss_scale.scale
+            loss_scale = loss_scale.update(finite)
+        bad_steps = metrics["bad_steps"] = jnp.where(finite, 0, state.bad_steps + 1)
+        params, ema_params, opt_state = if_finite(
+            (params, ema_params, opt_state), (state.params, state.ema_params, state.opt_state)
+        )
+        return TrainState(state.step + 1, params, ema_params, opt_state, loss_scale, bad_steps), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(graph: nnx.GraphDef):
-    """The jitted `(params, batch) -> (summed loss, number of targets)`."""
-    return jax.jit(lambda params, batch: summed_loss(graph, params, batch))
+def ema_decay_at(training: ConfigDict, step: jax.Array) -> jax.Array:
+    """ema_decay, and with ema_warmup at most (1 + step) / (10 + step), so that the first steps are forgotten (TensorFlow's
+    ExponentialMovingAverage with num_updates).
+    """
+    if not training.ema_warmup:
+        return jnp.float32(training.ema_decay)
+    return jnp.minimum(training.ema_decay, (1.0 + step) / (10.0 + step))
+
+
+def make_eval_step(graph: nnx.GraphDef, options=LossOptions()):
+    """The jitted `(params, batch) -> (summed cross-entropy, number of targets)`; batch as for `summed_loss`."""
+    return jax.jit(lambda params, batch: summed_loss(graph, params, batch, options)[:2])

@@ -10,13 +10,35 @@ from mateconv_jax.model import transformer
 
 
 @flax.struct.dataclass
+class LossScale:
+    """What float16 gradients are multiplied by so that small ones do not vanish. Equals torch.amp.GradScaler's: halved by an
+    overflow, doubled after 2,000 steps without one.
+    """
+
+    scale: jax.Array  # float32
+    good_steps: jax.Array  # int32, since it last changed
+
+    GROW_AFTER = 2000
+
+    def update(self, finite: jax.Array) -> "LossScale":
+        """After a step whose gradients were finite, or not."""
+        grow = finite & (self.good_steps + 1 >= self.GROW_AFTER)
+        scale = jnp.where(finite, jnp.where(grow, 2 * self.scale, self.scale), jnp.maximum(self.scale / 2, 1.0))
+        return LossScale(scale, jnp.where(finite & ~grow, self.good_steps + 1, 0))
+
+
+@flax.struct.dataclass
 class TrainState:
-    """step: optimizer steps done, int32. params: fp32 masters. ema_params: fp32, or None when EMA is off."""
+    """step: optimizer steps done, int32, left out ones too. params: fp32 masters. ema_params: fp32, or None when EMA is off.
+    loss_scale: None but in float16. bad_steps: how many of the last steps in a row were left out, int32.
+    """
 
     step: jax.Array
     params: nnx.State
     ema_params: nnx.State | None
     opt_state: optax.OptState
+    loss_scale: LossScale | None
+    bad_steps: jax.Array
 
 
 def init(c: transformer.ModelConfig, tx: optax.GradientTransformation, seed: int, use_ema: bool) -> TrainState:
@@ -27,4 +49,6 @@ def init(c: transformer.ModelConfig, tx: optax.GradientTransformation, seed: int
         params=params,
         ema_params=jax.tree.map(jnp.copy, params) if use_ema else None,
         opt_state=tx.init(params),
+        loss_scale=LossScale(jnp.float32(2**16), jnp.int32(0)) if c.dtype == jnp.float16 else None,
+        bad_steps=jnp.int32(0),
     )

@@ -8,9 +8,11 @@ import transformers
 from flax import nnx
 
 from mateconv_jax import config as config_lib
+from mateconv_jax.errors import UserError
+from mateconv_jax.model import attention as attention_lib
 from mateconv_jax.model.transformer import Transformer, abstract_model
 from mateconv_jax.training import optimizer, train_state
-from mateconv_jax.training.step import make_eval_step, make_train_step
+from mateconv_jax.training.step import LossOptions, make_eval_step, make_train_step, summed_loss
 from tests import llama
 
 STEPS = 50
@@ -22,63 +24,180 @@ def training(**changes):
     return config.training
 
 
+SCHEDULES = {
+    "cosine": lambda sgd, warmup, total: transformers.get_cosine_with_min_lr_schedule_with_warmup(
+        sgd, warmup, total, min_lr=1e-3
+    ),
+    "linear": lambda sgd, warmup, total: transformers.get_polynomial_decay_schedule_with_warmup(sgd, warmup, total, 1e-3, 1.0),
+    "polynomial": lambda sgd, warmup, total: transformers.get_polynomial_decay_schedule_with_warmup(
+        sgd, warmup, total, 1e-3, 2.0
+    ),
+    "constant": lambda sgd, warmup, total: transformers.get_constant_schedule_with_warmup(sgd, warmup),
+    "wsd": lambda sgd, warmup, total: transformers.get_wsd_schedule(
+        sgd, warmup, int(0.2 * total), num_training_steps=total, decay_type="linear", min_lr_ratio=0.1
+    ),
+}
+
+
+@pytest.mark.parametrize("warmup_steps", [None, 0, 3])
 @pytest.mark.parametrize("total_steps", [7, 50, 1000])
-def test_the_schedule_equals_transformers(total_steps):
-    schedule = optimizer.make_schedule(training(), total_steps)
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    sgd = torch.optim.SGD([parameter], lr=1e-2)
-    theirs = transformers.get_cosine_with_min_lr_schedule_with_warmup(sgd, int(0.1 * total_steps), total_steps, min_lr=1e-3)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_equal_transformers(name, total_steps, warmup_steps):
+    schedule = optimizer.make_schedule(training(lr_scheduler=name, warmup_steps=warmup_steps), total_steps)
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
+    theirs = SCHEDULES[name](sgd, schedule_start(total_steps, warmup_steps), total_steps)
     for step in range(total_steps):
         assert float(schedule(step)) == pytest.approx(theirs.get_last_lr()[0], abs=1e-8)
         sgd.step()
         theirs.step()
 
 
+@pytest.mark.parametrize(
+    "key, value", [("warmup_ratio", 0.5), ("warmup_steps", 9), ("min_lr", 5e-3), ("lr_scheduler", "linear")]
+)
+def test_an_option_changes_the_schedule(key, value):
+    assert float(optimizer.make_schedule(training(**{key: value}), 20)(8)) != float(optimizer.make_schedule(training(), 20)(8))
+
+
+def test_options_of_polynomial_and_wsd():
+    def at(step, **options):
+        return float(optimizer.make_schedule(training(warmup_steps=0, **options), 100)(step))
+
+    assert at(50, lr_scheduler="polynomial", lr_power=1.0) == pytest.approx((1e-2 + 1e-3) / 2)
+    assert at(79, lr_scheduler="wsd") == pytest.approx(1e-2) and at(90, lr_scheduler="wsd") == pytest.approx(5.5e-3)
+    assert at(79, lr_scheduler="wsd", decay_ratio=0.5) < 1e-2
+
+
+def random_params(rng):
+    shapes = {"matrix": (160, 130), "cube": (8, 4, 6), "scale": (7,)}
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def updates_of(options, gradients, params):
+    """Parameters after each step, as the training step applies them."""
+    tx, schedule = optimizer.make_optimizer(options, None), optimizer.make_schedule(options, STEPS)
+    params = jax.tree.map(jnp.asarray, params)
+    opt_state = tx.init(params)
+    update = jax.jit(tx.update)
+    for step, gradient in enumerate(gradients):
+        updates, opt_state = update(gradient, opt_state, params)
+        params = optax.apply_updates(params, jax.tree.map(lambda u: schedule(step) * u, updates))  # noqa: B023
+        yield params
+
+
+TORCH = {
+    "adamw": lambda groups, options: torch.optim.AdamW(groups, lr=1e-2, betas=(options.beta1, options.beta2)),
+    "adam": lambda groups, options: torch.optim.Adam(groups, lr=1e-2, betas=(options.beta1, options.beta2)),
+    "adafactor": lambda groups, options: torch.optim.Adafactor(groups, lr=1e-2, eps=(1e-30, 1e-3)),
+}
+
+
 @pytest.mark.parametrize("grad_clip", [0.0, 0.5])
-def test_fifty_steps_equal_pytorch(grad_clip):
-    """Clipping, AdamW with decay on matrices only, warm-up and cosine, on the same sequence of gradients."""
-    options = training(grad_clip=grad_clip)
+@pytest.mark.parametrize("name", TORCH)
+def test_fifty_steps_equal_pytorch(name, grad_clip):
+    """Clipping, decay on matrices only, warm-up and cosine, on the same sequence of gradients."""
+    options = training(optimizer_type=name, grad_clip=grad_clip)
     rng = np.random.default_rng(0)
-    params = {"matrix": rng.normal(size=(4, 3)).astype(np.float32), "scale": rng.normal(size=3).astype(np.float32)}
+    params = random_params(rng)
+    if name == "adafactor":  # optax factors what PyTorch does where both sides are at least 128, and PyTorch every matrix
+        del params["cube"]
     gradients = [{k: rng.normal(size=p.shape).astype(np.float32) for k, p in params.items()} for _ in range(STEPS)]
 
     tensors = {k: torch.nn.Parameter(torch.tensor(p)) for k, p in params.items()}
     groups = [
-        {"params": [tensors["matrix"]], "weight_decay": options.weight_decay},
+        {"params": [p for p in tensors.values() if p.ndim > 1], "weight_decay": options.weight_decay},
         {"params": [tensors["scale"]], "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(options.beta1, options.beta2))
-    scheduler = transformers.get_cosine_with_min_lr_schedule_with_warmup(adamw, 5, STEPS, min_lr=options.min_lr)
-
-    tx = optimizer.make_optimizer(options, optimizer.make_schedule(options, STEPS))
-    ours = jax.tree.map(jnp.asarray, params)
-    opt_state = tx.init(ours)
-    update = jax.jit(tx.update)
-    for gradient in gradients:
-        updates, opt_state = update(gradient, opt_state, ours)
-        ours = optax.apply_updates(ours, updates)
+    theirs = TORCH[name](groups, options)
+    scheduler = SCHEDULES["cosine"](theirs, 5, STEPS)
+    for gradient, ours in zip(gradients, updates_of(options, gradients, params), strict=True):
         for key, tensor in tensors.items():
             tensor.grad = torch.tensor(gradient[key])
         if grad_clip:
             torch.nn.utils.clip_grad_norm_(list(tensors.values()), grad_clip)
-        adamw.step()
+        theirs.step()
         scheduler.step()
         for key, tensor in tensors.items():
             np.testing.assert_allclose(ours[key], tensor.detach().numpy(), atol=1e-5)
 
 
-def make(ema_decay=0.9, use_ema=True, **changes):
-    c = llama.model_config()
-    options = training(**changes)
+def test_lion_equals_its_formula():
+    options = training(optimizer_type="lion", grad_clip=0.0, beta1=0.9, beta2=0.99)
     schedule = optimizer.make_schedule(options, STEPS)
-    tx = optimizer.make_optimizer(options, schedule)
+    rng = np.random.default_rng(0)
+    params = random_params(rng)
+    gradients = [{k: rng.normal(size=p.shape).astype(np.float32) for k, p in params.items()} for _ in range(10)]
+    momentum = jax.tree.map(np.zeros_like, params)
+    for step, ours in enumerate(updates_of(options, gradients, params)):
+        for key, p in params.items():
+            g, m, lr = gradients[step][key], momentum[key], float(schedule(step))
+            decay = options.weight_decay if p.ndim > 1 else 0.0
+            params[key] = p - lr * (np.sign(0.9 * m + 0.1 * g) + decay * p)
+            momentum[key] = 0.99 * m + 0.01 * g
+            np.testing.assert_allclose(ours[key], params[key], atol=1e-5)
+
+
+def orthogonalised(matrix):
+    """Five Newton-Schulz steps (Jordan, 2024), in double precision."""
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        s = x @ x.T
+        x = 3.4445 * x + (-4.775 * s + 2.0315 * s @ s) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def test_muon_orthogonalises_each_part_and_leaves_embedding_and_norms_to_adamw():
+    c = llama.model_config()
+    options = training(optimizer_type="muon", grad_clip=0.0)
+    params = train_state.init(c, optax.identity(), 0, False).params
+    labels = optimizer.muon_labels(optimizer.to_parts(params, c))
+    by_label = {}
+    for path, label in jax.tree.leaves_with_path(labels):
+        by_label.setdefault(label, set()).add(path[-1].key)
+    assert by_label == {
+        "muon": {"wq_DHN", "wk_DKN", "wv_DKN", "wo_HND", "w1_DF", "w3_DF", "w2_FD"},
+        "adamw": {"embedding_VD", "scale_D"},
+    }
+
+    gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)
+    tx = optimizer.make_optimizer(options, c)
+    updates, _ = tx.update(gradients, tx.init(params), params)
+    parts, weights, grads = (optimizer.to_parts(tree, c)["blocks"][1] for tree in (updates, params, gradients))
+    for place, name, shape in [
+        ("attention", "wq_DHN", (c.dim, -1)), ("attention", "wk_DKN", (c.dim, -1)), ("attention", "wv_DKN", (c.dim, -1)),
+        ("attention", "wo_HND", (-1, c.dim)), ("feed_forward", "w1_DF", (c.dim, -1)), ("feed_forward", "w3_DF", (c.dim, -1)),
+        ("feed_forward", "w2_FD", (-1, c.dim)),
+    ]:  # fmt: skip
+        gradient = np.asarray(grads[place][name], np.float64).reshape(shape)
+        direction = 0.2 * max(gradient.shape) ** 0.5 * orthogonalised(gradient)
+        expected = -(direction + options.weight_decay * np.asarray(weights[place][name]).reshape(shape))
+        np.testing.assert_allclose(np.asarray(parts[place][name]).reshape(shape), expected, atol=1e-4)
+    adamw = optax.adamw(1.0, options.beta1, options.beta2, weight_decay=options.weight_decay, mask=optimizer.is_matrix)
+    plain, _ = adamw.update(gradients, adamw.init(params), params)
+    for name in ("embedding_VD", "norm"):
+        jax.tree.map(np.testing.assert_array_equal, updates[name], plain[name])
+
+
+def make(use_ema=True, model=None, loss=LossOptions(), **changes):
+    c = llama.model_config(**(model or {}))
+    options = training(**dict(ema_decay=0.9, ema_warmup=False) | changes)
+    tx = optimizer.make_optimizer(options, c)
     graph, _ = abstract_model(c)
-    return graph, make_train_step(graph, tx, schedule, ema_decay), train_state.init(c, tx, 0, use_ema)
+    step = make_train_step(graph, tx, optimizer.make_schedule(options, STEPS), options, loss)
+    return graph, step, train_state.init(c, tx, 0, use_ema)
 
 
-def random_batch(seed, rows=4, seq_len=12):
-    tokens = jax.random.randint(jax.random.key(seed), (rows, seq_len + 1), 0, 96).astype(jnp.uint16)
-    return {"tokens": tokens, "length": jnp.full(rows, seq_len + 1, jnp.int32)}
+def random_batch(seed, rows=4, seq_len=12, steps=1):
+    """A step's batch of `steps` micro-batches."""
+    tokens = jax.random.randint(jax.random.key(seed), (steps, rows, seq_len + 1), 0, 96).astype(jnp.uint16)
+    return {"tokens": tokens, "length": jnp.full((steps, rows), seq_len + 1, jnp.int32)}
+
+
+def one(batch):
+    """Its only micro-batch."""
+    [tokens], [length] = batch["tokens"], batch["length"]
+    return {"tokens": tokens, "length": length}
 
 
 def test_training_equals_pytorch_from_the_tokens_to_the_weights():
@@ -99,7 +218,7 @@ def test_training_equals_pytorch_from_the_tokens_to_the_weights():
     scheduler = transformers.get_cosine_with_min_lr_schedule_with_warmup(adamw, 5, STEPS, min_lr=3e-4)
     for step in range(STEPS):
         batch = random_batch(step % 3)
-        tokens = torch.tensor(np.asarray(batch["tokens"], np.int64))
+        tokens = torch.tensor(np.asarray(batch["tokens"][0], np.int64))
         loss = torch.nn.functional.cross_entropy(torch_model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
         adamw.zero_grad()
         loss.backward()
@@ -114,7 +233,7 @@ def test_training_equals_pytorch_from_the_tokens_to_the_weights():
 
 
 def test_ema_follows_its_formula():
-    _, train_step, state = make(ema_decay=0.9)
+    _, train_step, state = make()
     expected = np.asarray(jax.tree.leaves(state.params)[0], np.float64)
     for seed in range(10):
         state, _ = train_step(state, random_batch(seed))
@@ -122,8 +241,21 @@ def test_ema_follows_its_formula():
     np.testing.assert_allclose(jax.tree.leaves(state.ema_params)[0], expected, atol=1e-6)
 
 
-def test_nothing_is_compiled_after_the_first_step():
-    _, train_step, state = make()
+def test_ema_warmup_forgets_the_first_steps():
+    _, train_step, state = make(ema_decay=0.9, ema_warmup=True)
+    expected = np.asarray(jax.tree.leaves(state.params)[0], np.float64)
+    for step in range(12):
+        state, _ = train_step(state, random_batch(step))
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * np.asarray(jax.tree.leaves(state.params)[0])
+    np.testing.assert_allclose(jax.tree.leaves(state.ema_params)[0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"optimizer_type": "muon"}, {"model": {"dtype": np.dtype("float16"), "attention": "xla"}}]
+)
+def test_nothing_is_compiled_after_the_first_step(options):
+    _, train_step, state = make(**options)
     for seed in range(4):
         state, _ = train_step(state, random_batch(seed))
     assert train_step._cache_size() == 1
@@ -132,7 +264,7 @@ def test_nothing_is_compiled_after_the_first_step():
 def test_padding_is_no_target():
     graph, _, state = make()
     eval_step = make_eval_step(graph)
-    batch = random_batch(0)
+    batch = one(random_batch(0))
     batch["length"] = jnp.array([13, 5, 2, 0])
     loss, count = eval_step(state.params, batch)
     assert int(count) == 12 + 4 + 1
@@ -146,5 +278,185 @@ def test_padding_is_no_target():
 def test_initial_loss_is_near_ln_vocab():
     c = llama.model_config()
     graph, params = nnx.split(Transformer(c, nnx.Rngs(0)))
-    loss, count = make_eval_step(graph)(params, random_batch(0, rows=16))
+    loss, count = make_eval_step(graph)(params, one(random_batch(0, rows=16)))
     assert float(loss / count) == pytest.approx(np.log(96), abs=0.1)
+
+
+def changes_of(state, after):
+    return jax.tree.map(lambda a, b: np.asarray(b, np.float64) - np.asarray(a), state, after)
+
+
+def test_accumulated_micro_batches_equal_the_large_batch():
+    """Weighted by tokens: rows of different lengths, and a micro-batch with hardly any."""
+    lengths = jnp.array([13, 4, 9, 13, 2, 1, 0, 2, 13, 13, 7, 5], jnp.int32)
+    large = random_batch(0, rows=12) | {"length": lengths[None]}
+    small = {"tokens": large["tokens"].reshape(3, 4, 13), "length": lengths.reshape(3, 4)}
+    results = []
+    for batch, accumulation_steps in ((large, 1), (small, 3)):
+        # A plain multiple of the gradient as update: Adam would blow up rounding.
+        _, train_step, state = make(accumulation_steps=accumulation_steps, optimizer_type="adafactor", warmup_steps=0)
+        before = jax.tree.map(np.asarray, state.params)
+        after, metrics = train_step(state, batch)
+        results.append((changes_of(before, after.params), metrics))
+    for a, b in zip(jax.tree.leaves(results[0][0]), jax.tree.leaves(results[1][0]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    for name in ("train/loss", "grad_norm"):
+        assert float(results[0][1][name]) == pytest.approx(float(results[1][1][name]), rel=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_changes_the_program_and_not_the_gradient(remat):
+    graph, _, state = make()
+    batch = one(random_batch(0))
+
+    def gradient(options):
+        return jax.jit(jax.grad(lambda params: summed_loss(graph, params, batch, options)[2])).lower(state.params)
+
+    plain, again = gradient(LossOptions()), gradient(LossOptions(remat=remat))
+    assert again.as_text().count("dot_general") > plain.as_text().count("dot_general")
+    for a, b in zip(
+        jax.tree.leaves(plain.compile()(state.params)), jax.tree.leaves(again.compile()(state.params)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_z_loss_adds_its_formula_to_the_objective_alone():
+    graph, _, state = make()
+    batch = one(random_batch(0))
+    loss, count, objective = summed_loss(graph, state.params, batch, LossOptions(z_loss=0.01))
+    logits = nnx.merge(graph, state.params)(batch["tokens"][:, :-1].astype(int))
+    squares = jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2)
+    assert float(loss) == float(summed_loss(graph, state.params, batch)[0])
+    assert float(objective - loss) == pytest.approx(0.01 * float(squares), rel=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["xla", "blocked"])
+def test_a_document_mask_makes_each_document_as_if_it_were_alone(attention):
+    graph, _, state = make(model={"attention": attention})
+    params = jax.tree.map(lambda p: 5 * p if p.ndim > 1 else p, state.params)
+    lengths = [5, 70, 30, 25]  # over the borders of blocked attention's blocks
+    documents = [jax.random.randint(jax.random.key(i), (1, n), 2, 96).at[:, 0].set(1) for i, n in enumerate(lengths)]
+    row = jnp.concatenate(documents, axis=1)
+    together = nnx.merge(graph, params)(row, jnp.cumsum(row == 1, axis=1))
+    alone = jnp.concatenate([nnx.merge(graph, params)(document) for document in documents], axis=1)
+    np.testing.assert_allclose(together, alone, atol=2e-4)
+    assert float(jnp.abs(nnx.merge(graph, params)(row) - alone).max()) > 0.1
+    batch = {"tokens": jnp.concatenate([row, row[:, :1]], axis=1), "length": jnp.array([131])}
+
+    def loss(options):
+        return float(summed_loss(graph, params, batch, options)[0])
+
+    assert loss(LossOptions(document_start=1)) != loss(LossOptions())
+
+
+def test_a_document_mask_has_the_same_gradient_in_both_backends():
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (2, 150, heads, 8)) for key, heads in zip(keys, (6, 3, 3), strict=True))
+    documents = jnp.cumsum(jax.random.bernoulli(keys[0], 0.05, (2, 150)), axis=1)
+    gradients = [
+        jax.grad(lambda x: jnp.sum(attention_lib.causal_attention(*x, backend, documents) ** 2))((q, k, v))  # noqa: B023
+        for backend in ("xla", "blocked")
+    ]
+    for a, b in zip(*gradients, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_dropout_drops_its_share_by_step_and_seed_and_never_in_evaluation():
+    def loss(seed=1, steps=1, rate=0.3):
+        graph, train_step, state = make(model={"dropout": rate, "attention": "xla"}, learning_rate=1e-9, min_lr=0.0, seed=seed)
+        evaluated = make_eval_step(graph)(state.params, one(random_batch(0)))
+        for _ in range(steps):
+            state, metrics = train_step(state, random_batch(0))
+        return float(metrics["train/loss"]), float(evaluated[0] / evaluated[1])
+
+    trained, evaluated = loss()
+    assert trained == loss()[0]
+    assert len({trained, loss(seed=2)[0], loss(steps=2)[0], loss(rate=0.0)[0]}) == 4
+    assert evaluated == loss(rate=0.0)[1] == pytest.approx(loss(rate=0.0)[0], rel=1e-6)
+    x = attention_lib.dropout(jnp.ones(100_000), 0.3, jax.random.key(0))
+    assert float(jnp.mean(x == 0)) == pytest.approx(0.3, abs=0.01) and float(jnp.mean(x)) == pytest.approx(1, abs=0.01)
+
+
+def test_each_dropout_of_the_model_drops_something():
+    """Embedding, attention weights, and both residual branches: with a rate, each of their keys changes the logits."""
+    model = nnx.merge(*nnx.split(Transformer(llama.model_config(dropout=0.5, attention="xla"), nnx.Rngs(0))))
+    tokens = one(random_batch(0))["tokens"][:, :-1].astype(int)
+    calls = []
+    original = attention_lib.dropout
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            attention_lib, "dropout", lambda x, rate, key: calls.append((x.shape, rate, key)) or original(x, rate, key)
+        )
+        model(tokens, dropout_key=jax.random.key(0))
+    c = model.c
+    assert len(calls) == 1 + 3 * c.n_layers and all(rate == 0.5 for _, rate, _ in calls)
+    assert len({tuple(jax.random.key_data(key).tolist()) for _, _, key in calls}) == len(calls)
+    assert sum(len(shape) == 5 for shape, _, _ in calls) == c.n_layers  # the weights (B, K, G, S, T)
+
+
+def test_dropout_needs_a_backend_that_can():
+    assert attention_lib.choose_backend("auto", "cpu", np.dtype("float32"), 0.1) == "xla"
+    with pytest.raises(UserError, match=r"model\.attention: blocked cannot drop weights \(with model\.dropout=0\.1"):
+        attention_lib.choose_backend("blocked", "cpu", np.dtype("float32"), 0.1)
+
+
+# ---- float16, and steps that are left out ----------------------------------------------------------------------------
+
+HALF = {"dtype": np.dtype("float16"), "attention": "xla"}
+
+
+def test_the_loss_scale_equals_pytorchs():
+    theirs = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=train_state.LossScale.GROW_AFTER)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    sgd = torch.optim.SGD([parameter], lr=0.0)
+    ours = train_state.LossScale(jnp.float32(2**16), jnp.int32(0))
+    update = jax.jit(train_state.LossScale.update)
+    rng = np.random.default_rng(0)
+    for step in range(5000):
+        finite = bool(rng.random() > (0.002 if step < 1000 else 0))
+        theirs.scale(torch.zeros(1))  # what makes its scale a tensor
+        parameter.grad = torch.tensor([1.0 if finite else float("inf")])
+        theirs.step(sgd)
+        theirs.update()
+        ours = update(ours, jnp.bool_(finite))
+        assert float(ours.scale) == theirs.get_scale(), step
+
+
+def test_float16_skips_an_overflow_halves_the_scale_and_goes_on():
+    _, train_step, state = make(model=HALF, warmup_steps=0)
+    state, metrics = train_step(state, random_batch(0))
+    assert float(metrics["bad_steps"]) == 0 and float(metrics["loss_scale"]) == 2**16
+    state = state.replace(loss_scale=state.loss_scale.replace(scale=jnp.float32(2**40)))
+    before = jax.tree.map(np.asarray, (state.params, state.ema_params, state.opt_state))
+    state, metrics = train_step(state, random_batch(1))
+    assert not np.isfinite(float(metrics["grad_norm"])) and float(metrics["bad_steps"]) == 1
+    jax.tree.map(np.testing.assert_array_equal, before, (state.params, state.ema_params, state.opt_state))
+    assert float(state.loss_scale.scale) == 2**39 and int(state.step) == 2
+    skipped = 1
+    while float(metrics["bad_steps"]):
+        state, metrics = train_step(state, random_batch(2))
+        skipped += 1
+    assert 10 < skipped < 35 and int(state.bad_steps) == 0
+
+
+def test_float16_learns_as_float32_does():
+    losses = []
+    for model in (HALF, {}):
+        _, train_step, state = make(model=model, learning_rate=3e-3, min_lr=3e-4)
+        for step in range(30):
+            state, metrics = train_step(state, random_batch(step % 3))
+        losses.append(float(metrics["train/loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] < 4
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_names_the_leaf():
+    _, train_step, state = make(warmup_steps=0)
+    state, _ = train_step(state, random_batch(0))
+    good = jax.tree.map(np.asarray, state)
+    block = state.params["blocks"][1]["feed_forward"]["w2_FD"]
+    broken = jax.tree.map(lambda p: p.at[0, 0].set(jnp.inf) if p is block[...] else p, state.params)
+    state, metrics = train_step(state.replace(params=broken), random_batch(1))
+    assert float(metrics["bad_steps"]) == 1 and int(state.bad_steps) == 1
+    jax.tree.map(np.testing.assert_array_equal, good.opt_state, state.opt_state)
+    jax.tree.map(np.testing.assert_array_equal, good.ema_params, state.ema_params)
+    assert float(metrics["lr"]) > 0 and not np.isfinite(jax.tree.leaves(metrics["leaf_norms"])).all()

@@ -1,0 +1,141 @@
+"""Train a tokenizer, or look into one:  python -m mateconv_jax.tokenizer train --input raw.jsonl --output tokenizer"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mateconv_jax.data import chunk_work, preparation, sources as sources_lib, tokenizer as tokenizer_lib, tokenizer_report
+from mateconv_jax.errors import UserError, exit_code
+
+INSPECT_MB = 4  # of each --input: seconds, and the ratio's second decimal is right
+
+
+def train(args):
+    output = Path(args.output)
+    sources = sources_lib.find(args.input)
+    print(f"tokenizer: reading {', '.join(source.path for source in sources)}", file=sys.stderr, flush=True)
+    with _folder_aside(output, args.overwrite) as partial:
+        texts = _texts(sources, args.text_key, args.sample_mb, args.seed)
+        trained = tokenizer_lib.train(texts, args.vocab_size, args.split_digits, args.special_tokens)
+        trained.save_pretrained(partial)
+    print(f"{output}: {len(trained):,} tokens. Look into it with: python -m mateconv_jax.tokenizer inspect {output}")
+
+
+def inspect(args):
+    sys.stdout.reconfigure(errors="backslashreplace")  # a vocabulary has characters that a log's encoding may not have
+    tokenizer = tokenizer_lib.load(args.folder, "inspect")
+    compare = tokenizer_lib.load(args.compare, "--compare") if args.compare else None
+    try:
+        if args.encode is not None:
+            for name, one in [(args.folder, tokenizer), *([(args.compare, compare)] if compare else [])]:
+                tokenizer_report.print_encoding(one, args.encode, name)
+        elif args.vocab or args.grep is not None:
+            tokenizer_report.print_vocabulary(tokenizer, args.grep or "", compare)
+        else:
+            inputs = {source.path: [source] for source in sources_lib.find(args.input)}
+            texts = {path: list(_texts(source, args.text_key, INSPECT_MB)) for path, source in inputs.items()}
+            report = tokenizer_report.report(tokenizer, texts, compare)
+            if args.json:
+                print(json.dumps(report, ensure_ascii=False, indent=2))
+            else:
+                tokenizer_report.print_report(report, args.folder, args.compare)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; nothing must be written to the pipe at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _folder_aside(output: Path, overwrite: bool) -> Iterator[Path]:
+    """A new folder that takes the place of `output` when the block ends without an error, and is gone otherwise."""
+    if output.exists() and not overwrite:
+        raise UserError(f"--output: {str(output)!r} is there already (choose another folder, or --overwrite)")
+    if output.exists() and not (output / "tokenizer.json").is_file():
+        raise UserError(f"--output: {str(output)!r} holds no tokenizer and is not replaced (choose another folder)")
+    partial, replaced = (output.with_name(f"{output.name}.{state}") for state in ("partial", "replaced"))
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if output.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            output.rename(replaced)
+        partial.rename(output)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"cannot read or write {error.filename or str(output)!r} ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _texts(sources: list[sources_lib.Source], text_key: str, sample_mb: float, seed: int = 0) -> Iterator[str]:
+    """Texts of a sample of the inputs, read and cleaned as `prepare` does by default."""
+    if bins := [source.path for source in sources if source.format == "bin"]:
+        raise UserError(f"--input: {bins[0]!r} holds token ids, not text (expected JSONL or .txt)")
+    options = chunk_work.PrepareOptions(text_key=text_key)
+    with tqdm(
+        preparation.all_chunks(sources, options, None), "reading", unit=" chunks", disable=not sys.stderr.isatty()
+    ) as chunks:
+        sampled = list(preparation.sample(chunks, int(sample_mb * 1e6), seed))
+    n_texts = 0
+    for text in preparation.clean_texts(sampled, options):
+        n_texts += 1
+        yield text
+    if not n_texts:
+        names = ", ".join(source.path for source in sources)
+        raise UserError(f"--input: no text in {names} (expected documents of at most {sample_mb:g} MB, key {text_key!r})")
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(prog="python -m mateconv_jax.tokenizer", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="train | inspect")
+
+    command = commands.add_parser("train", help="a byte-level BPE", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command.set_defaults(run=train)
+    add = command.add_argument
+    add("--input", nargs="+", required=True, help="files or globs, JSONL or .txt, also .gz, .xz, .zst; - is standard input")
+    add("--output", required=True, help="the folder to make")
+    add("--vocab_size", type=int, default=6400, help="tokens at most, control tokens and the 256 bytes among them")
+    add("--split_digits", action="store_true", help="one token a digit")
+    add("--special_tokens", nargs="+", default=[], metavar="TOKEN", help="more control tokens, with the ids from 4 on")
+    add("--sample_mb", type=float, default=64, help="train on at most so much of the input, drawn evenly; 64 take 0.8 GB "
+        "of memory for 6,400 tokens, 2.4 for 32,000")  # fmt: skip
+    add("--text_key", default="text", help='the key of a JSON line\'s text; {"messages": […]} is a dialogue')
+    add("--seed", type=int, default=0, help="of the sample")
+    add("--overwrite", action="store_true", help="replace the folder if it is there")
+
+    command = commands.add_parser("inspect", help="what a tokenizer holds, and how well it serves")
+    command.set_defaults(run=inspect)
+    add = command.add_argument
+    add("folder", metavar="DIR", help="a folder with tokenizer.json")
+    add("--compare", metavar="DIR", help="show another tokenizer beside it")
+    add("--input", nargs="+", default=[], help=f"compress these files too, a sample of {INSPECT_MB} MB of each, and check "
+        "that they come back")  # fmt: skip
+    add("--text_key", default="text", help="the key of a JSON line's text (default: text)")
+    instead = command.add_argument_group("in place of the overview")
+    add = instead.add_mutually_exclusive_group().add_argument
+    add("--vocab", action="store_true", help="all tokens, a line each: id, tab, text (tab, id in the other tokenizer)")
+    add("--encode", metavar="TEXT", help="the pieces of a text")
+    add("--json", action="store_true", help="the overview as JSON")
+    instead.add_argument("--grep", metavar="TEXT", help="only tokens with this text in them, as --vocab shows them")
+    args = parser.parse_args(argv)
+    if args.run is inspect:
+        listing = args.vocab or args.grep is not None
+        if args.input and (listing or args.encode is not None):
+            parser.error("--input: only for the overview (expected no --vocab, --grep or --encode)")
+        if args.grep is not None and (args.json or args.encode is not None):
+            parser.error("--grep: only with --vocab, or alone (expected no --json or --encode)")
+    elif args.sample_mb <= 0:
+        parser.error(f"--sample_mb: {args.sample_mb} is not possible (expected more than 0)")
+    return args
+
+
+if __name__ == "__main__":
+    arguments = parse_args(sys.argv[1:])
+    sys.exit(exit_code(arguments.run, arguments))

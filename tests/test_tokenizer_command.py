@@ -1,0 +1,170 @@
+"""python -m mateconv_jax.tokenizer: every option changes something, and what is wrong is one line."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mateconv_jax.data import tokenizer as tokenizer_lib
+from mateconv_jax.errors import UserError
+from mateconv_jax.tokenizer import parse_args
+
+
+def run(*arguments):
+    args = parse_args(list(map(str, arguments)))
+    args.run(args)
+
+
+def trained(output, *arguments):
+    run("train", "--output", output, *arguments)
+    return tokenizer_lib.load(output, "--output")
+
+
+@pytest.fixture(scope="module")
+def numbers_jsonl(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "numbers.jsonl"
+    lines = ({"text": f"{year}年的故事", "other": "甲乙丙丁戊己庚辛"} for year in range(1900, 2100))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(demo_jsonl, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizers") / "mine"
+    trained(folder, "--input", demo_jsonl, "--vocab_size", 400)
+    return folder
+
+
+# ---- train --------------------------------------------------------------------------------------------------------
+
+
+def test_a_trained_folder_loads_and_is_that_of_its_texts(folder, demo_jsonl, capsys):
+    texts = []
+    for line in demo_jsonl.read_text().splitlines():
+        document = json.loads(line)
+        messages = document.get("messages", [])
+        texts += [document["text"]] if not messages else [f"{m['role']}\n{m['content']}" for m in messages]
+    expected = tokenizer_lib.train(texts, 400)
+    assert tokenizer_lib.fingerprint(tokenizer_lib.load(folder, "")) == tokenizer_lib.fingerprint(expected)
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["mine"]
+
+
+def test_every_option_of_train_changes_the_tokenizer(numbers_jsonl, tmp_path):
+    def fingerprint(name, *options):
+        tokenizer = trained(tmp_path / name, "--input", numbers_jsonl, "--vocab_size", 320, *options)
+        return tokenizer_lib.fingerprint(tokenizer)
+
+    sample = ("--sample_mb", 0.001)
+    different = [
+        fingerprint("plain"), fingerprint("size", "--vocab_size", 300), fingerprint("digits", "--split_digits"),
+        fingerprint("special", "--special_tokens", "<think>", "</think>"), fingerprint("key", "--text_key", "other"),
+        fingerprint("sample", *sample), fingerprint("seed", *sample, "--seed", 1),
+    ]  # fmt: skip
+    assert len(set(different)) == len(different)
+    assert tokenizer_lib.load(tmp_path / "special", "").convert_tokens_to_ids("</think>") == 5
+    assert fingerprint("sample again", *sample) == different[5]
+
+
+def test_several_inputs_standard_input_and_text_files(numbers_jsonl, demo_jsonl, tmp_path, monkeypatch):
+    plain = tmp_path / "plain.txt"
+    plain.write_text("".join(json.loads(line)["text"] + "\n" for line in numbers_jsonl.open()))
+    both = trained(tmp_path / "both", "--input", numbers_jsonl, demo_jsonl, "--vocab_size", 600)
+    same = trained(tmp_path / "same", "--input", plain, demo_jsonl, "--vocab_size", 600)
+    assert tokenizer_lib.fingerprint(both) == tokenizer_lib.fingerprint(same)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(numbers_jsonl.read_bytes())))
+    piped = trained(tmp_path / "piped", "--input", "-", "--vocab_size", 320)
+    alone = trained(tmp_path / "alone", "--input", numbers_jsonl, "--vocab_size", 320)
+    assert tokenizer_lib.fingerprint(piped) == tokenizer_lib.fingerprint(alone)
+
+
+def test_a_folder_is_replaced_only_when_told(numbers_jsonl, tmp_path):
+    output = tmp_path / "tokenizer"
+    flags = ("--input", numbers_jsonl, "--vocab_size")
+    trained(output, *flags, 300)
+    with pytest.raises(UserError, match="--output: .*tokenizer' is there already .*--overwrite"):
+        trained(output, *flags, 310)
+    assert len(tokenizer_lib.load(output, "")) == 300
+    assert len(trained(output, *flags, 310, "--overwrite")) == 310
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(UserError, match="--output: .*photos' holds no tokenizer and is not replaced"):
+        trained(tmp_path / "photos", *flags, 310, "--overwrite")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "tokenizer"]
+
+
+def test_what_is_there_survives_a_training_that_fails(numbers_jsonl, tmp_path):
+    trained(tmp_path / "tokenizer", "--input", numbers_jsonl, "--vocab_size", 300)
+    with pytest.raises(UserError, match="--vocab_size"):
+        trained(tmp_path / "tokenizer", "--input", numbers_jsonl, "--vocab_size", 10, "--overwrite")
+    assert len(tokenizer_lib.load(tmp_path / "tokenizer", "")) == 300
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
+
+
+def test_inputs_that_hold_no_text(tmp_path, numbers_jsonl):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "ids.bin").write_bytes(b"\1\0")
+    with pytest.raises(UserError, match="--input: no text in .*empty.jsonl"):
+        trained(tmp_path / "out", "--input", tmp_path / "empty.jsonl")
+    with pytest.raises(UserError, match="--input: no text in .* key 'body'"):
+        trained(tmp_path / "out", "--input", numbers_jsonl, "--text_key", "body")
+    with pytest.raises(UserError, match="--input: .*ids.bin' holds token ids"):
+        trained(tmp_path / "out", "--input", tmp_path / "ids.bin")
+    with pytest.raises(UserError, match="--input: no file at"):
+        trained(tmp_path / "out", "--input", tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="cannot read or write .*ids.bin"):
+        trained(tmp_path / "ids.bin" / "out", "--input", numbers_jsonl)
+
+
+# ---- inspect ------------------------------------------------------------------------------------------------------
+
+
+def test_every_option_of_inspect_shows_something_else(folder, numbers_jsonl, tmp_path, capsys):
+    def shown(*options):
+        capsys.readouterr()
+        run("inspect", folder, *options)
+        return capsys.readouterr().out
+
+    trained(tmp_path / "other", "--input", numbers_jsonl, "--vocab_size", 300)
+    plain = shown()
+    assert str(folder) in plain and "400 tokens" in plain and "difference" not in plain
+    compared = shown("--compare", tmp_path / "other")
+    assert "300 tokens" in compared and "difference" in compared
+    assert "numbers.jsonl" in shown("--input", numbers_jsonl)
+    assert shown("--input", numbers_jsonl) != shown("--input", numbers_jsonl, "--text_key", "other")
+    assert len(shown("--vocab").splitlines()) == 400
+    assert len(shown("--vocab", "--compare", tmp_path / "other").splitlines()[0].split("\t")) == 3
+    found = shown("--grep", "最爱吃")
+    assert found and all("最爱吃" in line for line in found.splitlines())
+    assert shown("--vocab", "--grep", "最爱吃") == found
+    assert shown("--grep", "没有这样的词") == ""
+    assert shown("--encode", "中国的首都").startswith(f"{folder}: 5 characters in ")
+    assert f"\n{tmp_path / 'other'}: 5 characters in " in shown("--encode", "中国的首都", "--compare", tmp_path / "other")
+    made = json.loads(shown("--json", "--compare", tmp_path / "other", "--input", numbers_jsonl))
+    assert made["vocab_size"] == 400 and made["compare"]["vocab_size"] == 300
+    assert made["compression"][str(numbers_jsonl)]["characters"] == 200 * 8
+
+
+@pytest.mark.parametrize("view", [[], ["--vocab"], ["--json"], ["--encode", "中国" * 50_000]])
+def test_a_reader_that_has_seen_enough_is_no_error(folder, view):
+    command = [sys.executable, "-m", "mateconv_jax.tokenizer", "inspect", str(folder), *view]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "--input", "none", "--output", "x", "--sample_mb", "0"], "--sample_mb: 0.0 is not possible"),
+        (["train", "--input", "none", "--output", "x"], "--input: no file at 'none'"),
+        (["inspect", "none"], "inspect: no tokenizer at 'none'"),
+        (["inspect", ".", "--vocab", "--input", "x"], "--input: only for the overview"),
+        (["inspect", ".", "--encode", "x", "--grep", "x"], "--grep: only with --vocab"),
+        (["inspect", ".", "--vocab", "--json"], "not allowed with argument --vocab"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(arguments, message):
+    result = subprocess.run([sys.executable, "-m", "mateconv_jax.tokenizer", *arguments], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr and message in result.stderr.splitlines()[-1]
