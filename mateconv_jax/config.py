@@ -10,9 +10,10 @@ import re
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference, placeholder
 
 from mateconv_jax.errors import UserError
+from mateconv_jax.training import durations
 
 
 def default_config() -> ConfigDict:
@@ -69,11 +70,20 @@ def default_config() -> ConfigDict:
     config.training.use_ema = False
     config.training.ema_decay = 0.9999
     config.training.ema_warmup = True  # a smaller decay in the first steps: (1 + step) / (10 + step)
-    config.training.eval_interval = 500  # optimizer steps, like the next three
+    # Optimizer steps, or "5%" of the run, or "0.5epoch".
+    config.training.eval_interval = FieldReference(500, field_type=object)
+    config.training.save_interval = FieldReference(1000, field_type=object)
+    config.training.log_interval = FieldReference(10, field_type=object)
     config.training.eval_iters = 100  # batches an evaluation reads at most
-    config.training.save_interval = 1000
-    config.training.log_interval = 10
+    config.training.early_stopping = False  # end after `patience` evaluations without a lower loss (of the EMA, if on)
+    config.training.patience = 5
     config.training.keep_latest = 3  # checkpoints
+    config.training.keep_every = placeholder(int)  # and those whose step is a multiple of this
+    config.training.keep_best = True  # and, in RUN/best, the one with the lowest validation loss
+    config.training.max_bad_steps = 20  # steps in a row whose gradient is not finite, before the run gives up
+    config.training.resume = "auto"  # auto: go on with the run in out_dir, if there is one | never: refuse to
+    config.training.resume_from = placeholder(str)  # RUN or RUN/checkpoints/STEP to go on from in a new out_dir
+    config.training.init_from = placeholder(str)  # a run whose weights a new one starts with
     return config.lock()
 
 
@@ -117,11 +127,14 @@ _CHECKS = {
     "training.grad_clip": _NOT_NEGATIVE,
     "training.dtype": _one_of("auto", "float32", "bfloat16", "float16"),
     "training.ema_decay": _FRACTION,
-    "training.eval_interval": _POSITIVE,
+    **{f"training.{key}": (durations.EXPECTED, durations.is_duration) for key in (
+        "eval_interval", "save_interval", "log_interval")},
     "training.eval_iters": _POSITIVE,
-    "training.save_interval": _POSITIVE,
-    "training.log_interval": _POSITIVE,
+    "training.patience": _POSITIVE,
     "training.keep_latest": _POSITIVE,
+    "training.keep_every": _POSITIVE,
+    "training.max_bad_steps": _POSITIVE,
+    "training.resume": _one_of("auto", "never"),
     "training.seed": _NOT_NEGATIVE,
 }  # fmt: skip
 
@@ -152,6 +165,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
         model.hidden_dim = -(-int(8 * model.dim / 3) // model.multiple_of) * model.multiple_of
     if config.data.seq_len > model.max_seq_len:
         raise UserError(f"data.seq_len: {config.data.seq_len} is above model.max_seq_len ({model.max_seq_len})")
+    if config.training.resume_from and config.training.init_from:
+        raise UserError("training.init_from: not possible together with training.resume_from (expected one of them)")
     if config.training.min_lr > config.training.learning_rate:
         raise UserError(
             f"training.min_lr: {config.training.min_lr} is above training.learning_rate ({config.training.learning_rate})"

@@ -15,13 +15,14 @@ def check_values(instance, checks: list[tuple[str, bool, str]]) -> None:
 
 
 def exit_code(command, *args) -> int:
-    """Run `command(*args)`; a UserError becomes one line on standard error and 2, Ctrl-C becomes 130."""
+    """Run `command(*args)`, which returns None or its exit code; a UserError becomes one line on standard error and 2, Ctrl-C
+    becomes 130.
+    """
     try:
-        command(*args)
+        return command(*args) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0

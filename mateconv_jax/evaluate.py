@@ -1,4 +1,6 @@
-"""How well a model learned the demo corpus:  python -m mateconv_jax.evaluate --model_path=runs/demo --demo"""
+"""How well a model predicts text:  python -m mateconv_jax.evaluate --model_path=out --data=data/zh
+How well it learned the demo corpus:  python -m mateconv_jax.evaluate --model_path=runs/demo --demo
+"""
 
 import argparse
 import json
@@ -35,24 +37,59 @@ def score_demo(generator) -> dict[str, float]:
 
 
 def main(args):
-    from mateconv_jax.inference.text_generator import TextGenerator  # 3 s of imports, after the command line is right
+    if args.demo:
+        from mateconv_jax.inference.text_generator import TextGenerator  # 3 s of imports, after the command line is right
 
-    score = score_demo(TextGenerator.from_pretrained(args.model_path, use_ema=args.use_ema, dtype=args.dtype))
-    if args.json:
-        print(json.dumps(score))
+        score = score_demo(TextGenerator.from_pretrained(args.model_path, use_ema=args.use_ema, dtype=args.dtype))
+        if args.json:
+            print(json.dumps(score))
+            return
+        print(f"grammar: {score['grammar']:.1%} of {score['sentences']} sampled sentences belong to the demo corpus's language")
+        print(f"facts:   {score['facts']:.1%} of {score['questions']} questions asked in chat are answered right")
         return
-    print(f"grammar: {score['grammar']:.1%} of {score['sentences']} sampled sentences belong to the demo corpus's language")
-    print(f"facts:   {score['facts']:.1%} of {score['questions']} questions asked in chat are answered right")
+    from mateconv_jax import evaluation
+
+    result = evaluation.evaluate_run(
+        args.model_path, args.data, args.split, args.batch_size, args.max_batches, args.use_ema, args.dtype
+    )
+    if args.json:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        evaluation.print_table(result)
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(prog="python -m mateconv_jax.evaluate", description=__doc__)
-    parser.add_argument("--model_path", required=True, help="a run folder")
-    parser.add_argument("--demo", action="store_true", required=True, help="score what was trained on the demo corpus")
-    parser.add_argument("--use_ema", action=argparse.BooleanOptionalAction, default=None)
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser.parse_args(argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m mateconv_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model_path", required=True, help="a run folder")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--data",
+        nargs="+",
+        metavar="PATH",
+        help="a folder made by prepare; a flat .bin file; or raw text, as prepare takes it (JSONL, .txt, globs, -, tfds:…), "
+        "which is tokenised with the run's tokenizer",
+    )
+    what.add_argument("--demo", action="store_true", help="score what was trained on the demo corpus")
+    add(
+        "--use_ema",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="EMA weights or the raw ones (default: with --data both, with --demo EMA, where the run has EMA weights)",
+    )
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add("--json", action="store_true", help="print one JSON object")
+    group = parser.add_argument_group("with --data")
+    group.add_argument("--split", help="of the folder (default: validation)")
+    group.add_argument("--batch_size", type=int, help="rows over all devices (default: 8)")
+    group.add_argument("--max_batches", type=int, help="read no more than this many (default: all)")
+    args = parser.parse_args(argv)
+    for flag in ("split", "batch_size", "max_batches"):
+        if args.demo and getattr(args, flag) is not None:
+            parser.error(f"argument --{flag}: not allowed with argument --demo")
+    return args
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def parse_args(argv):
     add("--split_digits", action="store_true", help="one token a digit")
     add("--special_tokens", nargs="+", default=[], metavar="TOKEN", help="more control tokens, with the ids from 4 on")
     add("--sample_mb", type=float, default=64, help="train on at most so much of the input, drawn evenly; 64 take 0.8 GB "
-        "of memory for 6,400 tokens, 2.4 for 32,000")  # fmt: skip
+        "of memory for 6,400 tokens, 2 for 32,000")  # fmt: skip
     add("--text_key", default="text", help='the key of a JSON line\'s text; {"messages": […]} is a dialogue')
     add("--seed", type=int, default=0, help="of the sample")
     add("--overwrite", action="store_true", help="replace the folder if it is there")

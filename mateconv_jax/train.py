@@ -10,7 +10,7 @@ def main(argv):
     config = config_lib.resolve(config_lib.from_command_line(argv))
     from mateconv_jax.training.loop import train  # 6 s of imports, after the command line is known to be right
 
-    train(config)
+    return train(config)
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def sample(chunks: Iterable[Chunk], max_bytes: int, seed: int = 0) -> Iterator[C
     for chunk in chunks:
         for record in chunk.records:
             position += 1
-            if (number := rng.random()) >= limit:
+            if (number := rng.random()) >= limit or len(record[1]) > max_bytes:
                 continue
             heapq.heappush(kept, (-number, position, dataclasses.replace(chunk, records=[record], rejects=[])))
             size += len(record[1])

@@ -33,7 +33,7 @@ def train(
     """Byte-level BPE (Sennrich et al., 2016; GPT-2's bytes and pre-tokenisation) with MateConv's control tokens.
 
     The same texts in the same order give the same tokenizer, to the byte. The texts are held in memory; for 6,400 tokens the
-    trainer takes about 11 MB more for each MB of Chinese text, for 32,000 about 36, and 1 to 2 s.
+    trainer takes about 11 MB more for each MB of Chinese text, for 32,000 about 33, and 1 to 2 s.
 
     Args:
       texts: documents as plain text.

@@ -1,55 +1,149 @@
-"""Saving and restoring the TrainState with Orbax."""
+"""Saving and restoring a run with Orbax.
 
+RUN/checkpoints/STEP/state      TrainState
+RUN/checkpoints/STEP/progress   Progress, JSON
+RUN/best/STEP/…                 the same, of the lowest validation loss
+"""
+
+import dataclasses
+import errno
 import os
+import shutil
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 
 from mateconv_jax.errors import UserError
 from mateconv_jax.training.train_state import TrainState
 
 
-class Checkpoints:
-    """Asynchronous saves into RUN/checkpoints, the newest `keep_latest` kept. Leaving the block waits for the last save:
-    an exception during an asynchronous save would lose it otherwise.
+@dataclasses.dataclass
+class Progress:
+    """What a run knows besides its TrainState. Its place in the data is no part of it: a batch follows from the step.
+
+    best_loss, best_step: of all evaluations. bad_evaluations: since the best one. evaluated_step: the last one.
     """
 
-    def __init__(self, run_folder: Path, keep_latest: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep_latest, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(os.path.abspath(run_folder / "checkpoints"), options=options)
+    best_loss: float | None = None
+    best_step: int | None = None
+    bad_evaluations: int = 0
+    evaluated_step: int | None = None
+
+    def evaluated(self, step: int, loss: float) -> bool:
+        """Take the loss of an evaluation; whether it is the best so far."""
+        self.evaluated_step = step
+        if self.best_loss is None or loss < self.best_loss:
+            self.best_loss, self.best_step, self.bad_evaluations = loss, step, 0
+            return True
+        self.bad_evaluations += 1
+        return False
+
+
+class Checkpoints:
+    """Asynchronous saves into a run folder. Leaving the block waits for the last one: an exception during an asynchronous save
+    would lose it otherwise.
+    """
+
+    def __init__(self, run_folder: Path, keep_latest: int, keep_every: int | None, keep_best: bool):
+        self._folder = Path(os.path.abspath(run_folder))
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep_latest, keep_period=keep_every, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self._folder / "checkpoints", options=options)
+        self._best = None
+        if keep_best:
+            options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
+            self._best = ocp.CheckpointManager(self._folder / "best", options=options)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self._manager.close()
+    def __exit__(self, kind, error, traceback):
+        for manager in (self._manager, self._best):
+            if manager is not None:
+                with _clear_errors(self._folder):
+                    manager.close()
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Copies the state to the host and returns; writing goes on beside training. Saved already: nothing happens."""
-        if step != self._manager.latest_step():
-            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
-
-    def restore(self, abstract_state: TrainState) -> TrainState:
-        """The newest checkpoint, onto the shardings of `abstract_state`; they need not be those it was saved from.
+    def save(self, step: int, state: TrainState, progress: Progress) -> None:
+        """Copies the state to the host and returns; writing goes on beside training. Saved already: nothing happens.
 
         Raises:
-          UserError: the checkpoint holds another kind of state.
+          UserError: an earlier save could not be written.
         """
-        step = self._manager.latest_step()
-        try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)))
-        except (ValueError, KeyError) as error:
-            raise UserError(
-                f"training.out_dir: the checkpoint at step {step} in {self._manager.directory} does not fit this configuration "
-                f"({str(error).splitlines()[0][:200]})"
-            ) from error
-        return restored.state
+        if step != self._manager.latest_step():
+            with _clear_errors(self._folder):
+                self._manager.save(step, args=_save_args(state, progress))
+
+    def save_best(self, step: int, state: TrainState, progress: Progress) -> None:
+        """The same into `best`, which holds one checkpoint."""
+        if self._best is not None and step != self._best.latest_step():
+            with _clear_errors(self._folder):
+                self._best.save(step, args=_save_args(state, progress))
+
+    def restore(self, abstract_state: TrainState) -> tuple[TrainState, Progress]:
+        """The newest checkpoint that can be read, onto the shardings of `abstract_state`; they need not be those it was saved
+        from. What cannot be read is said, and moved to RUN/unreadable.
+
+        Raises:
+          UserError: none can be read.
+        """
+        reasons = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                state, progress = restore(self._folder / "checkpoints" / str(step), abstract_state)
+            except Exception as error:  # whatever the libraries raise for a file that is broken
+                reasons.append(f"step {step}: {' '.join(str(error).split())[:200] or type(error).__name__}")
+                continue
+            break
+        else:
+            raise UserError(f"training.out_dir: no checkpoint in {self._folder} can be read ({'; '.join(reasons)})")
+        for reason, step in zip(reasons, sorted(self._manager.all_steps(), reverse=True), strict=False):
+            logging.warning("checkpoint skipped and moved to %s: %s", self._folder / "unreadable", reason)
+            (self._folder / "unreadable").mkdir(exist_ok=True)
+            shutil.rmtree(self._folder / "unreadable" / str(step), ignore_errors=True)
+            (self._folder / "checkpoints" / str(step)).rename(self._folder / "unreadable" / str(step))
+        if reasons:
+            self._manager.reload()
+        return state, progress
+
+
+def restore(folder: Path, abstract_state: TrainState) -> tuple[TrainState, Progress]:
+    """One checkpoint, RUN/checkpoints/STEP. Raises whatever Orbax does for what it cannot read."""
+    handler = ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), progress=ocp.JsonCheckpointHandler())
+    with ocp.Checkpointer(handler) as checkpointer:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), progress=ocp.args.JsonRestore())
+        restored = checkpointer.restore(folder, args=args)
+    return restored.state, Progress(**restored.progress)
 
 
 def abstract(init, sharding) -> TrainState:
     """Shapes, dtypes and one sharding for all of what `init()` makes."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(init))
+
+
+def _save_args(state: TrainState, progress: Progress):
+    progress_args = ocp.args.JsonSave(dataclasses.asdict(progress))
+    return ocp.args.Composite(state=ocp.args.StandardSave(state), progress=progress_args)
+
+
+class _clear_errors:
+    """A save that failed, at once or since the last call, as a UserError."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is None or isinstance(error, (UserError, KeyboardInterrupt)):
+            return
+        full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
+        reason = os.strerror(errno.ENOSPC) if full else " ".join(str(error).split())[:300]
+        raise UserError(
+            f"training.out_dir: a checkpoint could not be written to {self._folder} ({reason}; earlier ones stay, and the same "
+            "command goes on from the newest)"
+        ) from error

@@ -14,17 +14,28 @@ from mateconv_jax.data import dataset, input_pipeline, tokenizer as tokenizer_li
 from mateconv_jax.data.rows import FlatRows, Rows
 from mateconv_jax.errors import UserError
 from mateconv_jax.model.transformer import ModelConfig, abstract_model
-from mateconv_jax.training import checkpoints as checkpoints_lib, optimizer, train_state
-from mateconv_jax.training.metrics import Metrics, logging_to
+from mateconv_jax.training import durations, optimizer, resume, train_state
+from mateconv_jax.training.checkpoints import Checkpoints
+from mateconv_jax.training.metrics import BadStep, Metrics, logging_to
+from mateconv_jax.training.signals import RESUMABLE, Signals
 from mateconv_jax.training.step import LossOptions, make_eval_step, make_train_step
 
 
-def train(config: ConfigDict) -> None:
-    """Train as `config` (resolved) says, from the newest checkpoint in training.out_dir where there is one.
+def train(config: ConfigDict) -> int:
+    """Train as `config` (resolved) says.
+
+    Returns:
+      0, or signals.RESUMABLE where SIGTERM or SIGINT ended it early; a checkpoint of that step is finished then.
 
     Raises:
-      UserError: a path, a size or an option that does not fit; the message names the key. Nothing was written then.
+      UserError: a path, a size or an option that does not fit; the message names the key. Nothing was written then. Or a
+        checkpoint that cannot be read or written; or gradients that are not finite for training.max_bad_steps.
     """
+    with Signals() as signals:
+        return _train(config, signals)
+
+
+def _train(config: ConfigDict, signals: Signals) -> int:
     training = config.training
 
     # ---- where: devices, partition rules ----------------------------------------------------------------------------
@@ -35,12 +46,16 @@ def train(config: ConfigDict) -> None:
     # ---- what: data, model, optimizer -------------------------------------------------------------------------------
     train_rows, val_rows, tokenizer = open_data(config)
     rows_per_step = training.batch_size * training.accumulation_steps
-    total_steps = training.max_steps or math.floor(training.epochs * len(train_rows) / rows_per_step)
+    steps_per_epoch = len(train_rows) / rows_per_step
+    total_steps = training.max_steps or math.floor(training.epochs * steps_per_epoch)
     if total_steps == 0:
         raise UserError(
             f"training.batch_size: {rows_per_step} rows of a step are more than the dataset's {len(train_rows)} rows x "
             f"{training.epochs} epochs (expected a smaller batch or more epochs)"
         )
+    eval_interval, save_interval, log_interval = (
+        durations.of(training, key, total_steps, steps_per_epoch) for key in ("eval_interval", "save_interval", "log_interval")
+    )
     schedule = optimizer.make_schedule(training, total_steps)
     tx = optimizer.make_optimizer(training, model_config)
     graph, abstract_params = abstract_model(model_config)
@@ -48,56 +63,109 @@ def train(config: ConfigDict) -> None:
     train_step = make_train_step(graph, tx, schedule, training, loss_options)
     eval_step = make_eval_step(graph, loss_options)
 
-    # ---- from where: the run folder's newest checkpoint > scratch ---------------------------------------------------
+    # ---- from where: own run folder > resume_from > init_from > scratch ---------------------------------------------
     folder = Path(training.out_dir)
-    check_run_folder(folder, config)
-    folder.mkdir(parents=True, exist_ok=True)
-    with logging_to(folder / "train.log"), checkpoints_lib.Checkpoints(folder, training.keep_latest) as checkpoints:
+    differences = resume.check(folder, config)
+    resume.make_folder(folder)
+    with (
+        logging_to(folder / "train.log"),
+        Checkpoints(folder, training.keep_latest, training.keep_every, training.keep_best) as checkpoints,
+    ):
         init = functools.partial(train_state.init, model_config, tx, training.seed, training.use_ema)
-        if checkpoints.latest_step() is None:
-            state = jax.jit(init, out_shardings=sharding.replicated(mesh))()
-        else:
-            state = checkpoints.restore(checkpoints_lib.abstract(init, sharding.replicated(mesh)))
+        state, progress, source = resume.start(config, checkpoints, init, sharding.replicated(mesh))
         run_folder.write_config(folder, config)
         tokenizer.save_pretrained(folder / "tokenizer")
         start_step = int(state.step)
         batches = input_pipeline.training_batches(
             train_rows, rows_per_step, training.seed, config.data.shuffle, start_step, config.data.num_workers
         )
-
-        n_params = sum(p.size for p in jax.tree.leaves(abstract_params))
-        tokens_per_step = rows_per_step * config.data.seq_len
-        log_header(config, model_config, n_params, train_rows, start_step, total_steps)
+        log_header(config, model_config, abstract_params, train_rows, total_steps, source)
+        for difference in differences:
+            logging.warning("not an exact continuation: %s", difference)
         if val_rows is None:
             logging.info("validation: none (there is no validation split and no data.val_data_path)")
 
-        if start_step >= total_steps:
-            logging.info("nothing to do: step %d of %d is in %s", start_step, total_steps, folder)
-            return
-
         # ---- the loop -----------------------------------------------------------------------------------------------
-        with Metrics(folder, start_step, total_steps, tokens_per_step, training.log_interval) as metrics:
-            for step in range(start_step + 1, total_steps + 1):
+        tokens_per_step = rows_per_step * config.data.seq_len
+        evaluated = progress.evaluated_step == start_step
+        with Metrics(folder, start_step, evaluated, total_steps, tokens_per_step, log_interval) as metrics:
+
+            def evaluation_due(step: int) -> bool:
+                regular = step % eval_interval == 0 or step == total_steps
+                return val_rows is not None and step > 0 and regular and progress.evaluated_step != step
+
+            def evaluate_and_keep_the_best(step: int) -> None:
+                with metrics.not_training():
+                    losses = evaluate(eval_step, state, val_rows, training, mesh, signals if step < total_steps else None)
+                    if losses is None:  # asked to stop: it is done when the run goes on
+                        return
+                    metrics.write(step, losses)
+                    if progress.evaluated(step, losses.get("val/ema_loss", losses["val/loss"])):
+                        checkpoints.save_best(step, state, progress)
+
+            def check_gradients(bad_step: BadStep | None, step: int) -> None:
+                if bad_step is None:
+                    return
+                place = np.arange((bad_step.step - 1) * rows_per_step, bad_step.step * rows_per_step)
+                rows = input_pipeline.row_numbers(place, len(train_rows), training.seed) if config.data.shuffle else place
+                logging.warning(
+                    "step %d: the gradient is not finite, the update is left out (%d in a row); rows %s; largest norms: %s",
+                    bad_step.step, bad_step.in_a_row, (rows % len(train_rows)).tolist(), bad_step.largest(),
+                )  # fmt: skip
+                if bad_step.in_a_row >= training.max_bad_steps:
+                    checkpoints.save(step, state, progress)
+                    raise UserError(
+                        f"training.max_bad_steps: {bad_step.in_a_row} steps in a row had a gradient that is not finite; the "
+                        f"parameters of step {bad_step.step - bad_step.in_a_row} are kept, in the checkpoint of step {step} "
+                        "(expected a lower training.learning_rate, a longer warm-up, or other data)"
+                    )
+
+            step = start_step
+            if evaluation_due(step):  # the run was stopped in its middle
+                evaluate_and_keep_the_best(step)
+            done = step >= total_steps or training.early_stopping and progress.bad_evaluations >= training.patience
+            if done:
+                logging.info("nothing to do: step %d of %d is in %s", step, total_steps, folder)
+            while not (done or signals.stop):
+                step += 1
                 batch = input_pipeline.micro_batches(next(batches), training.accumulation_steps)
                 state, step_metrics = train_step(state, to_devices(batch, mesh))  # dispatched, not waited for
-                metrics.push(step, step_metrics)  # reads an earlier step while this one runs
+                check_gradients(metrics.push(step, step_metrics), step)  # reads the step before while this one runs
 
                 last = step == total_steps
-                if val_rows is not None and (step % training.eval_interval == 0 or last):
+                if evaluation_due(step):
+                    check_gradients(metrics.flush(), step)
+                    evaluate_and_keep_the_best(step)
+                    if training.early_stopping and progress.bad_evaluations >= training.patience:
+                        logging.info(
+                            "early stopping: no lower loss than %.4f, of step %d, in %d evaluations",
+                            progress.best_loss, progress.best_step, progress.bad_evaluations,
+                        )  # fmt: skip
+                        last = True
+                if step % save_interval == 0 or last or signals.stop:
+                    check_gradients(metrics.flush(), step)
                     with metrics.not_training():
-                        metrics.write(step, evaluate(eval_step, state, val_rows, training, mesh))
-                if step % training.save_interval == 0 or last:
-                    with metrics.not_training():
-                        checkpoints.save(step, state)
+                        checkpoints.save(step, state, progress)
+                done = last
+            if not done:
+                checkpoints.save(step, state, progress)
+                logging.info("stopped at step %d of %d; the same command goes on from there", step, total_steps)
+    return 0 if done else RESUMABLE
 
 
-def evaluate(eval_step, state: train_state.TrainState, rows: Rows, training: ConfigDict, mesh) -> dict[str, float]:
-    """Mean cross-entropy in nats over the first eval_iters batches: val/loss, and val/ema_loss when EMA is on."""
+def evaluate(
+    eval_step, state: train_state.TrainState, rows: Rows, training: ConfigDict, mesh, signals: Signals | None
+) -> dict[str, float] | None:
+    """Mean cross-entropy in nats over the first eval_iters batches: val/loss, and val/ema_loss when EMA is on. None where one
+    of `signals` came before the end.
+    """
     weights = {"val/loss": state.params}
     if state.ema_params is not None:
         weights["val/ema_loss"] = state.ema_params
     sums = {name: [] for name in weights}
     for batch in input_pipeline.validation_batches(rows, training.batch_size, training.eval_iters):
+        if signals is not None and signals.stop:
+            return None
         on_devices = to_devices(batch, mesh)
         for name, params in weights.items():
             sums[name].append(eval_step(params, on_devices))
@@ -165,26 +233,10 @@ def open_data(config: ConfigDict):
     return train_rows, val_rows, tokenizer
 
 
-def check_run_folder(folder: Path, config: ConfigDict) -> None:
-    """Raises UserError where the folder holds a run of another model."""
-    if run_folder.latest_step(folder) is None:
-        return
-    theirs = run_folder.read_config(folder, "training.out_dir")
-    for key, value in config.model.items():
-        if key != "attention" and theirs.model[key] != value:
-            raise UserError(
-                f"training.out_dir: {str(folder)!r} holds a run with model.{key}={theirs.model[key]}, not {value} "
-                "(choose another folder, or the same model)"
-            )
-    if theirs.training.use_ema != config.training.use_ema:
-        raise UserError(
-            f"training.use_ema: the run in {str(folder)!r} was started with {theirs.training.use_ema} (expected the same)"
-        )
-
-
-def log_header(config: ConfigDict, c: ModelConfig, n_params: int, rows: Rows, start_step: int, total_steps: int):
+def log_header(config: ConfigDict, c: ModelConfig, abstract_params, rows: Rows, total_steps: int, source: str):
     """What is about to happen."""
     training, device = config.training, jax.devices()[0]
+    n_params = sum(p.size for p in jax.tree.leaves(abstract_params))
     rows_per_step = training.batch_size * training.accumulation_steps
     logging.info("model: %s parameters, computed in %s, %s attention", f"{n_params:,}", c.dtype.name, c.attention)
     logging.info(
@@ -195,8 +247,8 @@ def log_header(config: ConfigDict, c: ModelConfig, n_params: int, rows: Rows, st
         f"{len(rows):,}", config.data.seq_len, total_steps * rows_per_step / len(rows), f"{total_steps:,}",
         f"{rows_per_step * config.data.seq_len:,}",
     )  # fmt: skip
-    logging.info("start: %s", f"step {start_step:,}, resumed" if start_step else "from scratch")
-    if not start_step:
+    logging.info("start: %s", source)
+    if source == resume.FROM_SCRATCH:
         vocab_size = config.model.vocab_size
         logging.info(
             "expected initial loss: ln(%s) = %.4f (a model that knows nothing)", f"{vocab_size:,}", math.log(vocab_size)

@@ -1,8 +1,10 @@
 """Where a run's numbers go: TensorBoard, the log, metrics.jsonl and the progress bar."""
 
 import contextlib
+import dataclasses
 import json
 import logging
+import math
 import sys
 import time
 from pathlib import Path
@@ -16,19 +18,39 @@ from tqdm.contrib import DummyTqdmFile
 from mateconv_jax import files
 
 
+@dataclasses.dataclass(frozen=True)
+class BadStep:
+    """A step whose update was left out: how many there are now in a row, and the gradient's norm by leaf."""
+
+    step: int
+    in_a_row: int
+    leaf_norms: dict[str, float]
+
+    def largest(self, n: int = 5) -> str:
+        """The leaves with the largest norms, those that are not finite first."""
+        order = sorted(self.leaf_norms.items(), key=lambda item: (math.isfinite(item[1]), -item[1]))
+        return ", ".join(f"{name} {norm:.3g}" for name, norm in order[:n])
+
+
+def _scalars(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: value for name, value in metrics.items() if name != "leaf_norms"}
+
+
 class Metrics:
     """Takes a step's metrics as they are on the device and reads them when a later step has been dispatched, so that the
     device never waits for the host. Use as a context manager.
     """
 
-    def __init__(self, folder: Path, start_step: int, total_steps: int, tokens_per_step: int, log_interval: int):
+    def __init__(
+        self, folder: Path, start_step: int, evaluated: bool, total_steps: int, tokens_per_step: int, log_interval: int
+    ):
         self._writer = metric_writers.MultiWriter(
             [
                 metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder / "tensorboard"))),
                 metric_writers.LoggingWriter(),
             ]
         )
-        _forget_after(folder / "metrics.jsonl", start_step)
+        _forget_after(folder / "metrics.jsonl", start_step, evaluated)
         self._jsonl = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._bar = tqdm(
             total=total_steps,
@@ -50,25 +72,37 @@ class Metrics:
         return self
 
     def __exit__(self, *_):
-        self.flush()
         self._bar.close()
         self._writer.close()
         self._jsonl.close()
 
-    def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Metrics of the step just dispatched. Every log_interval steps they are written, one push later."""
-        self.flush()
+    def push(self, step: int, metrics: dict[str, jax.Array]) -> BadStep | None:
+        """Metrics of the step just dispatched. They are read at the next push; every log_interval steps they are written."""
+        bad_step = self.flush()
         self._bar.update(1)
-        if step % self._log_interval == 0 or step == self._first_step:
-            self._pending = step, {name: value for name, value in metrics.items() if name != "leaf_norms"}
+        self._pending = step, metrics
+        return bad_step
 
-    def flush(self) -> None:
-        """Read and write what waits. Blocks until that step is done."""
+    def flush(self) -> BadStep | None:
+        """Read what waits, blocking until that step is done, and write it where it is its turn.
+
+        Returns:
+          The step, where its gradient was not finite.
+        """
         if self._pending is None:
-            return
-        step, on_device = self._pending
-        self._pending = None
-        scalars = {name: float(value) for name, value in jax.device_get(on_device).items()}
+            return None
+        (step, on_device), self._pending = self._pending, None
+        in_a_row = int(on_device["bad_steps"])
+        if step % self._log_interval == 0 or step == self._first_step:
+            self._write_step(step, on_device)
+        if not in_a_row:
+            return None
+        leaves = jax.tree.leaves_with_path(jax.device_get(on_device["leaf_norms"]))
+        norms = {jax.tree_util.keystr(path, simple=True, separator="."): float(norm) for path, norm in leaves}
+        return BadStep(step, in_a_row, norms)
+
+    def _write_step(self, step: int, on_device: dict[str, jax.Array]) -> None:
+        scalars = {name: float(value) for name, value in jax.device_get(_scalars(on_device)).items()}
         now = time.perf_counter()
         if self._window_step is not None:
             step_time = (now - self._window_start) / (step - self._window_step)
@@ -92,17 +126,24 @@ class Metrics:
     @contextlib.contextmanager
     def not_training(self):
         """What happens inside does not count in tokens/s."""
-        self.flush()
         start = time.perf_counter()
         yield
         self._window_start += time.perf_counter() - start
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """A run that went on past its last checkpoint will do those steps again: drop their lines."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        files.write_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+def _forget_after(path: Path, step: int, evaluated: bool) -> None:
+    """A run that went on past its last checkpoint will do those steps again, and the evaluation of `step` where the checkpoint
+    does not know of it: drop their lines, and a torn one.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            record = json.loads(line)
+            if record["step"] < step or record["step"] == step and (evaluated or "val/loss" not in record):
+                kept.append(line)
+    files.write_text(path, "".join(kept))
 
 
 @contextlib.contextmanager

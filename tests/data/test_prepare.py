@@ -469,6 +469,8 @@ def test_a_sample_is_bounded_ordered_and_the_same_for_the_same_seed():
     assert len(sample) == 30 and sample == sorted(sample)
     assert sample == drawn(records(1000), 300) != drawn(records(1000), 300, seed=1)
     assert drawn(records(20), 200) == list(range(20))
+    long = preparation.Chunk("x", SimpleNamespace(path="a", format="jsonl"), [(1, b"x" * 301)], 0, [])
+    assert len(drawn([long, *records(1000)], 300, seed=5)) == 30  # a record that is too long alone takes no place
 
 
 def test_every_record_is_as_likely_in_a_sample():

@@ -98,6 +98,7 @@ def test_further_special_tokens_come_after_the_four_and_text_stays_text(tmp_path
     tokenizer_lib.train(["他说<think>"] * 9, 300, special_tokens=["<think>", "</think>"]).save_pretrained(tmp_path)
     tokenizer = tokenizer_lib.load(tmp_path, "")
     assert tokenizer.convert_tokens_to_ids(["<pad>", "<think>", "</think>", "!"]) == [3, 4, 5, 6]
+    assert tokenizer.all_special_tokens[-2:] == ["<think>", "</think>"]
     assert tokenizer("<think>好", add_special_tokens=False)["input_ids"][0] == 4
     assert min(tokenizer_lib.encode(tokenizer, ["他说<think>好</think>"])[0]) > 5
     assert tokenizer.decode([4, *tokenizer_lib.encode(tokenizer, ["好"])[0], 5], skip_special_tokens=True) == "好"

@@ -198,6 +198,9 @@ def test_the_report_fits_the_terminal(trained, lowercasing, capsys, monkeypatch,
         assert expected in shown
     assert "came back changed" in shown and "The␣fe" in shown and "the␣fe" in shown
     assert f"{report(trained)['compression']['news']['characters_per_token']:.2f}" in shown
+    ours, theirs = (report(one)["compression"]["English"]["tokens"] for one in (trained, lowercasing))
+    (english,) = (line for line in lines if line.startswith("  English") and "%" in line)
+    assert english.split()[-1] == f"{theirs / ours - 1:+.1%}"
 
 
 def test_a_vocabulary_line_by_line(trained, capsys):

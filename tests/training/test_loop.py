@@ -48,9 +48,9 @@ def spy(monkeypatch):
             spy.batches[step] = batch["tokens"].copy()
             yield batch
 
-    def save(self, step, state):
+    def save(self, step, state, progress):
         spy.states[step] = jax.device_get(state)
-        original_save(self, step, state)
+        original_save(self, step, state, progress)
 
     monkeypatch.setattr(input_pipeline, "training_batches", batches)
     monkeypatch.setattr(Checkpoints, "save", save)
@@ -95,7 +95,8 @@ def test_what_a_run_writes(tiny_config):
     metrics = metrics_of(folder)
     training = [m for m in metrics if "train/loss" in m]
     assert [m["step"] for m in training] == list(range(1, 9))
-    assert set(training[-1]) == {"step", "train/loss", "grad_norm", "lr", "tokens/s", "step_time_s"}
+    expected = {"train/loss", "grad_norm", "lr", "update_to_weight", "bad_steps", "tokens/s", "step_time_s"}
+    assert set(training[-1]) == {"step"} | expected
     assert training[-1]["tokens/s"] == pytest.approx(8 * 32 / training[-1]["step_time_s"])
     assert [m["step"] for m in metrics if "val/loss" in m] == [3, 6, 8]
     assert metrics[-1]["val/loss"] != metrics[-1]["val/ema_loss"]

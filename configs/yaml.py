@@ -1,0 +1,102 @@
+"""MateConv's own config.yaml: sections data, training, wandb and model, with the keys of mateconv_jax/config.py.
+
+python -m mateconv_jax.train --config=configs/yaml.py:config.yaml --config.training.batch_size=64
+
+What the file does not say keeps its default. Paths are relative to the current folder.
+"""
+
+import difflib
+import re
+import sys
+
+import yaml
+
+from mateconv_jax.config import default_config
+from mateconv_jax.errors import UserError
+
+# For YAML 1.1, 3e-4 is text: only 3.0e-4 is a number. PyTorch MateConv's users write both.
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def get_config(file: str = ""):
+    """The configuration that `file` asks for.
+
+    Raises:
+      UserError: no such file, no YAML, an unknown key, a value of another type; the message names the file and the
+        key, or the line.
+    """
+    if not file:
+        raise UserError("--config: which YAML file? (expected --config=configs/yaml.py:config.yaml)")
+    config = default_config()
+    sections = _read(file)
+    for section, values in sections.items():
+        if section not in config:
+            raise UserError(f"{file}: {section}: unknown section{_closest(section, config)}")
+        if not isinstance(values, dict | None):
+            raise UserError(f"{file}: {section}: {values!r} is no section (expected lines such as `batch_size: 32` below it)")
+        for key, value in (values or {}).items():
+            if key not in config[section]:
+                known = [f"{section}.{key}" for section, keys in config.items() for key in keys]
+                raise UserError(f"{file}: {section}.{key}: unknown key{_closest(f'{section}.{key}', known)}")
+            config[section][key] = _value(config[section], key, value, f"{file}: {section}.{key}")
+    if "batch_size" in (sections.get("training") or {}):
+        rows = config.training.batch_size
+        print(
+            f"note: {file}: training.batch_size is the global batch here, {rows} rows over all devices; PyTorch MateConv's was "
+            "per GPU (to keep it, multiply it by the number of GPUs)",
+            file=sys.stderr,
+        )
+    return config
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which PyYAML would silently take the last."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read(file: str) -> dict:
+    try:
+        with open(file, "rb") as stream:  # as bytes: PyYAML finds the encoding
+            sections = yaml.load(stream, _Loader)
+    except OSError as error:
+        raise UserError(f"--config: cannot read {file!r} ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)  # none where bytes are no text
+        line = f":{mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise UserError(f"{file}{line}: not YAML ({reason})") from error
+    if not isinstance(sections, dict):
+        found = "nothing" if sections is None else f"a {type(sections).__name__}"
+        raise UserError(f"{file}: holds {found} (expected sections: {', '.join(default_config())})")
+    return sections
+
+
+def _value(section, key: str, value, where: str):
+    """`value` as the type that `key` has."""
+    kind, default = section.get_type(key), section[key]
+    if value is None and default is None:
+        return None
+    is_number = kind is not str and isinstance(value, str) and NUMBER.fullmatch(value)
+    number = float(value) if is_number else value
+    if isinstance(number, float) and number.is_integer() and kind is not float:
+        number = int(number)
+    if isinstance(number, int) and not isinstance(number, bool) and kind is float:
+        number = float(number)
+    # In Python a bool is an int, and anything is an object, which is the type of keys that are numbers or text.
+    if isinstance(number, kind) and isinstance(number, bool) == (kind is bool) and number is not None:
+        return number
+    example = "" if default is None else f", such as {default!r}"
+    raise UserError(f"{where}: {value!r} does not fit (expected {EXPECTED.get(kind, kind.__name__)}{example})")
+
+
+def _closest(name, known) -> str:
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f" (did you mean {close[0]}?)" if close else f" (there are: {', '.join(known)})"

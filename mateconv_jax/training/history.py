@@ -1,0 +1,164 @@
+"""What finished and running trainings wrote: config.json and metrics.jsonl, read without JAX."""
+
+import dataclasses
+import json
+import os
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from mateconv_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Finite values of one metric in the order of their steps."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    def __len__(self):
+        return len(self.steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run folder's numbers.
+
+    name: as short as tells it from the other runs. config: {"section.key": value}, as config.json has it. last_step: of any line.
+    last_written: metrics.jsonl's modification time, seconds since the epoch. not_finite: steps logged with a training loss or
+    gradient norm of NaN or infinity.
+    """
+
+    name: str
+    config: dict[str, object]
+    curves: dict[str, Curve]
+    last_step: int
+    last_written: float
+    not_finite: list[int]
+
+    def curve(self, key: str) -> Curve:
+        """An empty one where the run has no such metric."""
+        return self.curves.get(key, Curve(np.empty(0, np.int64), np.empty(0)))
+
+    @property
+    def tokens_per_step(self) -> int | None:
+        """None where the config does not say."""
+        sizes = [self.config.get(key) for key in ("training.batch_size", "data.seq_len")]
+        sizes.append(self.config.get("training.accumulation_steps", 1))  # runs older than the key
+        return int(np.prod(sizes)) if all(isinstance(size, int) for size in sizes) else None
+
+    def training_seconds(self) -> float | None:
+        """Steps times their measured time, where it was measured: not the first (compilation), validation and saving."""
+        measured, logged = self.curve("step_time_s"), self.curve("train/loss").steps
+        if not len(measured):
+            return None
+        logged = np.union1d(logged, measured.steps)
+        since_last = np.diff(logged, prepend=0)[np.searchsorted(logged, measured.steps)]
+        return float(np.sum(measured.values * since_last))
+
+
+def read_runs(folders: list[str]) -> list[Run]:
+    """The runs in these folders.
+
+    Raises:
+      UserError: a folder twice, one that holds no run, or none that has metrics.
+    """
+    paths = [Path(folder).resolve() for folder in folders]
+    for folder, path in zip(folders, paths, strict=True):
+        if paths.count(path) > 1:
+            raise UserError(f"RUN: {folder!r} is given twice (expected different run folders)")
+    above = os.path.commonpath([path.parent for path in paths])
+    return [
+        _read_run(folder, os.path.relpath(path, above).replace(os.sep, "/"))
+        for folder, path in zip(folders, paths, strict=True)
+    ]
+
+
+def _read_run(folder: str, name: str) -> Run:
+    config = _read_config(folder)
+    path = Path(folder) / "metrics.jsonl"
+    try:
+        lines = path.read_bytes().split(b"\n")
+        last_written = path.stat().st_mtime
+    except OSError as error:
+        raise UserError(f"RUN: no metrics yet in {folder!r} (expected metrics.jsonl; train a little longer)") from error
+    last_step, unreadable = None, 0
+    points = defaultdict(dict)  # metric -> {step: value}; steps done again after a resume replace the first ones
+    for line in lines[:-1] + [line for line in lines[-1:] if line.endswith(b"}")]:  # the last one may be half written
+        metrics = _parse(line)
+        if metrics is None:
+            unreadable += bool(line.strip())
+            continue
+        step = metrics.pop("step")
+        last_step = max(step, last_step or 0)
+        for key, value in metrics.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                points[key][step] = value
+    if unreadable:
+        print(f"warning: {path}: {unreadable:,} lines are not a JSON object with a step; left out", file=sys.stderr)
+    if last_step is None:
+        raise UserError(f"RUN: no metrics yet in {folder!r} (metrics.jsonl holds no finished line; train a little longer)")
+    not_finite, curves = set(), {}
+    for key, values_by_step in points.items():
+        steps = np.array(sorted(values_by_step), np.int64)
+        values = np.array([values_by_step[step] for step in steps.tolist()], np.float64)
+        finite = np.isfinite(values)
+        curves[key] = Curve(steps[finite], values[finite])
+        if key in ("train/loss", "grad_norm"):
+            not_finite.update(steps[~finite].tolist())
+    return Run(name, config, curves, last_step, last_written, sorted(not_finite))
+
+
+def _read_config(folder: str) -> dict[str, object]:
+    path = Path(folder) / "config.json"
+    try:
+        sections = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"RUN: no run at {folder!r} (expected a folder with config.json, made by training)") from error
+    except ValueError as error:
+        raise UserError(f"RUN: {str(path)!r} is not JSON ({error})") from error
+    if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
+        raise UserError(f"RUN: {str(path)!r} is not a run's configuration (expected sections of keys, made by training)")
+    return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+
+
+def _parse(line: bytes) -> dict | None:
+    """None: not a JSON object with a step."""
+    try:
+        metrics = json.loads(line)
+    except ValueError:
+        return None
+    return metrics if isinstance(metrics, dict) and isinstance(metrics.get("step"), int) else None
+
+
+# ---- for drawing --------------------------------------------------------------------------------------------------
+
+
+def smoothed(curve: Curve, over: float) -> Curve:
+    """An exponential moving average in which a point `over` steps back weighs 1/e, whatever the log interval is; 0: no smoothing.
+
+    Debiased: a weighted mean of the points so far, so that the curve starts at its first value and not at 0.
+    """
+    if not over or not len(curve):
+        return curve
+    keep = np.exp(-np.diff(curve.steps, prepend=curve.steps[0]) / over)
+    values, total, weight = [], 0.0, 0.0
+    for kept, value in zip(keep.tolist(), curve.values.tolist(), strict=True):
+        total = kept * total + value
+        weight = kept * weight + 1
+        values.append(total / weight)
+    return Curve(curve.steps, np.array(values))
+
+
+def thinned(curve: Curve, buckets: int) -> Curve:
+    """The smallest and the largest point of each bucket of neighbours, the first and the last: spikes stay."""
+    if len(curve) <= 2 * buckets:
+        return curve
+    kept = {0, len(curve) - 1}
+    for bucket in np.array_split(np.arange(len(curve)), buckets):
+        kept |= {int(bucket[np.argmin(curve.values[bucket])]), int(bucket[np.argmax(curve.values[bucket])])}
+    kept = sorted(kept)
+    return Curve(curve.steps[kept], curve.values[kept])
