@@ -16,7 +16,7 @@ from mateconv_jax.errors import UserError
 
 # For YAML 1.1, 3e-4 is text: only 3.0e-4 is a number. PyTorch MateConv's users write both.
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
-EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text", object: "a number or text"}
 
 
 def get_config(file: str = ""):
@@ -31,15 +31,16 @@ def get_config(file: str = ""):
     config = default_config()
     sections = _read(file)
     for section, values in sections.items():
-        if section not in config:
-            raise UserError(f"{file}: {section}: unknown section{_closest(section, config)}")
+        if section not in list(config):
+            raise UserError(f"{file}: {section}: unknown section (there are: {', '.join(config)})")
         if not isinstance(values, dict | None):
             raise UserError(f"{file}: {section}: {values!r} is no section (expected lines such as `batch_size: 32` below it)")
         for key, value in (values or {}).items():
-            if key not in config[section]:
-                known = [f"{section}.{key}" for section, keys in config.items() for key in keys]
-                raise UserError(f"{file}: {section}.{key}: unknown key{_closest(f'{section}.{key}', known)}")
-            config[section][key] = _value(config[section], key, value, f"{file}: {section}.{key}")
+            path = f"{section}.{key}"
+            if key not in list(config[section]):
+                close = difflib.get_close_matches(path, [f"{name}.{key}" for name in config for key in config[name]], n=1)
+                raise UserError(f"{file}: {path}: unknown key" + (f" (did you mean {close[0]}?)" if close else ""))
+            config[section][key] = _value(config[section], key, value, f"{file}: {path}")
     if "batch_size" in (sections.get("training") or {}):
         rows = config.training.batch_size
         print(
@@ -55,7 +56,8 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node, deep=False):
         seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        for key in (key for key, _ in pairs if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value!r} is there twice", problem_mark=key.start_mark)
             seen.add(key.value)
@@ -68,11 +70,12 @@ def _read(file: str) -> dict:
             sections = yaml.load(stream, _Loader)
     except OSError as error:
         raise UserError(f"--config: cannot read {file!r} ({error.strerror})") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)  # none where bytes are no text
-        line = f":{mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise UserError(f"{file}{line}: not YAML ({reason})") from error
+    except yaml.reader.ReaderError as error:
+        raise UserError(f"{file}: not text in UTF-8 ({' '.join(str(error).split())})") from error
+    except yaml.MarkedYAMLError as error:
+        raise UserError(f"{file}:{error.problem_mark.line + 1}: not YAML ({error.problem})") from error
+    except Exception as error:  # whatever PyYAML raises for a value that only looks like one, such as the date 2024-13-45
+        raise UserError(f"{file}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(sections, dict):
         found = "nothing" if sections is None else f"a {type(sections).__name__}"
         raise UserError(f"{file}: holds {found} (expected sections: {', '.join(default_config())})")
@@ -95,8 +98,3 @@ def _value(section, key: str, value, where: str):
         return number
     example = "" if default is None else f", such as {default!r}"
     raise UserError(f"{where}: {value!r} does not fit (expected {EXPECTED.get(kind, kind.__name__)}{example})")
-
-
-def _closest(name, known) -> str:
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return f" (did you mean {close[0]}?)" if close else f" (there are: {', '.join(known)})"

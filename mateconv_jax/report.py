@@ -14,7 +14,7 @@ def write_report(folders: list[str], output: str | None = None, smooth: int | No
     Args:
       output: .html for a page with tables and curves that needs no other file, .png for the curves alone; None: report.html in
         the first folder.
-      smooth: steps over which thick lines are averaged; 0: no thick lines; None: a hundredth of the longest run.
+      smooth: steps over which thick lines are averaged; 0: no thick lines; None: 0.5 % of the longest run.
 
     Returns:
       Where the report is.
@@ -29,7 +29,7 @@ def write_report(folders: list[str], output: str | None = None, smooth: int | No
         raise UserError(f"--smooth: {smooth} is not possible (expected a number of steps, 0 for none)")
     runs = read_runs(folders)
     if smooth is None:
-        smooth = max(run.last_step for run in runs) // 100
+        smooth = max(run.last_step for run in runs) // 200
 
     from mateconv_jax.training import curves, report_page  # matplotlib, 1 s, after the input is right
 
@@ -53,7 +53,7 @@ def parse_args(argv):
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder; several are drawn over each other")
     parser.add_argument("--output", metavar="FILE", help=".html or .png; default: report.html in the first run folder")
     parser.add_argument(
-        "--smooth", type=int, metavar="N", help="average over about N steps; 0: not at all; default: 1%% of the run"
+        "--smooth", type=int, metavar="N", help="average over about N steps; 0: not at all; default: 0.5%% of the run"
     )
     return parser.parse_args(argv)
 

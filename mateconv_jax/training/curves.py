@@ -113,7 +113,7 @@ def _draw_validation(axes: Axes, runs: list[Run]) -> None:
 def _draw_learning_rate(axes: Axes, runs: list[Run]) -> None:
     axes.set_title("Learning rate 学习率")
     if _draw_metric(axes, runs, "lr", 0):
-        axes.set_ylim(bottom=0)
+        _from_zero(axes, runs, "lr")
 
 
 def _draw_grad_norm(axes: Axes, runs: list[Run], smooth: int) -> None:
@@ -127,7 +127,7 @@ def _draw_speed(axes: Axes, runs: list[Run], smooth: int) -> None:
     axes.set_title("Throughput 吞吐量")
     axes.set_ylabel("tokens/s 每秒 token")
     if _draw_metric(axes, runs, "tokens/s", smooth):
-        axes.set_ylim(bottom=0)
+        _from_zero(axes, runs, "tokens/s")
 
 
 def _draw_metric(axes: Axes, runs: list[Run], key: str, smooth: int) -> bool:
@@ -149,7 +149,7 @@ def _plot(axes: Axes, curve: Curve, **style) -> None:
 
 
 def _draw_none(axes: Axes) -> None:
-    axes.text(0.5, 0.5, "none yet 尚无", transform=axes.transAxes, ha="center", va="center", color=DARK, fontsize=12)
+    axes.text(0.5, 0.5, "none 无", transform=axes.transAxes, ha="center", va="center", color=DARK, fontsize=12)
     axes.set_yticks([])
 
 
@@ -191,6 +191,10 @@ def _token_axis(axes: Axes, runs: list[Run]) -> None:
 def _linear_ticks(axes: Axes) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 2.5, 5, 10)))
     axes.yaxis.set_major_formatter(FuncFormatter(_short))
+
+
+def _from_zero(axes: Axes, runs: list[Run], key: str) -> None:
+    axes.set_ylim(0, 1.08 * max(run.curve(key).values.max(initial=0) for run in runs) or 1)
 
 
 def _log_if_wide(axes: Axes, runs: list[Run], key: str) -> None:

@@ -27,9 +27,9 @@ class Curve:
 class Run:
     """A run folder's numbers.
 
-    name: as short as tells it from the other runs. config: {"section.key": value}, as config.json has it. last_step: of any line.
-    last_written: metrics.jsonl's modification time, seconds since the epoch. not_finite: steps logged with a training loss or
-    gradient norm of NaN or infinity.
+    name: as short as tells it from the other runs. config: {"section.key": value}, as config.json has it. last_step: the
+    highest of any line. last_written: metrics.jsonl's modification time, seconds since the epoch. not_finite: steps logged with
+    a training loss or gradient norm of NaN or infinity.
     """
 
     name: str
@@ -81,26 +81,22 @@ def _read_run(folder: str, name: str) -> Run:
     config = _read_config(folder)
     path = Path(folder) / "metrics.jsonl"
     try:
-        lines = path.read_bytes().split(b"\n")
+        *finished, last = path.read_bytes().split(b"\n")
         last_written = path.stat().st_mtime
     except OSError as error:
         raise UserError(f"RUN: no metrics yet in {folder!r} (expected metrics.jsonl; train a little longer)") from error
-    last_step, unreadable = None, 0
-    points = defaultdict(dict)  # metric -> {step: value}; steps done again after a resume replace the first ones
-    for line in lines[:-1] + [line for line in lines[-1:] if line.endswith(b"}")]:  # the last one may be half written
-        metrics = _parse(line)
-        if metrics is None:
-            unreadable += bool(line.strip())
-            continue
-        step = metrics.pop("step")
-        last_step = max(step, last_step or 0)
-        for key, value in metrics.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                points[key][step] = value
-    if unreadable:
+    lines = [_parse(line) for line in finished if line.strip()]
+    if unreadable := lines.count(None):
         print(f"warning: {path}: {unreadable:,} lines are not a JSON object with a step; left out", file=sys.stderr)
-    if last_step is None:
-        raise UserError(f"RUN: no metrics yet in {folder!r} (metrics.jsonl holds no finished line; train a little longer)")
+    lines = [line for line in [*lines, _parse(last)] if line is not None]  # the last one may be half written
+    if not lines:
+        raise UserError(f"RUN: no metrics yet in {folder!r} (metrics.jsonl has no finished line; train a little longer)")
+
+    points = defaultdict(dict)  # metric -> {step: value}; a step done again after a resume replaces the first one
+    for line in lines:
+        for key, value in line.items():
+            if isinstance(value, int | float):
+                points[key][line["step"]] = value
     not_finite, curves = set(), {}
     for key, values_by_step in points.items():
         steps = np.array(sorted(values_by_step), np.int64)
@@ -109,7 +105,7 @@ def _read_run(folder: str, name: str) -> Run:
         curves[key] = Curve(steps[finite], values[finite])
         if key in ("train/loss", "grad_norm"):
             not_finite.update(steps[~finite].tolist())
-    return Run(name, config, curves, last_step, last_written, sorted(not_finite))
+    return Run(name, config, curves, max(line["step"] for line in lines), last_written, sorted(not_finite))
 
 
 def _read_config(folder: str) -> dict[str, object]:
@@ -138,9 +134,9 @@ def _parse(line: bytes) -> dict | None:
 
 
 def smoothed(curve: Curve, over: float) -> Curve:
-    """An exponential moving average in which a point `over` steps back weighs 1/e, whatever the log interval is; 0: no smoothing.
+    """An exponential moving average in which a point `over` steps back weighs 1/e, whatever the log interval is; 0: the curve.
 
-    Debiased: a weighted mean of the points so far, so that the curve starts at its first value and not at 0.
+    Debiased: a weighted mean of the points so far, so that it starts at the first value and not at 0.
     """
     if not over or not len(curve):
         return curve

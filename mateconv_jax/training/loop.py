@@ -29,10 +29,16 @@ def train(config: ConfigDict) -> int:
 
     Raises:
       UserError: a path, a size or an option that does not fit; the message names the key. Nothing was written then. Or a
-        checkpoint that cannot be read or written; or gradients that are not finite for training.max_bad_steps.
+        file that cannot be read or written; or gradients that are not finite for training.max_bad_steps.
     """
-    with Signals() as signals:
-        return _train(config, signals)
+    try:
+        with Signals() as signals:
+            return _train(config, signals)
+    except OSError as error:  # the log, the metrics
+        raise UserError(
+            f"training.out_dir: cannot write {error.filename or config.training.out_dir!r}: {error.strerror or error} (finished "
+            "checkpoints stay, and the same command goes on from the newest)"
+        ) from error
 
 
 def _train(config: ConfigDict, signals: Signals) -> int:

@@ -23,13 +23,13 @@ body { margin: 2.5rem auto; max-width: 68rem; padding: 0 1.5rem; background: #ff
 h1 { font-size: 1.6rem; font-weight: 600; margin: 0 0 .3rem; }
 h2, summary { font-size: 1.1rem; font-weight: 600; margin: 2rem 0 .6rem; }
 summary { cursor: pointer; }
-[lang="zh"] { color: #666; font-weight: normal; margin-left: .35em; }
+[lang="zh"] { color: #666; font-weight: normal; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .38rem 1.4rem .38rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e4e4e4; }
 thead th { border-bottom: 2px solid #999; overflow-wrap: anywhere; min-width: 8rem; }
 tbody th { font-weight: normal; min-width: 14rem; }
-.key th { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .82rem; }
+.key tbody th { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .82rem; }
 .note { display: block; color: #777; font-size: .8rem; }
 .color { display: inline-block; width: 1.1em; height: .3em; border-radius: .15em; margin-right: .5em; vertical-align: middle; }
 img { width: 100%; height: auto; margin-top: .5rem; }
@@ -45,7 +45,8 @@ img { width: 100%; height: auto; margin-top: .5rem; }
 <tbody>
 {% for label, chinese, cells in rows %}
 <tr><th>{{ label }}{% if chinese %} <span lang="zh">{{ chinese }}</span>{% endif %}</th>
-{%- for value, note in cells %}<td>{{ value }}{% if note %} <span class="note">{{ note }}</span>{% endif %}</td>{% endfor %}</tr>
+{%- for value, note in cells %}<td>{{ value }}{% if note %} <span class="note">{{ note }}</span>{% endif %}</td>
+{%- endfor %}</tr>
 {% endfor %}
 </tbody>
 </table>
@@ -98,8 +99,9 @@ def results(runs: list[Run], smooth: int) -> list[tuple[str, str, list]]:
     rows = [
         ("Steps done", "完成步数", [_steps(run) for run in runs]),
         ("Tokens seen", "已训练 token 数", [_tokens(run) for run in runs]),
-        ("Training loss, averaged", "训练损失（平滑）", [_last(run, "train/loss", smooth) for run in runs]),
     ]
+    average = (f", average of about {smooth:,} steps", "（平滑）") if smooth else (", last", "（最后）")
+    rows.append((f"Training loss{average[0]}", f"训练损失{average[1]}", [_last(run, "train/loss", smooth) for run in runs]))
     for key, label, chinese in (
         ("val/loss", "Validation loss", "验证损失"),
         ("val/ema_loss", "Validation loss of EMA weights", "EMA 权重验证损失"),
@@ -111,7 +113,7 @@ def results(runs: list[Run], smooth: int) -> list[tuple[str, str, list]]:
     rows += [
         ("Bits per byte, last", "每字节比特数（最后）", [_last(run, "val/bits_per_byte", 0) for run in runs]),
         ("Median tokens/s", "每秒 token 数（中位数）", [_median_speed(run) for run in runs]),
-        ("Training time", "训练用时", [_training_time(run) for run in runs]),
+        ("Training time, steps alone", "训练用时（仅训练步）", [_training_time(run) for run in runs]),
         ("Steps not finite", "非有限步数", [_not_finite(run) for run in runs]),
         (
             "Last line written",
@@ -162,10 +164,9 @@ def _training_time(run: Run) -> tuple[str, str]:
     if seconds is None:
         return ABSENT, ""
     hours, rest = divmod(round(seconds), 3600)
-    value = f"{hours:,} h {rest // 60:02} min" if hours else f"{rest // 60} min {rest % 60:02} s"
-    return value, "sum of the steps’ times, without compilation, validation and saving"
+    return f"{hours:,} h {rest // 60:02} min" if hours else f"{rest // 60} min {rest % 60:02} s", ""
 
 
 def _not_finite(run: Run) -> tuple[str, str]:
     steps = run.not_finite
-    return (f"{len(steps):,} of those logged", f"first at step {steps[0]:,}") if steps else (ABSENT, "")
+    return (f"{len(steps):,}", f"of those logged, the first at {steps[0]:,}") if steps else (ABSENT, "")

@@ -1,5 +1,6 @@
 """Stopping, being stopped, and going on: nothing is lost, and nothing is another than it would have been."""
 
+import copy
 import itertools
 import json
 import os
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def train(config, out_dir=None, **changes):
-    config = config_lib.default_config() if config is None else config.copy_and_resolve_references()
+    config = copy.deepcopy(config)
     config.training.update(changes | ({"out_dir": str(out_dir)} if out_dir else {}))
     return loop.train(config_lib.resolve(config))
 
@@ -166,7 +167,6 @@ def test_a_signal_at_any_moment_ends_in_a_finished_checkpoint(tiny_config, tmp_p
         monkeypatch.setattr(loop, "open_data", before(send, loop.open_data))
         expected = 0
     elif moment == "compilation":
-        original = jax.Array.block_until_ready  # noqa: F841
         make = loop.make_train_step
 
         def compiling(*args):
@@ -260,7 +260,7 @@ def test_a_full_disk_is_a_clear_error_and_earlier_checkpoints_stay(tiny_config, 
     mount(tmp_path / "small", "size=3m")
     try:
         options = dict(max_steps=60, save_interval=1, keep_latest=60)
-        with pytest.raises(UserError, match=r"training\.out_dir: a checkpoint could not be written .*No space left on device"):
+        with pytest.raises(UserError, match=r"training\.out_dir: .*No space left on device.*the same command goes on"):
             train(tiny_config, tmp_path / "small" / "out", **options)
         there = steps_in(tmp_path / "small" / "out")
         assert there
@@ -449,7 +449,7 @@ def test_bad_steps_are_left_out_and_said(tiny_config, tmp_path, monkeypatch):
     log = (tmp_path / "out" / "train.log").read_text()
     assert "step 3: the gradient is not finite, the update is left out (1 in a row); rows [" in log
     assert "step 4: the gradient is not finite, the update is left out (2 in a row)" in log
-    assert "largest norms: " in log and "embedding_VD" in log
+    assert "largest norms: blocks.0.attention" in log and " nan" in log
     assert [m["bad_steps"] for m in metrics_of(tmp_path / "out") if "bad_steps" in m] == [0, 0, 1, 2, 0, 0]
     assert all(np.isfinite(p).all() for p in jax.tree.leaves(saved(tmp_path / "out", 6)[0]["params"]))
 
