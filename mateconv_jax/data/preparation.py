@@ -58,7 +58,7 @@ class TokenizerTraining:
 
     vocab_size: int = 6400
     split_digits: bool = False
-    sample_mb: float = 64.0  # of text
+    sample_mb: float = 32.0  # of text; twice as much gained 0.03 % compression
 
 
 def prepare(

@@ -231,37 +231,21 @@ def _token_ranks(token_counts: np.ndarray) -> dict[str, list[int]]:
 
 
 def _top_tokens(token_counts: np.ndarray, tokenizer: "PreTrainedTokenizerFast") -> list[dict]:
-    ids = np.argsort(-token_counts, kind="stable")[:TOP_TOKENS]
+    from mateconv_jax.data.tokenizer_report import readable
+
+    ids = [token for token in np.argsort(-token_counts, kind="stable")[:TOP_TOKENS].tolist() if token_counts[token]]
     n_tokens = token_counts.sum()
     control = set(tokenizer.all_special_ids)
     return [
         {
             "id": token,
-            "text": _token_text(token, tokenizer),
+            "text": text,
             "control": token in control,
             "count": int(token_counts[token]),
             "share": _ratio(token_counts[token], n_tokens),
         }
-        for token in ids.tolist()
-        if token_counts[token]
+        for token, text in zip(ids, readable(tokenizer, ids), strict=True)
     ]
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's: the character that stands for a byte in a byte-level BPE's pieces. Printable bytes stand for themselves."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def _token_text(token: int, tokenizer: "PreTrainedTokenizerFast") -> str:
-    r"""As it reads; bytes that are only part of a character as \xe4\xb8."""
-    text = tokenizer.decode([token])
-    piece = tokenizer.convert_ids_to_tokens(token)
-    alphabet = _byte_alphabet()
-    if "\ufffd" in text and all(character in alphabet for character in piece):
-        return bytes(alphabet[character] for character in piece).decode("utf-8", "backslashreplace")
-    return text
 
 
 # ---- scripts ------------------------------------------------------------------------------------------------------
