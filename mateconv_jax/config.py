@@ -43,6 +43,10 @@ def default_config() -> ConfigDict:
     config.data.shuffle = True  # every epoch another permutation of the rows; False: in order
     config.data.num_workers = 4  # threads that read batches ahead
 
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # devices over which the batch alone is split; -1: all that fsdp leaves
+    config.mesh.fsdp = 1  # devices over which parameters, EMA and optimizer state are split too
+
     config.training = ConfigDict()
     config.training.out_dir = "out"
     config.training.seed = 1337
@@ -106,6 +110,7 @@ _CHECKS = {
     "model.attention": _one_of("auto", "cudnn", "blocked", "xla"),
     "data.seq_len": _POSITIVE,
     "data.num_workers": _POSITIVE,
+    **{f"mesh.{axis}": ("a number of devices, or -1", lambda value: value == -1 or value > 0) for axis in ("data", "fsdp")},
     "training.epochs": _POSITIVE,
     "training.max_steps": _POSITIVE,
     "training.batch_size": _POSITIVE,

@@ -1,30 +1,71 @@
-"""The mesh and every partition rule: the batch is split over all devices, everything else is whole on each."""
+"""The mesh and every partition rule.
+
+Two axes: `data` splits the batch alone, `fsdp` splits the batch and, with it, parameters, EMA and optimizer state (ZeRO-3,
+Rajbhandari et al., 2020), which XLA gathers where a layer needs them.
+"""
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from mateconv_jax.errors import UserError
 
+SMALLEST_SPLIT = 2**14  # elements; a smaller array is whole on every device, a gather would cost more than it saves
 
-def make_mesh() -> Mesh:
-    """All devices on one axis, `data`."""
+
+def make_mesh(mesh: ConfigDict | None = None) -> Mesh:
+    """All devices of all processes on the axes `data` and `fsdp`; config.mesh, -1 of one of them: what remains.
+
+    Raises:
+      UserError: the axes do not make up the devices.
+    """
+    data, fsdp = (-1, 1) if mesh is None else (mesh.data, mesh.fsdp)
+    devices = jax.device_count()
+    if data == -1 and fsdp > 0:
+        data = devices // fsdp
+    elif fsdp == -1 and data > 0:
+        fsdp = devices // data
+    if data * fsdp != devices or data < 1:
+        raise UserError(
+            f"mesh.data, mesh.fsdp: {data} x {fsdp} are not the {devices} devices there are (expected factors of {devices}, of "
+            "which one may be -1)"
+        )
     # Auto: with jax.make_mesh's default, Explicit, indexing a replicated table by sharded tokens is a type error.
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
 def batch(mesh: Mesh, rows_axis: int = 0) -> NamedSharding:
-    """Rows split over the devices."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * rows_axis, "data"))
+    """Rows split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * rows_axis, ("data", "fsdp")))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Parameters, optimizer state, EMA."""
+    """Whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def with_shardings(mesh: Mesh, tree):
+    """A tree of shapes, each with its sharding: every large array is split over `fsdp`, along its longest axis that this
+    divides.
+    """
+    fsdp = mesh.shape["fsdp"]
+
+    def rule(x):
+        axes = [axis for axis in range(x.ndim) if x.shape[axis] % fsdp == 0]
+        if fsdp == 1 or not axes or np.prod(x.shape) < SMALLEST_SPLIT:
+            sharding = replicated(mesh)
+        else:
+            longest = max(axes, key=lambda axis: x.shape[axis])
+            sharding = NamedSharding(mesh, PartitionSpec(*[None] * longest, "fsdp"))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(rule, tree)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """Raises UserError where the global batch cannot be split evenly."""
-    devices = mesh.shape["data"]
+    devices = mesh.size
     if batch_size % devices:
         below, above = batch_size // devices * devices, -(-batch_size // devices) * devices
         raise UserError(

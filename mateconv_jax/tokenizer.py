@@ -104,8 +104,8 @@ def parse_args(argv):
     add("--vocab_size", type=int, default=6400, help="tokens at most, control tokens and the 256 bytes among them")
     add("--split_digits", action="store_true", help="one token a digit")
     add("--special_tokens", nargs="+", default=[], metavar="TOKEN", help="more control tokens, with the ids from 4 on")
-    add("--sample_mb", type=float, default=preparation.TokenizerTraining().sample_mb, help="train on at most so much of the input, drawn evenly; 64 take 0.8 GB "
-        "of memory for 6,400 tokens, 2 for 32,000")  # fmt: skip
+    add("--sample_mb", type=float, default=preparation.TokenizerTraining().sample_mb, help="train on at most so much of the "
+        "input, drawn evenly; 64 take 0.8 GB of memory")  # fmt: skip
     add("--text_key", default="text", help='the key of a JSON line\'s text; {"messages": […]} is a dialogue')
     add("--seed", type=int, default=0, help="of the sample")
     add("--overwrite", action="store_true", help="replace the folder if it is there")

@@ -88,13 +88,17 @@ def test_the_keys_change_only_with_thought():
     keys = {section: sorted(values) for section, values in config_lib.default_config().to_dict().items()}
     assert keys == {
         "model": [
-            "attention", "dim", "head_dim", "hidden_dim", "max_seq_len", "multiple_of", "n_heads", "n_kv_heads", "n_layers",
+            "attention", "dim", "dropout", "head_dim", "hidden_dim", "max_seq_len", "multiple_of", "n_heads", "n_kv_heads", "n_layers",
             "norm_eps", "rope_theta", "vocab_size",
         ],
         "data": ["num_workers", "seq_len", "shuffle", "tokenizer_path", "train_data_path", "val_data_path"],
+        "mesh": ["data", "fsdp"],
         "training": [
-            "batch_size", "beta1", "beta2", "dtype", "ema_decay", "epochs", "eval_interval", "eval_iters", "grad_clip",
-            "keep_latest", "learning_rate", "log_interval", "max_steps", "min_lr", "out_dir", "save_interval", "seed", "use_ema",
-            "warmup_ratio", "weight_decay",
+            "accumulation_steps", "batch_size", "beta1", "beta2", "decay_ratio", "document_mask", "dtype",
+            "early_stopping", "ema_decay", "ema_warmup", "epochs", "eval_interval", "eval_iters", "grad_clip",
+            "init_from", "keep_best", "keep_every", "keep_latest", "learning_rate", "log_interval", "lr_power",
+            "lr_scheduler", "max_bad_steps", "max_steps", "min_lr", "muon_momentum", "optimizer_type",
+            "out_dir", "patience", "remat", "resume", "resume_from", "save_interval", "seed", "use_ema",
+            "warmup_ratio", "warmup_steps", "weight_decay", "z_loss",
         ],
     }  # fmt: skip

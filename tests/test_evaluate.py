@@ -268,10 +268,10 @@ def test_a_texts_tokens_sum_to_its_bytes(tokenizer, text):
 
 def test_control_tokens_write_nothing():
     tokenizer = tokenizer_lib.train(["中国的首都是北京。"] * 3, 270, special_tokens=["<think>"])
-    tokenizer.add_tokens(["<你好>"])
+    tokenizer.add_tokens(["é!"])
     n_bytes = bytes_per_token(tokenizer)
     assert n_bytes[:5].tolist() == [0] * 5 and (n_bytes[5:] > 0).all()
-    assert n_bytes[tokenizer.convert_tokens_to_ids("<你好>")] == 8
+    assert n_bytes[tokenizer.convert_tokens_to_ids("é!")] == 3
 
 
 def test_padding_and_the_first_token_of_a_row_are_no_targets():

@@ -183,7 +183,7 @@ def test_a_line_that_is_still_being_written_is_ignored(make_run, capsys):
 
 
 def test_a_broken_line_among_others_is_left_out_and_said(make_run, capsys):
-    rows = Page(write_report([make_run("a", tail='{"step": 9\n[1]\n{"step": 55, "train/loss": null}\n')])).rows(0)
+    rows = Page(write_report([make_run("a", tail='{"step": 9\n[1]\n{"step": 55, "train/loss": null, "lr": "x"}\n')])).rows(0)
     assert rows["Steps done"] == ["55 of 60"] and rows["Training loss, last"] == ["3.5000 at step 30"]
     assert "2 lines are not a JSON object with a step" in capsys.readouterr().err
 

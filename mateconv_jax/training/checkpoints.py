@@ -11,10 +11,11 @@ import os
 import shutil
 from pathlib import Path
 
-import jax
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.experimental import multihost_utils
 
+from mateconv_jax import distributed
 from mateconv_jax.errors import UserError
 from mateconv_jax.training.train_state import TrainState
 
@@ -102,10 +103,12 @@ class Checkpoints:
             raise UserError(f"training.out_dir: no checkpoint in {self._folder} can be read ({'; '.join(reasons)})")
         for reason, step in zip(reasons, sorted(self._manager.all_steps(), reverse=True), strict=False):
             logging.warning("checkpoint skipped and moved to %s: %s", self._folder / "unreadable", reason)
-            (self._folder / "unreadable").mkdir(exist_ok=True)
-            shutil.rmtree(self._folder / "unreadable" / str(step), ignore_errors=True)
-            (self._folder / "checkpoints" / str(step)).rename(self._folder / "unreadable" / str(step))
+            if distributed.is_first():
+                (self._folder / "unreadable").mkdir(exist_ok=True)
+                shutil.rmtree(self._folder / "unreadable" / str(step), ignore_errors=True)
+                (self._folder / "checkpoints" / str(step)).rename(self._folder / "unreadable" / str(step))
         if reasons:
+            multihost_utils.sync_global_devices("unreadable checkpoints moved")
             self._manager.reload()
         return state, progress
 
@@ -117,11 +120,6 @@ def restore(folder: Path, abstract_state: TrainState) -> tuple[TrainState, Progr
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), progress=ocp.args.JsonRestore())
         restored = checkpointer.restore(folder, args=args)
     return restored.state, Progress(**restored.progress)
-
-
-def abstract(init, sharding) -> TrainState:
-    """Shapes, dtypes and one sharding for all of what `init()` makes."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(init))
 
 
 def _save_args(state: TrainState, progress: Progress):

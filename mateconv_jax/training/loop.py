@@ -9,7 +9,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from mateconv_jax import run_folder, sharding
+from mateconv_jax import distributed, run_folder, sharding
 from mateconv_jax.data import dataset, input_pipeline, tokenizer as tokenizer_lib
 from mateconv_jax.data.rows import FlatRows, Rows
 from mateconv_jax.errors import UserError
@@ -36,8 +36,8 @@ def train(config: ConfigDict) -> int:
             return _train(config, signals)
     except OSError as error:  # the log, the metrics
         raise UserError(
-            f"training.out_dir: cannot write {error.filename or config.training.out_dir!r}: {error.strerror or error} (finished "
-            "checkpoints stay, and the same command goes on from the newest)"
+            f"training.out_dir: cannot write {error.filename or config.training.out_dir!r}: {error.strerror or error} "
+            "(finished checkpoints stay, and the same command goes on from the newest)"
         ) from error
 
 
@@ -45,7 +45,7 @@ def _train(config: ConfigDict, signals: Signals) -> int:
     training = config.training
 
     # ---- where: devices, partition rules ----------------------------------------------------------------------------
-    mesh = sharding.make_mesh()
+    mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(training.batch_size, mesh)
     model_config = ModelConfig.make(config.model, training.dtype)
 
@@ -66,7 +66,9 @@ def _train(config: ConfigDict, signals: Signals) -> int:
     tx = optimizer.make_optimizer(training, model_config)
     graph, abstract_params = abstract_model(model_config)
     loss_options = LossOptions(tokenizer.bos_token_id if training.document_mask else None, training.z_loss, training.remat)
-    train_step = make_train_step(graph, tx, schedule, training, loss_options)
+    init = functools.partial(train_state.init, model_config, tx, training.seed, training.use_ema)
+    abstract_state = sharding.with_shardings(mesh, jax.eval_shape(init))
+    train_step = make_train_step(graph, tx, schedule, training, loss_options, abstract_state)
     eval_step = make_eval_step(graph, loss_options)
 
     # ---- from where: own run folder > resume_from > init_from > scratch ---------------------------------------------
@@ -77,10 +79,10 @@ def _train(config: ConfigDict, signals: Signals) -> int:
         logging_to(folder / "train.log"),
         Checkpoints(folder, training.keep_latest, training.keep_every, training.keep_best) as checkpoints,
     ):
-        init = functools.partial(train_state.init, model_config, tx, training.seed, training.use_ema)
-        state, progress, source = resume.start(config, checkpoints, init, sharding.replicated(mesh))
-        run_folder.write_config(folder, config)
-        tokenizer.save_pretrained(folder / "tokenizer")
+        state, progress, source = resume.start(config, checkpoints, init, abstract_state)
+        if distributed.is_first():
+            run_folder.write_config(folder, config)
+            tokenizer.save_pretrained(folder / "tokenizer")
         start_step = int(state.step)
         batches = input_pipeline.training_batches(
             train_rows, rows_per_step, training.seed, config.data.shuffle, start_step, config.data.num_workers
@@ -132,7 +134,7 @@ def _train(config: ConfigDict, signals: Signals) -> int:
             done = step >= total_steps or training.early_stopping and progress.bad_evaluations >= training.patience
             if done:
                 logging.info("nothing to do: step %d of %d is in %s", step, total_steps, folder)
-            while not (done or signals.stop):
+            while not (done or signals.poll(step)):
                 step += 1
                 batch = input_pipeline.micro_batches(next(batches), training.accumulation_steps)
                 state, step_metrics = train_step(state, to_devices(batch, mesh))  # dispatched, not waited for
@@ -148,12 +150,13 @@ def _train(config: ConfigDict, signals: Signals) -> int:
                             progress.best_loss, progress.best_step, progress.bad_evaluations,
                         )  # fmt: skip
                         last = True
-                if step % save_interval == 0 or last or signals.stop:
+                if step % save_interval == 0 or last:
                     check_gradients(metrics.flush(), step)
                     with metrics.not_training():
                         checkpoints.save(step, state, progress)
                 done = last
             if not done:
+                check_gradients(metrics.flush(), step)
                 checkpoints.save(step, state, progress)
                 logging.info("stopped at step %d of %d; the same command goes on from there", step, total_steps)
     return 0 if done else RESUMABLE

@@ -15,7 +15,7 @@ from clu import metric_writers
 from tqdm import tqdm
 from tqdm.contrib import DummyTqdmFile
 
-from mateconv_jax import files
+from mateconv_jax import distributed, files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,21 +44,23 @@ class Metrics:
     def __init__(
         self, folder: Path, start_step: int, evaluated: bool, total_steps: int, tokens_per_step: int, log_interval: int
     ):
-        self._writer = metric_writers.MultiWriter(
-            [
-                metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder / "tensorboard"))),
-                metric_writers.LoggingWriter(),
-            ]
-        )
-        _forget_after(folder / "metrics.jsonl", start_step, evaluated)
-        self._jsonl = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._writer = self._jsonl = None
+        if distributed.is_first():
+            self._writer = metric_writers.MultiWriter(
+                [
+                    metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder / "tensorboard"))),
+                    metric_writers.LoggingWriter(),
+                ]
+            )
+            _forget_after(folder / "metrics.jsonl", start_step, evaluated)
+            self._jsonl = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._bar = tqdm(
             total=total_steps,
             initial=start_step,
             unit="step",
             desc="training",
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=not (sys.stderr.isatty() and distributed.is_first()),
         )
         self._postfix: dict[str, str] = {}
         self._tokens_per_step = tokens_per_step
@@ -73,8 +75,9 @@ class Metrics:
 
     def __exit__(self, *_):
         self._bar.close()
-        self._writer.close()
-        self._jsonl.close()
+        if self._writer is not None:
+            self._writer.close()
+            self._jsonl.close()
 
     def push(self, step: int, metrics: dict[str, jax.Array]) -> BadStep | None:
         """Metrics of the step just dispatched. They are read at the next push; every log_interval steps they are written."""
@@ -115,6 +118,8 @@ class Metrics:
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """One line of metrics.jsonl, one of the log, one point of each TensorBoard curve."""
+        if self._writer is None:
+            return
         self._writer.write_scalars(step, scalars)
         self._jsonl.write(json.dumps({"step": step, **scalars}) + "\n")
         self._jsonl.flush()
@@ -156,9 +161,13 @@ def logging_to(path: Path):
     on_terminal = sys.stderr.isatty()
     to_console = logging.StreamHandler(DummyTqdmFile(sys.stderr) if on_terminal else sys.stderr)
     to_console.addFilter(lambda record: _is_ours(record) or _is_metrics(record) and not on_terminal)
-    to_file = logging.FileHandler(path, encoding="utf-8")
-    to_file.addFilter(lambda record: _is_ours(record) or _is_metrics(record))
-    handlers = [to_console, to_file]
+    handlers = [to_console]
+    if distributed.is_first():
+        to_file = logging.FileHandler(path, encoding="utf-8")
+        to_file.addFilter(lambda record: _is_ours(record) or _is_metrics(record))
+        handlers.append(to_file)
+    else:
+        to_console.setLevel(logging.WARNING)
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)

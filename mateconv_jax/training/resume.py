@@ -47,7 +47,7 @@ def check(folder: Path, config: ConfigDict) -> list[str]:
         return []
     theirs = run_folder.read_config(source, key)
     differences = []
-    for section in ("model", "data", "training"):
+    for section in ("model", "data", "training"):  # how it is spread over devices may change
         for name, value in config[section].items():
             path, there = f"{section}.{name}", theirs[section][name]
             if there == value or path in _FREE:
@@ -62,18 +62,17 @@ def check(folder: Path, config: ConfigDict) -> list[str]:
     return differences
 
 
-def start(config: ConfigDict, checkpoints: Checkpoints, init, sharding) -> tuple[TrainState, Progress, str]:
+def start(config: ConfigDict, checkpoints: Checkpoints, init, abstract: TrainState) -> tuple[TrainState, Progress, str]:
     """The state to train from, what is known about the run so far, and in words where they come from.
 
     Args:
       init: makes a fresh TrainState; called inside jit.
-      sharding: of every array of the state.
+      abstract: its shapes with their shardings.
 
     Raises:
       UserError: a checkpoint that is named cannot be read.
     """
     training = config.training
-    abstract = checkpoints_lib.abstract(init, sharding)
     if checkpoints.latest_step() is not None:
         state, progress = checkpoints.restore(abstract)
         return state, progress, f"step {int(state.step):,}, resumed"
@@ -86,7 +85,7 @@ def start(config: ConfigDict, checkpoints: Checkpoints, init, sharding) -> tuple
                 f"training.resume_from: {str(path)!r} cannot be read ({' '.join(str(error).split())[:300]})"
             ) from error
         return state, progress, f"step {int(state.step):,} of {path}"
-    state = jax.jit(init, out_shardings=sharding)()
+    state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
     if training.init_from:
         params = run_folder.load_params(training.init_from, abstract.params, None, "training.init_from")
         ema_params = None if state.ema_params is None else jax.tree.map(lambda x: x.copy(), params)
@@ -98,7 +97,7 @@ def make_folder(folder: Path) -> None:
     """Raises UserError where it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
+        probe = folder / f".writable-{jax.process_index()}"
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -55,12 +55,19 @@ def summed_loss(graph: nnx.GraphDef, params: nnx.State, batch: dict[str, jax.Arr
 
 
 def make_train_step(
-    graph: nnx.GraphDef, tx: optax.GradientTransformation, schedule: optax.Schedule, training: ConfigDict, options=LossOptions()
+    graph: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    training: ConfigDict,
+    options=LossOptions(),
+    abstract_state: TrainState | None = None,
 ):
     """The jitted step `(state, batch) -> (state, metrics)`; the state is donated.
 
     batch: tokens (A, B, S + 1) and length (A, B), A = training.accumulation_steps: the gradient is the mean over all their
     tokens. Where it is not finite, the update is left out: parameters, EMA and optimizer state stay, the step counts on.
+
+    abstract_state: shapes with the shardings that the state keeps; None: the compiler's choice.
 
     metrics, fp32 scalars on the device: train/loss (mean over the tokens, before the update), grad_norm (before clipping), lr,
     update_to_weight (ratio of norms), bad_steps, and loss_scale in float16; and leaf_norms, the gradient's norm by leaf.
@@ -124,7 +131,10 @@ def make_train_step(
         )
         return TrainState(state.step + 1, params, ema_params, opt_state, loss_scale, bad_steps), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    if abstract_state is None:
+        return jax.jit(train_step, donate_argnums=0)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def ema_decay_at(training: ConfigDict, step: jax.Array) -> jax.Array:

@@ -1,0 +1,200 @@
+"""Several devices and several processes, simulated on the CPU: the same losses as one."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from mateconv_jax import config as config_lib, distributed, run_folder, sharding
+from mateconv_jax.errors import UserError
+from mateconv_jax.training.signals import RESUMABLE
+from tests.training.test_loop import losses_of, metrics_of
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(dataset_folder, out_dir, devices, flags=(), **environment):
+    command = [
+        sys.executable, "-m", "mateconv_jax.train", f"--config={ROOT}/configs/base.py", f"--config.training.out_dir={out_dir}",
+        f"--config.data.train_data_path={dataset_folder}", "--config.data.seq_len=32",
+        "--config.model.dim=128", "--config.model.n_layers=2", "--config.model.n_heads=4", "--config.model.n_kv_heads=2",
+        "--config.model.vocab_size=400", "--config.training.batch_size=8", "--config.training.max_steps=6",
+        "--config.training.learning_rate=3e-3", "--config.training.log_interval=1", "--config.training.use_ema",
+        "--config.training.eval_interval=3", "--config.training.save_interval=3", *flags,
+    ]  # fmt: skip
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | environment
+    return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finish(*processes, code=0):
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    for process, text in zip(processes, errors, strict=True):
+        assert process.returncode == code, text[-3000:]
+    return errors
+
+
+def start_two(dataset_folder, out_dir, flags=()):
+    """Two processes of four devices, joined over loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    return [
+        start(
+            dataset_folder, out_dir, 4, flags,
+            JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(index),
+        )
+        for index in range(2)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one(dataset_folder, tmp_path_factory):
+    """The run of one device."""
+    folder = tmp_path_factory.mktemp("one") / "out"
+    finish(start(dataset_folder, folder, 1))
+    return folder
+
+
+def assert_same_losses(folder, one):
+    ours, theirs = losses_of(folder), losses_of(one)
+    assert ours.keys() == theirs.keys() and len(ours) == 10
+    for key in ours:
+        assert ours[key] == pytest.approx(theirs[key], abs=1e-5)
+
+
+@pytest.mark.parametrize("flags", [(), ("--config.mesh.fsdp=8",), ("--config.mesh.data=2", "--config.mesh.fsdp=-1")])
+def test_eight_devices_give_the_losses_of_one(dataset_folder, one, tmp_path, flags):
+    [log] = finish(start(dataset_folder, tmp_path / "out", 8, flags))
+    assert "devices: 8 x cpu, 1 rows each" in log
+    assert_same_losses(tmp_path / "out", one)
+
+
+def test_two_processes_give_the_losses_of_one_and_the_first_alone_writes(dataset_folder, one, tmp_path):
+    errors = finish(*start_two(dataset_folder, tmp_path / "out"))
+    assert "devices: 8 x cpu, 1 rows each" in errors[0] and "devices:" not in errors[1]
+    assert_same_losses(tmp_path / "out", one)
+    assert len(metrics_of(tmp_path / "out")) == 8 and len(list((tmp_path / "out" / "tensorboard").iterdir())) == 1
+
+
+def test_saved_on_eight_devices_it_goes_on_on_one_and_on_four_and_in_two_processes(dataset_folder, one, tmp_path):
+    half = ("--config.training.save_interval=1", "--config.training.keep_latest=9", "--config.mesh.fsdp=4")
+    finish(start(dataset_folder, tmp_path / "eight", 8, half))
+    for devices, flags in ((1, ()), (4, ("--config.mesh.fsdp=2",))):
+        folder = tmp_path / str(devices)
+        from_step = (f"--config.training.resume_from={tmp_path}/eight/checkpoints/2", *flags)
+        finish(start(dataset_folder, folder, devices, from_step))
+        ours, theirs = losses_of(folder), losses_of(one)
+        assert {step for step, _ in ours} == {3, 4, 5, 6}
+        for key in ours:
+            assert ours[key] == pytest.approx(theirs[key], abs=1e-5)
+    two = start_two(dataset_folder, tmp_path / "two", (f"--config.training.resume_from={tmp_path}/eight/checkpoints/2",))
+    finish(*two)
+    assert losses_of(tmp_path / "two")[6, "train/loss"] == pytest.approx(losses_of(one)[6, "train/loss"], abs=1e-5)
+
+
+def test_a_sigterm_of_one_process_checkpoints_all(dataset_folder, tmp_path):
+    long = ("--config.training.max_steps=100000", "--config.training.lr_scheduler=constant")
+    processes = start_two(dataset_folder, tmp_path / "out", long)
+    for line in processes[0].stderr:
+        if "train/loss" in line:
+            break
+    processes[1].send_signal(signal.SIGTERM)
+    finish(*processes, code=RESUMABLE)
+    step = run_folder.latest_step(tmp_path / "out")
+    assert step is not None and step >= metrics_of(tmp_path / "out")[-1]["step"]
+
+
+# ---- rules ------------------------------------------------------------------------------------------------------------------
+
+
+class Mesh:
+    def __init__(self, fsdp):
+        self.shape = {"data": 8 // fsdp, "fsdp": fsdp}
+
+
+def test_what_is_split_over_fsdp(monkeypatch):
+    monkeypatch.setattr(sharding, "NamedSharding", lambda mesh, spec: spec)
+    monkeypatch.setattr(jax, "ShapeDtypeStruct", lambda shape, dtype, sharding: sharding)
+    monkeypatch.setattr(sharding.jax, "ShapeDtypeStruct", lambda shape, dtype, sharding: sharding)
+    tree = [np.zeros((512, 2, 1408), np.float32), np.zeros((6400, 512)), np.zeros((512,)), np.int32(0), np.zeros((1001, 999))]
+    specs = sharding.with_shardings(Mesh(8), tree)
+    whole = PartitionSpec()
+    assert specs == [PartitionSpec(None, None, "fsdp"), PartitionSpec("fsdp"), whole, whole, whole]
+    assert sharding.with_shardings(Mesh(1), tree) == [whole] * 5
+
+
+@pytest.mark.parametrize("data, fsdp", [(3, 1), (-1, 3), (2, 2), (-1, -1)])
+def test_axes_that_are_not_the_devices(monkeypatch, data, fsdp):
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    config = config_lib.default_config()
+    config.mesh.update(dict(data=data, fsdp=fsdp))
+    with pytest.raises(UserError, match="mesh.data, mesh.fsdp: .* are not the 8 devices"):
+        sharding.make_mesh(config.mesh)
+
+
+def test_fsdp_takes_less_memory_a_device():
+    code = """
+import json, sys, jax
+from mateconv_jax import config as config_lib, sharding
+from mateconv_jax.model.transformer import ModelConfig, abstract_model
+from mateconv_jax.training import optimizer, train_state
+from mateconv_jax.training.step import make_train_step
+result = {}
+for fsdp in (1, 8):
+    config = config_lib.default_config()
+    config.mesh.fsdp = fsdp
+    config.model.update(dict(dim=256, n_layers=2))
+    config = config_lib.resolve(config)
+    c = ModelConfig.make(config.model, "float32")
+    tx = optimizer.make_optimizer(config.training, c)
+    mesh = sharding.make_mesh(config.mesh)
+    state = sharding.with_shardings(mesh, jax.eval_shape(lambda: train_state.init(c, tx, 0, True)))
+    step = make_train_step(abstract_model(c)[0], tx, lambda step: 1e-3, config.training, abstract_state=state)
+    rows = sharding.batch(mesh, 1)
+    batch = {"tokens": jax.ShapeDtypeStruct((1, 8, 33), "uint16", sharding=rows), "length": jax.ShapeDtypeStruct((1, 8), "int32", sharding=rows)}
+    memory = step.lower(state, batch).compile().memory_analysis()
+    result[fsdp] = [memory.argument_size_in_bytes, memory.alias_size_in_bytes]
+print(json.dumps(result))
+"""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    output = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
+    result = json.loads(output.stdout.splitlines()[-1])
+    whole, split = result["1"], result["8"]
+    assert split[0] < whole[0] / 7  # parameters, EMA and both moments: an eighth, but for the norms
+    assert whole[1] > 0.99 * whole[0] and split[1] > 0.95 * split[0]  # all of it donated
+
+
+# ---- how processes find each other ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "environment, arguments",
+    [
+        ({}, None),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, ("a:1", 2, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, ()),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, None),
+        ({"SLURM_NTASKS": "4"}, None),  # inside sbatch, but not started by srun
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, ()),
+    ],
+)
+def test_what_the_environment_says(monkeypatch, environment, arguments):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
+    monkeypatch.setattr(os, "environ", environment)
+    distributed.initialize()
+    assert calls == ([] if arguments is None else [arguments])
+
+
+def test_an_address_alone_is_an_error(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"JAX_COORDINATOR_ADDRESS": "a:1"})
+    with pytest.raises(UserError, match="JAX_COORDINATOR_ADDRESS: 'a:1' needs JAX_NUM_PROCESSES"):
+        distributed.initialize()
