@@ -88,6 +88,11 @@ def default_config() -> ConfigDict:
     config.training.resume = "auto"  # auto: go on with the run in out_dir, if there is one | never: refuse to
     config.training.resume_from = placeholder(str)  # RUN or RUN/checkpoints/STEP to go on from in a new out_dir
     config.training.init_from = placeholder(str)  # a run whose weights a new one starts with
+
+    config.wandb = ConfigDict()
+    config.wandb.enable = False  # needs: pip install wandb
+    config.wandb.project = "MateConv-Pretrain"
+    config.wandb.run_name = placeholder(str)  # None: the name of out_dir
     return config.lock()
 
 

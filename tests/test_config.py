@@ -93,6 +93,7 @@ def test_the_keys_change_only_with_thought():
         ],
         "data": ["num_workers", "seq_len", "shuffle", "tokenizer_path", "train_data_path", "val_data_path"],
         "mesh": ["data", "fsdp"],
+        "wandb": ["enable", "project", "run_name"],
         "training": [
             "accumulation_steps", "batch_size", "beta1", "beta2", "decay_ratio", "document_mask", "dtype",
             "early_stopping", "ema_decay", "ema_warmup", "epochs", "eval_interval", "eval_iters", "grad_clip",

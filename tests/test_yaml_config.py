@@ -111,7 +111,7 @@ def test_a_batch_size_is_said_to_be_global(load, capsys):
     "text, message",
     [
         (None, r"--config: cannot read 'config\.yaml' \(No such file"),
-        ("", r"config\.yaml: holds nothing \(expected sections: data, model, training"),
+        ("", r"config\.yaml: holds nothing \(expected sections: .*training"),
         ("- data\n- training\n", r"config\.yaml: holds a list \(expected sections"),
         ("batch_size = 3\n", r"config\.yaml: holds a str"),
         ("data:\n  seq_len: [1\n  x: 2\n", r"config\.yaml:3: not YAML"),
@@ -120,7 +120,7 @@ def test_a_batch_size_is_said_to_be_global(load, capsys):
         ("data:  # 数据\n".encode("gbk"), r"config\.yaml: not text in UTF-8 \(.*position 9\)"),
         ("data:\n  val_data_path: 2024-13-45\n", r"config\.yaml: not YAML \(month must be in 1\.\.12"),
         ("a: 1\n---\nb: 2\n", r"config\.yaml:2: not YAML \(but found another document"),
-        ("trainig:\n  epochs: 3\n", r"config\.yaml: trainig: unknown section \(there are: data, model, training"),
+        ("trainig:\n  epochs: 3\n", r"config\.yaml: trainig: unknown section \(there are: .*training"),
         ("3:\n  epochs: 3\n", r"config\.yaml: 3: unknown section"),
         ("training: 3\n", r"config\.yaml: training: 3 is no section"),
         ("training:\n- epochs\n", r"config\.yaml: training: \['epochs'\] is no section"),

@@ -96,7 +96,7 @@ def _train(config: ConfigDict, signals: Signals) -> int:
         # ---- the loop -----------------------------------------------------------------------------------------------
         tokens_per_step = rows_per_step * config.data.seq_len
         evaluated = progress.evaluated_step == start_step
-        with Metrics(folder, start_step, evaluated, total_steps, tokens_per_step, log_interval) as metrics:
+        with Metrics(folder, start_step, evaluated, total_steps, tokens_per_step, log_interval, config.wandb) as metrics:
 
             def evaluation_due(step: int) -> bool:
                 regular = step % eval_interval == 0 or step == total_steps

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import math
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -12,10 +13,12 @@ from pathlib import Path
 import jax
 from absl import logging as absl_logging
 from clu import metric_writers
+from ml_collections import ConfigDict
 from tqdm import tqdm
 from tqdm.contrib import DummyTqdmFile
 
 from mateconv_jax import distributed, files
+from mateconv_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +39,56 @@ def _scalars(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: value for name, value in metrics.items() if name != "leaf_norms"}
 
 
+class Wandb:
+    """The same numbers on Weights & Biases. A run that goes on, goes on there: its id lies in RUN/wandb_id.
+
+    Raises:
+      UserError: the package is not installed.
+    """
+
+    def __init__(self, folder: Path, wandb_config: ConfigDict):
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("wandb.enable: the package is not installed (pip install wandb)") from error
+        id_file = folder / "wandb_id"
+        if not id_file.exists():
+            files.write_text(id_file, secrets.token_hex(4))
+        self._run = wandb.init(
+            dir=folder,
+            project=wandb_config.project,
+            name=wandb_config.run_name or folder.absolute().name,
+            id=id_file.read_text(),
+            resume="allow",
+            config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
+        )
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        self._run.log(scalars, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
 class Metrics:
     """Takes a step's metrics as they are on the device and reads them when a later step has been dispatched, so that the
     device never waits for the host. Use as a context manager.
     """
 
     def __init__(
-        self, folder: Path, start_step: int, evaluated: bool, total_steps: int, tokens_per_step: int, log_interval: int
+        self,
+        folder: Path,
+        start_step: int,
+        evaluated: bool,
+        total_steps: int,
+        tokens_per_step: int,
+        log_interval: int,
+        wandb: ConfigDict | None = None,
     ):
-        self._writer = self._jsonl = None
+        self._writer = self._jsonl = self._wandb = None
         if distributed.is_first():
+            if wandb is not None and wandb.enable:
+                self._wandb = Wandb(folder, wandb)
             self._writer = metric_writers.MultiWriter(
                 [
                     metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder / "tensorboard"))),
@@ -78,6 +121,8 @@ class Metrics:
         if self._writer is not None:
             self._writer.close()
             self._jsonl.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
     def push(self, step: int, metrics: dict[str, jax.Array]) -> BadStep | None:
         """Metrics of the step just dispatched. They are read at the next push; every log_interval steps they are written."""
@@ -123,6 +168,8 @@ class Metrics:
         self._writer.write_scalars(step, scalars)
         self._jsonl.write(json.dumps({"step": step, **scalars}) + "\n")
         self._jsonl.flush()
+        if self._wandb is not None:
+            self._wandb.write(step, scalars)
         self._postfix |= {
             name.replace("train/", ""): f"{value:.3f}" for name, value in scalars.items() if name.endswith("loss")
         }
