@@ -209,28 +209,21 @@ def test_log_interval_decides_which_steps_are_written(tiny_config):
     assert [m["step"] for m in metrics_of(tiny_config.training.out_dir) if "train/loss" in m] == [1, 4]
 
 
-def wandb_history(path):
-    """What an offline file says was logged, by step."""
-    from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
-
-    store = DataStore()
-    store.open_for_scan(str(path))
-    while (data := store.scan_data()) is not None:
-        record = Record()
-        record.ParseFromString(bytes(data))
-        if record.HasField("history"):
-            yield {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-
-
 def test_wandb_gets_the_numbers_and_a_run_that_goes_on_is_the_same_there(tiny_config, monkeypatch):
     """Into wandb's own offline files, without a network."""
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    runs = []
+    runs, logged = [], []
     init = wandb.init
-    monkeypatch.setattr(wandb, "init", lambda **options: runs.append(init(**options)) or runs[-1])
+
+    def initialise(**options):
+        runs.append(init(**options))
+        log = runs[-1].log
+        monkeypatch.setattr(runs[-1], "log", lambda scalars, step: logged.append((step, scalars)) or log(scalars, step=step))
+        return runs[-1]
+
+    monkeypatch.setattr(wandb, "init", initialise)
     tiny_config.wandb.update(dict(enable=True, project="tests", run_name="one"))
     for max_steps in (3, 6):
         tiny_config.training.max_steps = max_steps
@@ -239,10 +232,11 @@ def test_wandb_gets_the_numbers_and_a_run_that_goes_on_is_the_same_there(tiny_co
     assert runs[0].id == runs[1].id == (folder / "wandb_id").read_text()
     assert (runs[1].project, runs[1].name) == ("tests", "one")
     assert runs[1].config["model"]["dim"] == 32
-    logged = [record for path in sorted((folder / "wandb").glob("offline-run-*/run-*.wandb")) for record in wandb_history(path)]
-    assert [record["_step"] for record in logged if "train/loss" in record] == [1, 2, 3, 4, 5, 6]
-    losses = {(record["_step"], key): value for record in logged for key, value in record.items() if "loss" in key}
+    assert [step for step, scalars in logged if "train/loss" in scalars] == [1, 2, 3, 4, 5, 6]
+    losses = {(step, key): value for step, scalars in logged for key, value in scalars.items() if "loss" in key}
     assert losses == losses_of(folder)
+    files = list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2 and all(runs[0].id in path.name and path.stat().st_size > 1000 for path in files)
     monkeypatch.setitem(sys.modules, "wandb", None)
     tiny_config.training.max_steps = 7
     assert "wandb.enable: the package is not installed" in error_of(tiny_config)
