@@ -151,7 +151,7 @@ def _figures(nats: float, n_tokens: int, n_bytes: int) -> dict[str, float | None
 
 def _check_sizes(batch_size: int | None, max_batches: int | None, mesh: Mesh) -> int:
     """The batch size that is meant."""
-    devices = mesh.shape["data"]
+    devices = mesh.size
     if batch_size is None:
         batch_size = -(-BATCH_SIZE // devices) * devices
     if batch_size < 1 or batch_size % devices:

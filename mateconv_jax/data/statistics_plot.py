@@ -1,20 +1,17 @@
 """stats.png: a prepared dataset on one page."""
 
-import functools
-from importlib.util import find_spec
 from pathlib import Path
 
-import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, fontManager, get_font
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from mateconv_jax import plotting
 from mateconv_jax.data.statistics import visible
+from mateconv_jax.plotting import BLUE, DARK, GREEN, RED, drawable, log_ticks, short
 
-BLUE, RED, GREEN, DARK = "#5b84b9", "#c9605c", "#6f9f78", "#555555"
 MOST_RULES = 12  # bars in the panel of rejects; what is left becomes one more
 LONGEST_LABEL = 30  # characters of a rule, so that bars keep room
 
@@ -56,24 +53,7 @@ def write_plot(summary: dict, path: Path) -> None:
 
     Equal summaries give equal bytes: nothing comes from the user's matplotlib settings, and none of them is changed.
     """
-    style = {
-        "font.family": _font().get_name(),
-        "font.size": 10,
-        "text.parse_math": False,  # a "$" in a token or a rule is a "$"
-        "axes.unicode_minus": False,
-        "axes.titlesize": 12,
-        "axes.titlelocation": "left",
-        "axes.titlepad": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": "#999999",
-        "axes.labelcolor": "#333333",
-        "axes.axisbelow": True,
-        "grid.color": "#e4e4e4",
-        "xtick.color": DARK,
-        "ytick.color": DARK,
-    }
-    with matplotlib.style.context(["default", style]):
+    with plotting.style():
         figure = Figure(figsize=(12, 8.4), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15, wspace=0.03, hspace=0.03)
@@ -86,25 +66,6 @@ def write_plot(summary: dict, path: Path) -> None:
         aside = path.with_name(path.name + ".partial")
         figure.savefig(aside, format="png", metadata={"Software": None})
     aside.rename(path)
-
-
-@functools.cache
-def _font() -> FontProperties:
-    """Noto Sans CJK SC, from the files of mplfonts, known to this process alone."""
-    path = Path(find_spec("mplfonts").origin).parent / "fonts" / "NotoSansCJKsc-Regular.otf"
-    fontManager.addfont(path)
-    return FontProperties(fname=path)
-
-
-def _drawable(text: str) -> str:
-    """With escapes for what cannot be seen or has no glyph."""
-    font = get_font(_font().get_file())
-    return "".join(
-        character
-        if character.isprintable() and font.get_char_index(ord(character))
-        else character.encode("unicode_escape").decode()
-        for character in text
-    )
 
 
 def _title(summary: dict) -> str:
@@ -143,7 +104,7 @@ def _draw_lengths(axes: Axes, summary: dict) -> None:
     legend.get_frame().set(edgecolor="none", alpha=1)
     axes.set_xlabel("文档长度（token）Tokens per document")
     axes.set_ylabel("文档数 Documents")
-    _log_ticks(axes.xaxis)
+    log_ticks(axes.xaxis)
     _linear_ticks(axes.yaxis)
     axes.grid(axis="y")
 
@@ -156,13 +117,13 @@ def _draw_ranks(axes: Axes, summary: dict) -> None:
     axes.loglog(ranks["rank"], ranks["count"], color=BLUE, linewidth=2, marker="o" if len(ranks["rank"]) == 1 else "")
     top = "最常见 most frequent:"
     for token in summary["top_tokens"]:
-        text = _drawable(visible(token["text"]))
+        text = drawable(visible(token["text"]))
         if _width(top + text) < 62 and not token["control"]:
             top += f"  {text}"
     axes.set_xlabel(f"排名 Rank\n{top}", linespacing=1.6)
     axes.set_ylabel("出现次数 Occurrences")
-    _log_ticks(axes.xaxis)
-    _log_ticks(axes.yaxis)
+    log_ticks(axes.xaxis)
+    log_ticks(axes.yaxis)
     axes.grid()
 
 
@@ -195,7 +156,7 @@ def _draw_bars(axes: Axes, bars: list[tuple[str, int]], color: str, x_label: str
     drawn = axes.barh(places, counts, color=color, height=0.65)
     white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
     axes.bar_label(drawn, [_with_share(n, sum(counts)) for n in counts], padding=4, color=DARK, fontsize=9, bbox=white)
-    axes.set_yticks(places, [_drawable(label)[:LONGEST_LABEL] for label in labels])
+    axes.set_yticks(places, [drawable(label)[:LONGEST_LABEL] for label in labels])
     axes.set_ylim(max(len(bars), 5) - 0.5, -0.5)
     axes.set_xlim(0, 1.4 * max(counts))  # room for the longest bar's label
     axes.set_xlabel(x_label)
@@ -206,7 +167,7 @@ def _draw_bars(axes: Axes, bars: list[tuple[str, int]], color: str, x_label: str
 
 def _with_share(n: int, total: int) -> str:
     share = f"{n / total:.2%}" if n >= total / 10_000 else "<0.01%"
-    return f"{_short(n)}  ({share})"
+    return f"{short(n)}  ({share})"
 
 
 def _draw_none(axes: Axes) -> None:
@@ -218,22 +179,6 @@ def _draw_none(axes: Axes) -> None:
 # ---- numbers on axes ----------------------------------------------------------------------------------------------
 
 
-def _log_ticks(axis: Axis) -> None:
-    low, high = axis.get_view_interval()
-    subs = (1, 2, 5) if high < 100 * low else (1, 3) if high < 1000 * low else (1,)
-    axis.set_major_locator(LogLocator(subs=subs, numticks=10))
-    axis.set_major_formatter(FuncFormatter(_short))
-    axis.set_minor_formatter(NullFormatter())
-
-
 def _linear_ticks(axis: Axis) -> None:
     axis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10), integer=True))
-    axis.set_major_formatter(FuncFormatter(_short))
-
-
-def _short(n: float, position: int | None = None) -> str:
-    """9,999 or 10k or 2.35M. `position` is what matplotlib gives besides."""
-    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if n >= max(factor, 10_000):
-            return f"{n / factor:.3g}{unit}"
-    return f"{n:,g}"
+    axis.set_major_formatter(FuncFormatter(short))

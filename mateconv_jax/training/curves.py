@@ -3,7 +3,6 @@
 import io
 
 import matplotlib
-import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -12,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from mateconv_jax.data.statistics_plot import BLUE, DARK, GREEN, RED, _drawable, _font, _log_ticks, _short
+from mateconv_jax import plotting
+from mateconv_jax.plotting import BLUE, DARK, GREEN, RED, drawable, log_ticks, short
 from mateconv_jax.training.history import Curve, Run, smoothed, thinned
 
 PALETTE = [BLUE, RED, GREEN, "#b08a3e", "#8569a8", "#4c9fae", "#c47fa6", "#777777"]
@@ -31,28 +31,14 @@ def draw(runs: list[Run], smooth: int, file_format: str) -> bytes:
 
     Equal runs give equal bytes: nothing comes from the user's matplotlib settings, and none of them is changed.
     """
-    style = {
-        "font.family": _font().get_name(),
-        "font.size": 10,
-        "text.parse_math": False,  # a "$" in a run's name is a "$"
-        "axes.unicode_minus": False,
-        "axes.titlesize": 12,
-        "axes.titlelocation": "left",
+    ours = {
         "axes.titlepad": 8,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": "#999999",
-        "axes.labelcolor": "#333333",
-        "axes.axisbelow": True,
         "axes.grid": True,
-        "grid.color": "#e4e4e4",
-        "xtick.color": DARK,
-        "ytick.color": DARK,
         "legend.frameon": False,
         "legend.fontsize": 9,
         "svg.hashsalt": "mateconv_jax",
     }
-    with matplotlib.style.context(["default", style]):
+    with plotting.style(**ours):
         figure = Figure(figsize=(12, 12), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.02)
@@ -157,7 +143,7 @@ def _draw_names(figure: Figure, runs: list[Run]) -> None:
     handles = [Line2D([], [], color=color, linewidth=4) for color in colors(len(runs))]
     names = [run.name if len(run.name) <= LONGEST_NAME else "…" + run.name[1 - LONGEST_NAME :] for run in runs]
     columns = max(1, 120 // (max(map(len, names)) + 6))
-    figure.legend(handles, map(_drawable, names), loc="outside upper left", ncols=columns, fontsize=11)
+    figure.legend(handles, map(drawable, names), loc="outside upper left", ncols=columns, fontsize=11)
 
 
 def _buckets(runs: list[Run]) -> int:
@@ -170,7 +156,7 @@ def _buckets(runs: list[Run]) -> int:
 def _step_axis(axes: Axes, runs: list[Run]) -> None:
     axes.set_xlim(0, 1.02 * max(1, *(run.last_step for run in runs)))
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10), integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(_short))
+    axes.xaxis.set_major_formatter(FuncFormatter(short))
     axes.set_xlabel("Step 步数")
 
 
@@ -182,7 +168,7 @@ def _token_axis(axes: Axes, runs: list[Run]) -> None:
         return
     top = axes.secondary_xaxis("top", functions=(lambda step: step * tokens, lambda n: n / tokens))
     top.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10), integer=True))
-    top.xaxis.set_major_formatter(FuncFormatter(_short))
+    top.xaxis.set_major_formatter(FuncFormatter(short))
     top.set_xlabel("Tokens seen 已训练 token 数", labelpad=6)
     top.spines["top"].set_visible(True)
     axes.set_title(axes.get_title(loc="left"), pad=40)
@@ -190,7 +176,7 @@ def _token_axis(axes: Axes, runs: list[Run]) -> None:
 
 def _linear_ticks(axes: Axes) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 2.5, 5, 10)))
-    axes.yaxis.set_major_formatter(FuncFormatter(_short))
+    axes.yaxis.set_major_formatter(FuncFormatter(short))
 
 
 def _from_zero(axes: Axes, runs: list[Run], key: str) -> None:
@@ -202,4 +188,4 @@ def _log_if_wide(axes: Axes, runs: list[Run], key: str) -> None:
     values = np.concatenate([run.curve(key).values for run in runs])
     if values.max() > WIDE * max(np.median(values), 0) and (values > 0).any():
         axes.set_yscale("log", nonpositive="mask")
-        _log_ticks(axes.yaxis)
+        log_ticks(axes.yaxis)

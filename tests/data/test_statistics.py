@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from matplotlib.font_manager import get_font
 
+from mateconv_jax import plotting
 from mateconv_jax.data import statistics_plot, tokenizer as tokenizer_lib
 from mateconv_jax.data.statistics import SplitCounts, Statistics, characters_by_script, print_table, summary
 
@@ -238,7 +239,7 @@ def test_the_plot_is_drawn_without_warnings_and_again_with_equal_bytes(shown, tm
 
 
 def test_the_font_has_every_character_of_the_labels():
-    font = get_font(statistics_plot._font().get_file())
+    font = get_font(plotting.font().get_file())
     characters = {c for c in Path(statistics_plot.__file__).read_text(encoding="utf-8") if c.isprintable()}
     assert {"文", "档"} < characters
     assert [c for c in characters if not font.get_char_index(ord(c))] == []
