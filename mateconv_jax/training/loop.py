@@ -7,12 +7,14 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mateconv_jax import distributed, run_folder, sharding
-from mateconv_jax.data import dataset, input_pipeline, tokenizer as tokenizer_lib
+from mateconv_jax.data import dataset, input_pipeline, token_bytes, tokenizer as tokenizer_lib
 from mateconv_jax.data.rows import FlatRows, Rows
 from mateconv_jax.errors import UserError
+from mateconv_jax.model import flops
 from mateconv_jax.model.transformer import ModelConfig, abstract_model
 from mateconv_jax.training import durations, optimizer, resume, train_state
 from mateconv_jax.training.checkpoints import Checkpoints
@@ -95,8 +97,15 @@ def _train(config: ConfigDict, signals: Signals) -> int:
 
         # ---- the loop -----------------------------------------------------------------------------------------------
         tokens_per_step = rows_per_step * config.data.seq_len
+        peak = flops.peak_flops(jax.devices()[0].device_kind, model_config.dtype)
+        mfu_per_token = (
+            flops.training_flops_per_token(model_config, config.data.seq_len) / (peak * jax.device_count()) if peak else None
+        )
+        bytes_per_token_V = token_bytes.bytes_per_token(tokenizer)
         evaluated = progress.evaluated_step == start_step
-        with Metrics(folder, start_step, evaluated, total_steps, tokens_per_step, log_interval, config.wandb) as metrics:
+        with Metrics(
+            folder, start_step, evaluated, total_steps, tokens_per_step, log_interval, mfu_per_token, config.wandb
+        ) as metrics:
 
             def evaluation_due(step: int) -> bool:
                 regular = step % eval_interval == 0 or step == total_steps
@@ -104,7 +113,9 @@ def _train(config: ConfigDict, signals: Signals) -> int:
 
             def evaluate_and_keep_the_best(step: int) -> None:
                 with metrics.not_training():
-                    losses = evaluate(eval_step, state, val_rows, training, mesh, signals if step < total_steps else None)
+                    losses = evaluate(
+                        eval_step, state, val_rows, training, mesh, bytes_per_token_V, signals if step < total_steps else None
+                    )
                     if losses is None:  # asked to stop: it is done when the run goes on
                         return
                     metrics.write(step, losses)
@@ -163,26 +174,32 @@ def _train(config: ConfigDict, signals: Signals) -> int:
 
 
 def evaluate(
-    eval_step, state: train_state.TrainState, rows: Rows, training: ConfigDict, mesh, signals: Signals | None
+    eval_step, state: train_state.TrainState, rows: Rows, training: ConfigDict, mesh, bytes_per_token_V, signals: Signals | None
 ) -> dict[str, float] | None:
-    """Mean cross-entropy in nats over the first eval_iters batches: val/loss, and val/ema_loss when EMA is on. None where one
-    of `signals` came before the end.
+    """Mean cross-entropy in nats over the first eval_iters batches: val/loss, and val/ema_loss when EMA is on; and
+    val/bits_per_byte of the text, of the EMA when it is on. None where one of `signals` came before the end.
     """
     weights = {"val/loss": state.params}
     if state.ema_params is not None:
         weights["val/ema_loss"] = state.ema_params
     sums = {name: [] for name in weights}
+    n_bytes = 0
     for batch in input_pipeline.validation_batches(rows, training.batch_size, training.eval_iters):
         if signals is not None and signals.stop:
             return None
+        n_bytes += token_bytes.target_bytes(bytes_per_token_V, batch)
         on_devices = to_devices(batch, mesh)
         for name, params in weights.items():
             sums[name].append(eval_step(params, on_devices))
-    losses = {}
+    scalars = {}
     for name, pairs in jax.device_get(sums).items():
         loss_sum, count = np.sum(np.asarray(pairs, np.float64), axis=0)
-        losses[name] = float(loss_sum / count)
-    return losses
+        scalars[name] = float(loss_sum / count)
+    loss = scalars.get("val/ema_loss", scalars["val/loss"])
+    n_bytes = np.sum(multihost_utils.process_allgather(np.int64(n_bytes)))  # each process read its rows
+    if n_bytes:
+        scalars["val/bits_per_byte"] = float(loss * count / math.log(2) / n_bytes)
+    return scalars
 
 
 def to_devices(batch: input_pipeline.Batch, mesh) -> dict[str, jax.Array]:
@@ -255,6 +272,12 @@ def log_header(config: ConfigDict, c: ModelConfig, abstract_params, rows: Rows, 
         "data: %s rows of %d tokens, %.2f epochs in %s steps of %s tokens",
         f"{len(rows):,}", config.data.seq_len, total_steps * rows_per_step / len(rows), f"{total_steps:,}",
         f"{rows_per_step * config.data.seq_len:,}",
+    )  # fmt: skip
+    per_token = flops.training_flops_per_token(c, config.data.seq_len)
+    peak = flops.peak_flops(device.device_kind, c.dtype)
+    logging.info(
+        "arithmetic: %.3g FLOPs a token, %.3g in all; a device's peak is %s",
+        per_token, per_token * total_steps * rows_per_step * config.data.seq_len, f"{peak:.3g} FLOP/s" if peak else "unknown",
     )  # fmt: skip
     logging.info("start: %s", source)
     if source == resume.FROM_SCRATCH:

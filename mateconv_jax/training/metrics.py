@@ -83,8 +83,10 @@ class Metrics:
         total_steps: int,
         tokens_per_step: int,
         log_interval: int,
+        mfu_per_token: float | None = None,
         wandb: ConfigDict | None = None,
     ):
+        """mfu_per_token: what one token a second is of all devices' peak; None: not known."""
         self._writer = self._jsonl = self._wandb = None
         if distributed.is_first():
             if wandb is not None and wandb.enable:
@@ -107,6 +109,7 @@ class Metrics:
         )
         self._postfix: dict[str, str] = {}
         self._tokens_per_step = tokens_per_step
+        self._mfu_per_token = mfu_per_token
         self._log_interval = log_interval
         self._pending = None  # (step, metrics on the device)
         self._first_step = start_step + 1
@@ -156,6 +159,9 @@ class Metrics:
             step_time = (now - self._window_start) / (step - self._window_step)
             scalars |= {"tokens/s": self._tokens_per_step / step_time, "step_time_s": step_time}
             self._postfix["tokens/s"] = f"{scalars['tokens/s']:,.0f}"
+            if self._mfu_per_token is not None:
+                scalars["mfu"] = scalars["tokens/s"] * self._mfu_per_token
+            self._postfix["MFU"] = f"{scalars['mfu']:.1%}" if "mfu" in scalars else "unknown"
         self._window_step, self._window_start = step, now
         if step == 1:
             absl_logging.info("initial loss: %.4f", scalars["train/loss"])
@@ -170,8 +176,9 @@ class Metrics:
         self._jsonl.flush()
         if self._wandb is not None:
             self._wandb.write(step, scalars)
+        shown = {name: value for name, value in scalars.items() if name.endswith("loss") or name in ("lr", "grad_norm")}
         self._postfix |= {
-            name.replace("train/", ""): f"{value:.3f}" for name, value in scalars.items() if name.endswith("loss")
+            name.replace("train/", ""): f"{value:.3g}" if name == "lr" else f"{value:.3f}" for name, value in shown.items()
         }
         self._bar.set_postfix(self._postfix, refresh=False)
 

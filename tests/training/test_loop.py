@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from mateconv_jax import config as config_lib
-from mateconv_jax.data import dataset, input_pipeline
+from mateconv_jax.data import dataset, input_pipeline, token_bytes, tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
+from mateconv_jax.model import flops
+from mateconv_jax.model.transformer import ModelConfig
 from mateconv_jax.training import loop
 from mateconv_jax.training.checkpoints import Checkpoints
 
@@ -99,7 +101,14 @@ def test_what_a_run_writes(tiny_config):
     assert [m["step"] for m in metrics if "val/loss" in m] == [3, 6, 8]
     assert metrics[-1]["val/loss"] != metrics[-1]["val/ema_loss"]
     assert training[-1]["train/loss"] < training[0]["train/loss"] - 0.5
+    # Bits per byte: the nats of all targets over the text that they write, of the EMA.
+    rows = dataset.open_rows(tiny_config.data.train_data_path, "validation", 32, "")
+    batch = rows.read(np.arange(len(rows)))
+    n_tokens = int((batch["length"] - 1).sum())
+    n_bytes = token_bytes.target_bytes(token_bytes.bytes_per_token(tokenizer_lib.load(folder / "tokenizer", "")), batch)
+    assert metrics[-1]["val/bits_per_byte"] == pytest.approx(metrics[-1]["val/ema_loss"] * n_tokens / np.log(2) / n_bytes)
     log = (folder / "train.log").read_text()
+    assert "FLOPs a token" in log and "a device's peak is unknown" in log
     assert "ln(400) = 5.9915" in log and f"initial loss: {training[0]['train/loss']:.4f}" in log
 
 
@@ -201,6 +210,15 @@ def test_a_flat_file_alone_has_no_validation_and_the_log_says_so(flat_config):
     loop.train(config_lib.resolve(flat_config))
     assert {key for _, key in losses_of(flat_config.training.out_dir)} == {"train/loss"}
     assert "validation: none" in (Path(flat_config.training.out_dir) / "train.log").read_text()
+
+
+def test_mfu_is_known_where_the_peak_is(tiny_config, monkeypatch):
+    monkeypatch.setitem(flops.PEAKS, "cpu", 1e9)
+    monkeypatch.setattr(flops, "peak_flops", lambda kind, dtype: flops.PEAKS[kind])
+    loop.train(config_lib.resolve(tiny_config))
+    last = [m for m in metrics_of(tiny_config.training.out_dir) if "mfu" in m][-1]
+    per_token = flops.training_flops_per_token(ModelConfig.make(config_lib.resolve(tiny_config).model, "float32"), 32)
+    assert last["mfu"] == pytest.approx(last["tokens/s"] * per_token / 1e9)
 
 
 def test_log_interval_decides_which_steps_are_written(tiny_config):

@@ -1,0 +1,24 @@
+"""How much arithmetic training takes, and how much a device could do."""
+
+import jax
+import jax.numpy as jnp
+
+from mateconv_jax.model.transformer import ModelConfig, abstract_model
+
+# Dense bfloat16 and float16 peaks by data sheet, FLOP/s; a part of jax's device_kind.
+PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
+
+
+def training_flops_per_token(c: ModelConfig, seq_len: int) -> float:
+    """Forward and backward: 6 for each weight of a matrix product (the tied embedding counts once, as the output layer), and
+    6 L S H N for causal attention, half of the full square (as in PaLM, Chowdhery et al., 2022, appendix B, but causal).
+    """
+    weights = sum(p.size for p in jax.tree.leaves(abstract_model(c)[1]) if p.ndim >= 2)
+    return 6 * weights + 6 * c.n_layers * seq_len * c.n_heads * c.head_dim
+
+
+def peak_flops(device_kind: str, dtype: jnp.dtype) -> float | None:
+    """Of one device in `dtype`, FLOP/s; None where it is not known."""
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return None
+    return next((peak for name, peak in PEAKS.items() if name in device_kind), None)
