@@ -70,7 +70,14 @@ def assert_same_losses(folder, one):
         assert ours[key] == pytest.approx(theirs[key], abs=1e-5)
 
 
-@pytest.mark.parametrize("flags", [(), ("--config.mesh.fsdp=8",), ("--config.mesh.data=2", "--config.mesh.fsdp=-1")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--config.mesh.data=2", "--config.mesh.fsdp=-1"),
+        pytest.param((), marks=pytest.mark.slow),
+        pytest.param(("--config.mesh.fsdp=8",), marks=pytest.mark.slow),
+    ],
+)
 def test_eight_devices_give_the_losses_of_one(dataset_folder, one, tmp_path, flags):
     [log] = finish(start(dataset_folder, tmp_path / "out", 8, flags))
     assert "devices: 8 x cpu, 1 rows each" in log
@@ -84,20 +91,26 @@ def test_two_processes_give_the_losses_of_one_and_the_first_alone_writes(dataset
     assert len(metrics_of(tmp_path / "out")) == 8 and len(list((tmp_path / "out" / "tensorboard").iterdir())) == 1
 
 
-def test_saved_on_eight_devices_it_goes_on_on_one_and_on_four_and_in_two_processes(dataset_folder, one, tmp_path):
-    half = ("--config.training.save_interval=1", "--config.training.keep_latest=9", "--config.mesh.fsdp=4")
-    finish(start(dataset_folder, tmp_path / "eight", 8, half))
-    for devices, flags in ((1, ()), (4, ("--config.mesh.fsdp=2",))):
-        folder = tmp_path / str(devices)
-        from_step = (f"--config.training.resume_from={tmp_path}/eight/checkpoints/2", *flags)
-        finish(start(dataset_folder, folder, devices, from_step))
-        ours, theirs = losses_of(folder), losses_of(one)
-        assert {step for step, _ in ours} == {3, 4, 5, 6}
-        for key in ours:
-            assert ours[key] == pytest.approx(theirs[key], abs=1e-5)
-    two = start_two(dataset_folder, tmp_path / "two", (f"--config.training.resume_from={tmp_path}/eight/checkpoints/2",))
-    finish(*two)
-    assert losses_of(tmp_path / "two")[6, "train/loss"] == pytest.approx(losses_of(one)[6, "train/loss"], abs=1e-5)
+@pytest.fixture(scope="module")
+def eight(dataset_folder, tmp_path_factory):
+    """The run of eight devices, with a checkpoint at every step."""
+    folder = tmp_path_factory.mktemp("eight") / "out"
+    flags = ("--config.training.save_interval=1", "--config.training.keep_latest=9", "--config.mesh.fsdp=4")
+    finish(start(dataset_folder, folder, 8, flags))
+    return folder
+
+
+@pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow), pytest.param((2, 4), marks=pytest.mark.slow)])
+def test_saved_on_eight_devices_it_goes_on_on_others(dataset_folder, one, eight, tmp_path, devices):
+    flags = [f"--config.training.resume_from={eight}/checkpoints/2"]
+    if devices == (2, 4):
+        finish(*start_two(dataset_folder, tmp_path / "out", flags))
+    else:
+        finish(start(dataset_folder, tmp_path / "out", devices, [*flags, f"--config.mesh.fsdp={min(devices, 2)}"]))
+    ours, theirs = losses_of(tmp_path / "out"), losses_of(one)
+    assert {step for step, _ in ours} == {3, 4, 5, 6}
+    for key in ours:
+        assert ours[key] == pytest.approx(theirs[key], abs=1e-5)
 
 
 def test_a_sigterm_of_one_process_checkpoints_all(dataset_folder, tmp_path):

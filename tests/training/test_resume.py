@@ -95,7 +95,7 @@ def straight(dataset_folder, tmp_path_factory):
 
 def test_going_on_in_a_new_process_equals_going_straight_to_the_bit(straight, tmp_path):
     config, folder = straight
-    for stop in (4, 11, 14):
+    for stop in (4, 14):
         # The schedule is that of 14 steps; a signal ends the process after `stop`.
         code = (
             "import sys, os, signal; from mateconv_jax.training import metrics; push = metrics.Metrics.push\n"
@@ -350,7 +350,7 @@ def test_which_checkpoints_are_kept(tiny_config, tmp_path, monkeypatch):
     assert not (tmp_path / "none" / "best").exists()
 
 
-@pytest.mark.parametrize("use_ema", [False, True])
+@pytest.mark.parametrize("use_ema", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_early_stopping_counts_over_a_restart(tiny_config, tmp_path, monkeypatch, use_ema):
     def run(max_steps, *losses):
         values = iter(losses)
