@@ -18,6 +18,8 @@ from mateconv_jax.errors import UserError
 from mateconv_jax.training.signals import RESUMABLE
 from tests.training.test_loop import losses_of, metrics_of
 
+pytestmark = pytest.mark.slow  # two minutes
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -73,11 +75,12 @@ def assert_same_losses(folder, one):
 @pytest.mark.parametrize(
     "flags",
     [
+        (),
+        ("--config.mesh.fsdp=8",),
         ("--config.mesh.data=2", "--config.mesh.fsdp=-1"),
-        pytest.param((), marks=pytest.mark.slow),
-        pytest.param(("--config.mesh.fsdp=8",), marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_eight_devices_give_the_losses_of_one(dataset_folder, one, tmp_path, flags):
     [log] = finish(start(dataset_folder, tmp_path / "out", 8, flags))
     assert "devices: 8 x cpu, 1 rows each" in log
@@ -102,6 +105,7 @@ def eight(dataset_folder, tmp_path_factory):
 
 @pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow), pytest.param((2, 4), marks=pytest.mark.slow)])
 def test_saved_on_eight_devices_it_goes_on_on_others(dataset_folder, one, eight, tmp_path, devices):
+    assert_same_losses(eight, one)
     flags = [f"--config.training.resume_from={eight}/checkpoints/2"]
     if devices == (2, 4):
         finish(*start_two(dataset_folder, tmp_path / "out", flags))

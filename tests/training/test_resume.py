@@ -19,13 +19,16 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from mateconv_jax import config as config_lib, run_folder
+from mateconv_jax import config as config_lib
 from mateconv_jax.data import input_pipeline
 from mateconv_jax.errors import UserError
-from mateconv_jax.training import durations, loop
+from mateconv_jax.training import loop
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
 from mateconv_jax.training.signals import RESUMABLE
 from tests.training.test_loop import losses_of, metrics_of
+
+# Six minutes of real trainings, stopped and killed. The fast tier has test_loop.py's stop and resume.
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 
@@ -382,19 +385,6 @@ def test_progress_by_hand():
     assert progress == Progress(2.0, 2, 1, 3)
 
 
-@pytest.mark.parametrize(
-    "value, expected",
-    [(7, 7), ("7", 7), ("5%", 50), ("0.01%", 1), ("1epoch", 40), ("2 epochs", 80), ("0.5epoch", 20), ("12.5%", 125)],
-)
-def test_durations(value, expected):
-    assert durations.steps(value, total_steps=1000, steps_per_epoch=40) == expected
-
-
-@pytest.mark.parametrize("value", [0, -1, "0%", "x", "5 %%", "1.5", 1.5, "", None, "epoch", "1..5%"])
-def test_what_is_no_duration(value):
-    assert not durations.is_duration(value)
-
-
 def test_durations_on_the_command_line(tiny_config):
     flags = ["--config.training.eval_interval=5%", "--config.training.save_interval=1epoch", "--config.training.log_interval=3"]
     result = subprocess.run(
@@ -520,17 +510,3 @@ def test_nothing_goes_to_the_device_unasked_and_nothing_compiles_twice(tiny_conf
     finally:
         guarded[0].__exit__(None, None, None)
     assert jitted[0]._cache_size() == 1
-
-
-def test_the_exit_code_reaches_the_shell(straight, tmp_path):
-    config, _ = straight
-    process = subprocess.Popen(
-        command(config, tmp_path / "out", max_steps=100_000), cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
-    for line in process.stderr:
-        if "train/loss" in line:
-            break
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == RESUMABLE and "the same command goes on from there" in errors
-    assert run_folder.latest_step(tmp_path / "out") > 0
