@@ -12,8 +12,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import FieldReference, placeholder
 
+from mateconv_jax import durations
 from mateconv_jax.errors import UserError
-from mateconv_jax.training import durations
 
 
 def default_config() -> ConfigDict:

@@ -5,6 +5,7 @@ RUN/checkpoints/STEP/progress   Progress, JSON
 RUN/best/STEP/…                 the same, of the lowest validation loss
 """
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -59,7 +60,7 @@ class Checkpoints:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(self, *_):
         for manager in (self._manager, self._best):
             if manager is not None:
                 with _clear_errors(self._folder):
@@ -127,21 +128,17 @@ def _save_args(state: TrainState, progress: Progress):
     return ocp.args.Composite(state=ocp.args.StandardSave(state), progress=progress_args)
 
 
-class _clear_errors:
+@contextlib.contextmanager
+def _clear_errors(folder: Path):
     """A save that failed, at once or since the last call, as a UserError."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if error is None or isinstance(error, (UserError, KeyboardInterrupt)):
-            return
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever Orbax and its storage raise
         full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
         reason = os.strerror(errno.ENOSPC) if full else " ".join(str(error).split())[:300]
         raise UserError(
-            f"training.out_dir: a checkpoint could not be written to {self._folder} ({reason}; earlier ones stay, and the same "
+            f"training.out_dir: a checkpoint could not be written to {folder} ({reason}; earlier ones stay, and the same "
             "command goes on from the newest)"
         ) from error

@@ -10,13 +10,13 @@ from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from mateconv_jax import distributed, run_folder, sharding
+from mateconv_jax import distributed, durations, run_folder, sharding
 from mateconv_jax.data import dataset, input_pipeline, token_bytes, tokenizer as tokenizer_lib
 from mateconv_jax.data.rows import FlatRows, Rows
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
 from mateconv_jax.model.transformer import ModelConfig, abstract_model
-from mateconv_jax.training import durations, optimizer, resume, train_state
+from mateconv_jax.training import optimizer, resume, train_state
 from mateconv_jax.training.checkpoints import Checkpoints
 from mateconv_jax.training.metrics import BadStep, Metrics, logging_to
 from mateconv_jax.training.signals import RESUMABLE, Signals
@@ -62,7 +62,8 @@ def _train(config: ConfigDict, signals: Signals) -> int:
             f"{training.epochs} epochs (expected a smaller batch or more epochs)"
         )
     eval_interval, save_interval, log_interval = (
-        durations.of(training, key, total_steps, steps_per_epoch) for key in ("eval_interval", "save_interval", "log_interval")
+        durations.steps(training[key], total_steps, steps_per_epoch)
+        for key in ("eval_interval", "save_interval", "log_interval")
     )
     schedule = optimizer.make_schedule(training, total_steps)
     tx = optimizer.make_optimizer(training, model_config)

@@ -1,6 +1,6 @@
 import pytest
 
-from mateconv_jax.training import durations
+from mateconv_jax import durations
 
 
 @pytest.mark.parametrize(

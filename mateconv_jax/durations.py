@@ -2,8 +2,6 @@
 
 import re
 
-from mateconv_jax.errors import UserError
-
 EXPECTED = 'a number of steps, or a share such as "5%" of the run or "0.5epoch"'
 
 
@@ -31,15 +29,3 @@ def is_duration(value) -> bool:
     except ValueError:
         return False
     return True
-
-
-def of(training, key: str, total_steps: int, steps_per_epoch: float) -> int:
-    """`training[key]` in steps.
-
-    Raises:
-      UserError: it is no duration.
-    """
-    try:
-        return steps(training[key], total_steps, steps_per_epoch)
-    except ValueError as error:
-        raise UserError(f"training.{key}: {error}") from error
