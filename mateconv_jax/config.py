@@ -78,13 +78,19 @@ def default_config() -> ConfigDict:
     config.training.eval_interval = FieldReference(500, field_type=object)
     config.training.save_interval = FieldReference(1000, field_type=object)
     config.training.log_interval = FieldReference(10, field_type=object)
+    config.training.samples_interval = placeholder(object)  # None: no samples
+    config.training.sample_prompts = ("中国", "今天")  # what they continue
     config.training.eval_iters = 100  # batches an evaluation reads at most
     config.training.early_stopping = False  # end after `patience` evaluations without a lower loss (of the EMA, if on)
     config.training.patience = 5
     config.training.keep_latest = 3  # checkpoints
     config.training.keep_every = placeholder(int)  # and those whose step is a multiple of this
     config.training.keep_best = True  # and, in RUN/best, the one with the lowest validation loss
-    config.training.max_bad_steps = 20  # steps in a row whose gradient is not finite, before the run gives up
+    # An update is left out where the gradient is not finite, or the loss this many standard deviations above its mean over
+    # the last 100 steps (0: never for its loss; 6 is usual).
+    config.training.skip_spikes = 0.0
+    config.training.max_bad_steps = 20  # of them in a row, before the run gives up
+    config.training.profile_step = placeholder(int)  # from here on 5 steps are traced, for TensorBoard's profiler
     config.training.resume = "auto"  # auto: go on with the run in out_dir, if there is one | never: refuse to
     config.training.resume_from = placeholder(str)  # RUN or RUN/checkpoints/STEP to go on from in a new out_dir
     config.training.init_from = placeholder(str)  # a run whose weights a new one starts with
@@ -138,12 +144,14 @@ _CHECKS = {
     "training.dtype": _one_of("auto", "float32", "bfloat16", "float16"),
     "training.ema_decay": _FRACTION,
     **{f"training.{key}": (durations.EXPECTED, durations.is_duration) for key in (
-        "eval_interval", "save_interval", "log_interval")},
+        "eval_interval", "save_interval", "log_interval", "samples_interval")},
     "training.eval_iters": _POSITIVE,
     "training.patience": _POSITIVE,
     "training.keep_latest": _POSITIVE,
     "training.keep_every": _POSITIVE,
+    "training.skip_spikes": _NOT_NEGATIVE,
     "training.max_bad_steps": _POSITIVE,
+    "training.profile_step": _POSITIVE,
     "training.resume": _one_of("auto", "never"),
     "training.seed": _NOT_NEGATIVE,
 }  # fmt: skip

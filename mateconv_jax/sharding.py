@@ -4,6 +4,8 @@ Two axes: `data` splits the batch alone, `fsdp` splits the batch and, with it, p
 Rajbhandari et al., 2020), which XLA gathers where a layer needs them.
 """
 
+import functools
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -38,6 +40,12 @@ def make_mesh(mesh: ConfigDict | None = None) -> Mesh:
 def batch(mesh: Mesh, rows_axis: int = 0) -> NamedSharding:
     """Rows split over all devices."""
     return NamedSharding(mesh, PartitionSpec(*[None] * rows_axis, ("data", "fsdp")))
+
+
+def to_devices(rows: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows as part of the global batch: `length` (B,) or, of several micro-batches, (A, B)."""
+    spread = functools.partial(jax.make_array_from_process_local_data, batch(mesh, rows["length"].ndim - 1))
+    return {key: spread(value) for key, value in rows.items()}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -6,11 +6,9 @@ Dimensions in names: B rows, P prompt bucket, T cache bucket, V vocabulary.
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from mateconv_jax.inference import logits_processors
-from mateconv_jax.inference.generation_config import GenerationConfig
+from mateconv_jax.inference.sampling import Sampling, next_tokens
 from mateconv_jax.model.transformer import KVCache, grow_kv_cache
 
 # Prompt and cache lengths are rounded up to one of these (or the model's maximum), so that a chat compiles a handful of
@@ -28,39 +26,12 @@ def bucket(length: int, max_seq_len: int) -> int:
 
 
 @flax.struct.dataclass
-class Sampling:
-    """What the draws depend on. do_sample, top_k and filter_top_p choose the program; the rest are numbers in it.
-
-    sample_B: a row's number among the samples of one prompt.
-    """
-
-    seed: jax.Array
-    sample_B: jax.Array
-    temperature: jax.Array
-    top_p: jax.Array
-    do_sample: bool = flax.struct.field(pytree_node=False)
-    top_k: int = flax.struct.field(pytree_node=False)
-    filter_top_p: bool = flax.struct.field(pytree_node=False)
-
-    @staticmethod
-    def make(config: GenerationConfig, sample_B: np.ndarray, vocab_size: int) -> "Sampling":
-        return Sampling(
-            seed=jnp.uint32(config.seed),
-            sample_B=jnp.asarray(sample_B, jnp.int32),
-            temperature=jnp.float32(config.temperature),
-            top_p=jnp.float32(config.top_p),
-            do_sample=config.do_sample,
-            top_k=min(config.top_k, vocab_size) if config.do_sample else 0,
-            filter_top_p=config.do_sample and config.top_p < 1,
-        )
-
-
-@flax.struct.dataclass
 class DecodeState:
     """Everything that decoding changes.
 
     tokens_BT: prompt and answer so far, at their positions. length_B: how many of a row's tokens are there; the last of
     them is not in the cache yet. remaining_B: new tokens a row may still get. finished_B: `</s>` drawn or nothing remains.
+    prompt_length_B: set by the prefill.
     """
 
     tokens_BT: jax.Array
@@ -68,27 +39,7 @@ class DecodeState:
     remaining_B: jax.Array
     finished_B: jax.Array
     kv_cache: KVCache
-
-
-def next_tokens(logits_BV, sampling: Sampling, position_B):
-    """The token of each row for `position_B`. A draw's key is (seed, sample, position): a row does not depend on its batch.
-
-    Returns int32 (B,).
-    """
-    logits_BV = logits_BV.astype(jnp.float32)
-    if not sampling.do_sample:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_processors.temperature(logits_BV, sampling.temperature)
-    if sampling.top_k:
-        logits_BV = logits_processors.top_k(logits_BV, sampling.top_k)
-    if sampling.filter_top_p:
-        logits_BV = logits_processors.top_p(logits_BV, sampling.top_p)
-
-    def draw(sample, position, logits_V):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), sample), position)
-        return jax.random.categorical(key, logits_V)
-
-    return jax.vmap(draw)(sampling.sample_B, position_B, logits_BV).astype(jnp.int32)
+    prompt_length_B: jax.Array | None = None
 
 
 class Decoder:
@@ -115,7 +66,7 @@ class Decoder:
         logits_BV, kv_cache = nnx.merge(self._graph, params).cached(
             state.tokens_BT, jnp.zeros_like(state.length_B), state.length_B - 1, state.kv_cache
         )
-        return self._append(state, logits_BV, kv_cache, sampling)
+        return self._append(state.replace(prompt_length_B=state.length_B), logits_BV, kv_cache, sampling)
 
     def _step(self, params, state: DecodeState, sampling: Sampling) -> DecodeState:
         """Read each row's last token, draw its next. Finished rows stay as they are."""
@@ -125,7 +76,7 @@ class Decoder:
         return self._append(state, logits_BV, kv_cache, sampling)
 
     def _append(self, state: DecodeState, logits_BV, kv_cache: KVCache, sampling: Sampling) -> DecodeState:
-        drawn_B = next_tokens(logits_BV, sampling, state.length_B)
+        drawn_B = next_tokens(logits_BV, sampling, state.tokens_BT, state.length_B, state.prompt_length_B, self._eos_id)
         goes_on_B = ~state.finished_B & (state.remaining_B > 0)
         # A finished row rewrites its last token with itself.
         place_B = jnp.where(goes_on_B, state.length_B, state.length_B - 1)
@@ -138,6 +89,7 @@ class Decoder:
             remaining_B=remaining_B,
             finished_B=state.finished_B | (goes_on_B & (drawn_B == self._eos_id)) | (remaining_B == 0),
             kv_cache=kv_cache,
+            prompt_length_B=state.prompt_length_B,
         )
 
     def _loop(self, params, state: DecodeState, sampling: Sampling) -> DecodeState:

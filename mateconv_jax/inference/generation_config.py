@@ -1,41 +1,94 @@
 """What a person chooses about an answer."""
 
 import dataclasses
+import math
+import numbers
 
 from mateconv_jax.errors import check_values
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """How to continue a prompt. Names and meanings are those of transformers' GenerationConfig.
+    """How to continue a prompt. Names and meanings are those of transformers' GenerationConfig; `stop` is its stop_strings.
 
-    do_sample: draw from the filtered distribution; False takes the most likely token (temperature, top_k and top_p are
+    do_sample: draw from the filtered distribution; False takes the most likely token (temperature, top_k, top_p and min_p are
       then not used).
-    temperature: > 0, divides the logits.
+    temperature: divides the logits; from 1e-6 to 1e6.
     top_k: keep that many tokens; 0 keeps all.
     top_p: in (0, 1], keep the smallest set that reaches this probability; 1 keeps all.
-    max_new_tokens: >= 0.
+    min_p: in [0, 1], keep the tokens that are at least this many times as probable as the most probable; 0 keeps all.
+    repetition_penalty: from 1e-6 to 1e6, divides what favours a token that was there already, prompt included; 1 is none.
+    no_repeat_ngram_size: >= 0, no run of that many tokens comes twice, prompt included; 0 is off.
+    max_new_tokens, min_new_tokens: 0 <= min <= max; `</s>` cannot come before min.
+    stop: texts that end the answer: a string, or several in a list or tuple, kept as a tuple.
     seed: of the draws; the same seed gives the same text.
+    use_cache: keep keys and values of earlier tokens; False computes them again at each token.
 
     Raises:
-      UserError: a value out of its range.
+      UserError: a value out of its range or of another type.
     """
 
     do_sample: bool = True
     temperature: float = 0.8
     top_k: int = 50
     top_p: float = 0.9
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
     max_new_tokens: int = 100
+    min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
     seed: int = 0
+    use_cache: bool = True
 
     def __post_init__(self):
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        elif isinstance(self.stop, list):
+            object.__setattr__(self, "stop", tuple(self.stop))
+
+        def is_flag(value):
+            return isinstance(value, bool)
+
+        def is_integer(value, low, high=math.inf):
+            return isinstance(value, numbers.Integral) and not is_flag(value) and low <= value <= high
+
+        def is_number(value, low, high):
+            return isinstance(value, numbers.Real) and not is_flag(value) and low <= value <= high  # False for NaN
+
         check_values(
             self,
             [
-                ("temperature", self.temperature > 0, "above 0; for the most likely token use greedy decoding"),
-                ("top_k", self.top_k >= 0, "at least 0"),
-                ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-                ("max_new_tokens", self.max_new_tokens >= 0, "at least 0"),
-                ("seed", 0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),
+                ("do_sample", is_flag(self.do_sample), "True or False"),
+                # In fp32 a temperature or penalty outside of these would make infinities.
+                (
+                    "temperature",
+                    is_number(self.temperature, 1e-6, 1e6),
+                    "a number from 1e-6 to 1e6; for the most likely token use greedy decoding",
+                ),
+                ("top_k", is_integer(self.top_k, 0), "an integer, at least 0"),
+                ("top_p", is_number(self.top_p, 0, 1) and self.top_p > 0, "a number above 0 and at most 1"),
+                ("min_p", is_number(self.min_p, 0, 1), "a number from 0 to 1"),
+                ("repetition_penalty", is_number(self.repetition_penalty, 1e-6, 1e6), "a number from 1e-6 to 1e6; 1 is none"),
+                ("no_repeat_ngram_size", is_integer(self.no_repeat_ngram_size, 0), "an integer, at least 0"),
+                ("max_new_tokens", is_integer(self.max_new_tokens, 0), "an integer, at least 0"),
+                ("min_new_tokens", is_integer(self.min_new_tokens, 0), "an integer, at least 0"),
+                (
+                    "stop",
+                    isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop),
+                    "a text, or a list of texts, none of them empty",
+                ),
+                ("seed", is_integer(self.seed, 0, 2**32 - 1), "an integer from 0 to 2^32 - 1"),
+                ("use_cache", is_flag(self.use_cache), "True or False"),
             ],
         )
+        at_most = f"at most max_new_tokens, {self.max_new_tokens}"
+        check_values(self, [("min_new_tokens", self.min_new_tokens <= self.max_new_tokens, at_most)])
+
+
+# To change a preset: dataclasses.replace(PRESETS["chat"], max_new_tokens=200).
+PRESETS = {
+    "creative": GenerationConfig(temperature=1.0, top_k=50, top_p=0.95),
+    "chat": GenerationConfig(temperature=0.8, top_k=40, top_p=0.9),
+    "factual": GenerationConfig(temperature=0.5, top_k=20, top_p=0.85),
+}

@@ -27,7 +27,7 @@ class TextGenerator:
     def __init__(self, model: Transformer, tokenizer: PreTrainedTokenizerFast):
         self.tokenizer = tokenizer
         self._c = model.c
-        graph, self._params = nnx.split(model)
+        graph, self.params = nnx.split(model)
         self._decoder = Decoder(graph, tokenizer.eos_token_id, self._c.max_seq_len)
 
     @staticmethod
@@ -87,14 +87,21 @@ class TextGenerator:
     def _chat_ids(self, history: list[dict[str, str]]) -> list[int]:
         return tokenizer_lib.encode_chat(self.tokenizer, history, add_generation_prompt=True)
 
+    def check_prompt(self, prompt: str, name: str = "prompt") -> None:
+        """Raises UserError, which names `name`, where the prompt leaves no room in the model's context."""
+        self._check_length(len(self._prompt_ids(prompt)), name)
+
+    def _check_length(self, n_tokens: int, name: str = "prompt") -> None:
+        if n_tokens >= self._c.max_seq_len:
+            raise UserError(
+                f"{name}: {n_tokens} tokens leave no room in the model's context of {self._c.max_seq_len} "
+                f"(expected at most {self._c.max_seq_len - 1})"
+            )
+
     def _start(self, prompts: list[list[int]], max_new_tokens: int) -> DecodeState:
         lengths_B = np.array([len(ids) for ids in prompts], np.int32)
         room_B = self._c.max_seq_len - lengths_B
-        if room_B.min() <= 0:
-            raise UserError(
-                f"prompt: {lengths_B.max()} tokens leave no room in the model's context of {self._c.max_seq_len} "
-                f"(expected at most {self._c.max_seq_len - 1})"
-            )
+        self._check_length(int(lengths_B.max()))
         length = bucket(int(lengths_B.max()) + 1, self._c.max_seq_len)  # one more: the prefill appends a token
         tokens_BT = np.zeros((len(prompts), length), np.int32)
         for tokens_T, ids in zip(tokens_BT, prompts, strict=True):
@@ -114,7 +121,7 @@ class TextGenerator:
         if samples_B is None:
             samples_B = np.zeros(len(prompts))
         sampling = Sampling.make(config, samples_B, self._c.vocab_size)
-        state = self._decoder.run(self._params, self._start(prompts, config.max_new_tokens), sampling)
+        state = self._decoder.run(self.params, self._start(prompts, config.max_new_tokens), sampling)
         tokens_BT, length_B = jax.device_get((state.tokens_BT, state.length_B))
         return [
             self._decode_text(tokens_T[len(ids) : length])
@@ -126,7 +133,7 @@ class TextGenerator:
         state = self._start([prompt], config.max_new_tokens)
         if config.max_new_tokens == 0:
             return
-        state = self._decoder.prefill(self._params, state, sampling)
+        state = self._decoder.prefill(self.params, state, sampling)
         held = []  # tokens that end in the middle of a character
         while True:
             length = int(state.length_B[0])
@@ -140,7 +147,7 @@ class TextGenerator:
                 return
             if length == state.tokens_BT.shape[1]:
                 state = self._decoder.grow(state)
-            state = self._decoder.step(self._params, state, sampling)
+            state = self._decoder.step(self.params, state, sampling)
 
     def _decode_text(self, ids) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,26 +1,32 @@
 """The life of a training run, top to bottom."""
 
 import functools
+import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mateconv_jax import distributed, durations, run_folder, sharding
-from mateconv_jax.data import dataset, input_pipeline, token_bytes, tokenizer as tokenizer_lib
-from mateconv_jax.data.rows import FlatRows, Rows
+from mateconv_jax.data import input_pipeline, token_bytes
+from mateconv_jax.data.rows import Rows
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
 from mateconv_jax.model.transformer import ModelConfig, abstract_model
 from mateconv_jax.training import optimizer, resume, train_state
 from mateconv_jax.training.checkpoints import Checkpoints
+from mateconv_jax.training.header import log_header, log_memory
 from mateconv_jax.training.metrics import BadStep, Metrics, logging_to
+from mateconv_jax.training.open_data import open_data
+from mateconv_jax.training.samples import Samples
 from mateconv_jax.training.signals import RESUMABLE, Signals
 from mateconv_jax.training.step import LossOptions, make_eval_step, make_train_step
+from mateconv_jax.training.validation import evaluate
 
 
 def train(config: ConfigDict) -> int:
@@ -61,9 +67,9 @@ def _train(config: ConfigDict, signals: Signals) -> int:
             f"training.batch_size: {rows_per_step} rows of a step are more than the dataset's {len(train_rows)} rows x "
             f"{training.epochs} epochs (expected a smaller batch or more epochs)"
         )
-    eval_interval, save_interval, log_interval = (
-        durations.steps(training[key], total_steps, steps_per_epoch)
-        for key in ("eval_interval", "save_interval", "log_interval")
+    eval_interval, save_interval, log_interval, samples_interval = (
+        durations.steps(training[key], total_steps, steps_per_epoch) if training[key] is not None else None
+        for key in ("eval_interval", "save_interval", "log_interval", "samples_interval")
     )
     schedule = optimizer.make_schedule(training, total_steps)
     tx = optimizer.make_optimizer(training, model_config)
@@ -73,6 +79,9 @@ def _train(config: ConfigDict, signals: Signals) -> int:
     abstract_state = sharding.with_shardings(mesh, jax.eval_shape(init))
     train_step = make_train_step(graph, tx, schedule, training, loss_options, abstract_state)
     eval_step = make_eval_step(graph, loss_options)
+    samples = samples_interval and Samples(graph, abstract_params, tokenizer, training.sample_prompts, mesh)
+    flops_per_token = flops.training_flops_per_token(model_config, config.data.seq_len)
+    peak_flops = flops.peak_flops(jax.devices()[0].device_kind, model_config.dtype)
 
     # ---- from where: own run folder > resume_from > init_from > scratch ---------------------------------------------
     folder = Path(training.out_dir)
@@ -87,10 +96,8 @@ def _train(config: ConfigDict, signals: Signals) -> int:
             run_folder.write_config(folder, config)
             tokenizer.save_pretrained(folder / "tokenizer")
         start_step = int(state.step)
-        batches = input_pipeline.training_batches(
-            train_rows, rows_per_step, training.seed, config.data.shuffle, start_step, config.data.num_workers
-        )
-        log_header(config, model_config, abstract_params, train_rows, total_steps, source)
+        batches = training_batches(config, train_rows, start_step, mesh)
+        log_header(config, model_config, abstract_params, train_rows, total_steps, flops_per_token, peak_flops, source)
         for difference in differences:
             logging.warning("not an exact continuation: %s", difference)
         if val_rows is None:
@@ -98,15 +105,13 @@ def _train(config: ConfigDict, signals: Signals) -> int:
 
         # ---- the loop -----------------------------------------------------------------------------------------------
         tokens_per_step = rows_per_step * config.data.seq_len
-        peak = flops.peak_flops(jax.devices()[0].device_kind, model_config.dtype)
-        mfu_per_token = (
-            flops.training_flops_per_token(model_config, config.data.seq_len) / (peak * jax.device_count()) if peak else None
-        )
+        mfu_per_token = flops_per_token / (peak_flops * jax.device_count()) if peak_flops else None
         bytes_per_token_V = token_bytes.bytes_per_token(tokenizer)
         evaluated = progress.evaluated_step == start_step
         with Metrics(
-            folder, start_step, evaluated, total_steps, tokens_per_step, log_interval, mfu_per_token, config.wandb
-        ) as metrics:
+            folder, start_step, evaluated, total_steps, tokens_per_step, log_interval, mfu_per_token, config.wandb,
+            training.profile_step,
+        ) as metrics:  # fmt: skip
 
             def evaluation_due(step: int) -> bool:
                 regular = step % eval_interval == 0 or step == total_steps
@@ -115,29 +120,35 @@ def _train(config: ConfigDict, signals: Signals) -> int:
             def evaluate_and_keep_the_best(step: int) -> None:
                 with metrics.not_training():
                     losses = evaluate(
-                        eval_step, state, val_rows, training, mesh, bytes_per_token_V, signals if step < total_steps else None
-                    )
+                        eval_step, state, val_rows, training.batch_size, training.eval_iters, mesh, bytes_per_token_V,
+                        signals if step < total_steps else None,
+                    )  # fmt: skip
                     if losses is None:  # asked to stop: it is done when the run goes on
                         return
                     metrics.write(step, losses)
                     if progress.evaluated(step, losses.get("val/ema_loss", losses["val/loss"])):
                         checkpoints.save_best(step, state, progress)
 
-            def check_gradients(bad_step: BadStep | None, step: int) -> None:
+            def write_samples(step: int) -> None:
+                with metrics.not_training():
+                    params = state.params if state.ema_params is None else state.ema_params
+                    metrics.write_samples(step, samples.write(params))
+
+            def check_step(bad_step: BadStep | None, step: int) -> None:
                 if bad_step is None:
                     return
-                place = np.arange((bad_step.step - 1) * rows_per_step, bad_step.step * rows_per_step)
-                rows = input_pipeline.row_numbers(place, len(train_rows), training.seed) if config.data.shuffle else place
+                places = np.arange((bad_step.step - 1) * rows_per_step, bad_step.step * rows_per_step)
+                rows = input_pipeline.rows_at(places, len(train_rows), training.seed, config.data.shuffle)
                 logging.warning(
-                    "step %d: the gradient is not finite, the update is left out (%d in a row); rows %s; largest norms: %s",
-                    bad_step.step, bad_step.in_a_row, (rows % len(train_rows)).tolist(), bad_step.largest(),
+                    "step %d: %s, the update is left out (%d in a row); rows %s; largest norms: %s",
+                    bad_step.step, bad_step.reason(), bad_step.in_a_row, rows.tolist(), bad_step.largest(),
                 )  # fmt: skip
                 if bad_step.in_a_row >= training.max_bad_steps:
                     checkpoints.save(step, state, progress)
                     raise UserError(
-                        f"training.max_bad_steps: {bad_step.in_a_row} steps in a row had a gradient that is not finite; the "
-                        f"parameters of step {bad_step.step - bad_step.in_a_row} are kept, in the checkpoint of step {step} "
-                        "(expected a lower training.learning_rate, a longer warm-up, or other data)"
+                        f"training.max_bad_steps: {bad_step.in_a_row} steps in a row were left out, the last because "
+                        f"{bad_step.reason()}; the parameters of step {bad_step.step - bad_step.in_a_row} are kept, in the "
+                        f"checkpoint of step {step} (expected a lower training.learning_rate, a longer warm-up, or other data)"
                     )
 
             step = start_step
@@ -146,15 +157,20 @@ def _train(config: ConfigDict, signals: Signals) -> int:
             done = step >= total_steps or training.early_stopping and progress.bad_evaluations >= training.patience
             if done:
                 logging.info("nothing to do: step %d of %d is in %s", step, total_steps, folder)
+            else:
+                first = next(batches)
+                train_step = compile_step(train_step, state, first)
+                batches = itertools.chain([first], batches)
             while not (done or signals.poll(step)):
                 step += 1
-                batch = input_pipeline.micro_batches(next(batches), training.accumulation_steps)
-                state, step_metrics = train_step(state, to_devices(batch, mesh))  # dispatched, not waited for
-                check_gradients(metrics.push(step, step_metrics), step)  # reads the step before while this one runs
+                with metrics.waiting_for_input():
+                    batch = next(batches)
+                state, step_metrics = train_step(state, batch)  # dispatched, not waited for
+                check_step(metrics.push(step, step_metrics), step)  # reads the step before while this one runs
 
                 last = step == total_steps
                 if evaluation_due(step):
-                    check_gradients(metrics.flush(), step)
+                    check_step(metrics.flush(), step)
                     evaluate_and_keep_the_best(step)
                     if training.early_stopping and progress.bad_evaluations >= training.patience:
                         logging.info(
@@ -162,127 +178,35 @@ def _train(config: ConfigDict, signals: Signals) -> int:
                             progress.best_loss, progress.best_step, progress.bad_evaluations,
                         )  # fmt: skip
                         last = True
+                if samples and (step % samples_interval == 0 or last):
+                    check_step(metrics.flush(), step)
+                    write_samples(step)
                 if step % save_interval == 0 or last:
-                    check_gradients(metrics.flush(), step)
+                    check_step(metrics.flush(), step)
                     with metrics.not_training():
                         checkpoints.save(step, state, progress)
                 done = last
             if not done:
-                check_gradients(metrics.flush(), step)
+                check_step(metrics.flush(), step)
                 checkpoints.save(step, state, progress)
                 logging.info("stopped at step %d of %d; the same command goes on from there", step, total_steps)
     return 0 if done else RESUMABLE
 
 
-def evaluate(
-    eval_step, state: train_state.TrainState, rows: Rows, training: ConfigDict, mesh, bytes_per_token_V, signals: Signals | None
-) -> dict[str, float] | None:
-    """Mean cross-entropy in nats over the first eval_iters batches: val/loss, and val/ema_loss when EMA is on; and
-    val/bits_per_byte of the text, of the EMA when it is on. None where one of `signals` came before the end.
-    """
-    weights = {"val/loss": state.params}
-    if state.ema_params is not None:
-        weights["val/ema_loss"] = state.ema_params
-    sums = {name: [] for name in weights}
-    n_bytes = 0
-    for batch in input_pipeline.validation_batches(rows, training.batch_size, training.eval_iters):
-        if signals is not None and signals.stop:
-            return None
-        n_bytes += token_bytes.target_bytes(bytes_per_token_V, batch)
-        on_devices = to_devices(batch, mesh)
-        for name, params in weights.items():
-            sums[name].append(eval_step(params, on_devices))
-    scalars = {}
-    for name, pairs in jax.device_get(sums).items():
-        loss_sum, count = np.sum(np.asarray(pairs, np.float64), axis=0)
-        scalars[name] = float(loss_sum / count)
-    loss = scalars.get("val/ema_loss", scalars["val/loss"])
-    n_bytes = np.sum(multihost_utils.process_allgather(np.int64(n_bytes)))  # each process read its rows
-    if n_bytes:
-        scalars["val/bits_per_byte"] = float(loss * count / math.log(2) / n_bytes)
-    return scalars
-
-
-def to_devices(batch: input_pipeline.Batch, mesh) -> dict[str, jax.Array]:
-    """This process's rows as part of the global batch: `length` (B,) or, of several micro-batches, (A, B)."""
-    rows_axis = batch["length"].ndim - 1
-    spread = functools.partial(jax.make_array_from_process_local_data, sharding.batch(mesh, rows_axis))
-    return {key: spread(value) for key, value in batch.items()}
-
-
-def open_data(config: ConfigDict):
-    """Training rows, validation rows (None: there are none) and tokenizer, once they are known to fit each other and the model.
-
-    Raises:
-      UserError: they do not; the message names the key.
-    """
-    data = config.data
-    if data.train_data_path is None:
-        raise UserError(
-            "data.train_data_path: missing (expected a folder made by python -m mateconv_jax.prepare, or a .bin file)"
-        )
-    paths = {"data.train_data_path": data.train_data_path, "data.val_data_path": data.val_data_path}
-    if data.tokenizer_path is None and data.train_data_path.endswith(".bin"):
-        raise UserError(
-            f"data.tokenizer_path: missing (expected the tokenizer of {data.train_data_path!r}, which holds only ids)"
-        )
-    tokenizer = tokenizer_lib.load(data.tokenizer_path, "data.tokenizer_path") if data.tokenizer_path else None
-    for key, path in paths.items():
-        if path is None or path.endswith(".bin"):
-            continue
-        metadata = dataset.read_metadata(path, key)
-        if metadata["seq_len"] != data.seq_len:
-            raise UserError(
-                f"data.seq_len: {data.seq_len}, but {path!r} has rows of {metadata['seq_len']} tokens (set it to that)"
-            )
-        if tokenizer is None:
-            tokenizer = tokenizer_lib.load(Path(path) / "tokenizer", key)
-        if tokenizer_lib.fingerprint(tokenizer) != metadata["tokenizer_fingerprint"]:
-            raise UserError(
-                f"{key}: {path!r} was tokenised with another tokenizer than the run's (prepare it with the same one)"
-            )
-    if len(tokenizer) > config.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size: {config.model.vocab_size} is smaller than the tokenizer's vocabulary "
-            f"(expected at least {len(tokenizer)})"
-        )
-    train_rows = dataset.open_rows(data.train_data_path, "train", data.seq_len, "data.train_data_path")
-    if data.val_data_path is not None:
-        val_rows = dataset.open_rows(data.val_data_path, "validation", data.seq_len, "data.val_data_path")
-    elif data.train_data_path.endswith(".bin"):
-        val_rows = None
-    else:
-        val_rows = dataset.open_rows(data.train_data_path, "validation", data.seq_len, "data.train_data_path")
-    for (key, path), rows in zip(paths.items(), (train_rows, val_rows), strict=True):
-        # A folder's ids are known to fit. Out of range, an id would silently take the last row of the embedding.
-        if isinstance(rows, FlatRows) and (largest := rows.largest_token()) >= config.model.vocab_size:
-            raise UserError(f"{key}: {path!r} has the token id {largest} (model.vocab_size is {config.model.vocab_size})")
-    return train_rows, val_rows, tokenizer
-
-
-def log_header(config: ConfigDict, c: ModelConfig, abstract_params, rows: Rows, total_steps: int, source: str):
-    """What is about to happen."""
-    training, device = config.training, jax.devices()[0]
-    n_params = sum(p.size for p in jax.tree.leaves(abstract_params))
+def training_batches(config: ConfigDict, rows: Rows, start_step: int, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
+    """What the steps from `start_step` on read, on the devices: tokens (A, B, S + 1) and length (A, B)."""
+    training = config.training
     rows_per_step = training.batch_size * training.accumulation_steps
-    logging.info("model: %s parameters, computed in %s, %s attention", f"{n_params:,}", c.dtype.name, c.attention)
-    logging.info(
-        "devices: %d x %s, %d rows each", jax.device_count(), device.device_kind, training.batch_size // jax.device_count()
-    )
-    logging.info(
-        "data: %s rows of %d tokens, %.2f epochs in %s steps of %s tokens",
-        f"{len(rows):,}", config.data.seq_len, total_steps * rows_per_step / len(rows), f"{total_steps:,}",
-        f"{rows_per_step * config.data.seq_len:,}",
-    )  # fmt: skip
-    per_token = flops.training_flops_per_token(c, config.data.seq_len)
-    peak = flops.peak_flops(device.device_kind, c.dtype)
-    logging.info(
-        "arithmetic: %.3g FLOPs a token, %.3g in all; a device's peak is %s",
-        per_token, per_token * total_steps * rows_per_step * config.data.seq_len, f"{peak:.3g} FLOP/s" if peak else "unknown",
-    )  # fmt: skip
-    logging.info("start: %s", source)
-    if source == resume.FROM_SCRATCH:
-        vocab_size = config.model.vocab_size
-        logging.info(
-            "expected initial loss: ln(%s) = %.4f (a model that knows nothing)", f"{vocab_size:,}", math.log(vocab_size)
-        )
+    for batch in input_pipeline.training_batches(
+        rows, rows_per_step, training.seed, config.data.shuffle, start_step, config.data.num_workers
+    ):
+        yield sharding.to_devices(input_pipeline.micro_batches(batch, training.accumulation_steps), mesh)
+
+
+def compile_step(train_step, state: train_state.TrainState, batch) -> jax.stages.Compiled:
+    """Ahead of the loop, so that its memory is known before the first step and nothing can compile in the loop: arrays of
+    other shapes are an error.
+    """
+    compiled = train_step.lower(state, batch).compile()
+    log_memory(compiled)
+    return compiled

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import math
+import resource
 import secrets
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import jax
 from absl import logging as absl_logging
-from clu import metric_writers
+from clu import metric_writers, periodic_actions
 from ml_collections import ConfigDict
 from tqdm import tqdm
 from tqdm.contrib import DummyTqdmFile
@@ -27,7 +28,12 @@ class BadStep:
 
     step: int
     in_a_row: int
+    loss: float
     leaf_norms: dict[str, float]
+
+    def reason(self) -> str:
+        finite = all(map(math.isfinite, (self.loss, *self.leaf_norms.values())))
+        return f"the loss {self.loss:.4f} is a spike" if finite else "the gradient is not finite"
 
     def largest(self, n: int = 5) -> str:
         """The leaves with the largest norms, those that are not finite first."""
@@ -85,18 +91,15 @@ class Metrics:
         log_interval: int,
         mfu_per_token: float | None = None,
         wandb: ConfigDict | None = None,
+        profile_step: int | None = None,
     ):
         """mfu_per_token: what one token a second is of all devices' peak; None: not known."""
-        self._writer = self._jsonl = self._wandb = None
+        self._board = self._log = self._jsonl = self._wandb = None
         if distributed.is_first():
             if wandb is not None and wandb.enable:
                 self._wandb = Wandb(folder, wandb)
-            self._writer = metric_writers.MultiWriter(
-                [
-                    metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder / "tensorboard"))),
-                    metric_writers.LoggingWriter(),
-                ]
-            )
+            self._board = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder / "tensorboard")))
+            self._log = metric_writers.LoggingWriter()
             _forget_after(folder / "metrics.jsonl", start_step, evaluated)
             self._jsonl = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._bar = tqdm(
@@ -115,14 +118,21 @@ class Metrics:
         self._first_step = start_step + 1
         self._window_step = None  # tokens/s is measured from the end of this step ...
         self._window_start = 0.0  # ... which was then
+        self._waited = 0.0  # seconds in it for input
+        self._profile = None
+        if profile_step is not None and distributed.is_first():
+            self._profile = periodic_actions.Profile(
+                logdir=folder / "tensorboard", num_profile_steps=5, profile_duration_ms=None, first_profile=profile_step,
+                every_secs=None,
+            )  # fmt: skip
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self._bar.close()
-        if self._writer is not None:
-            self._writer.close()
+        if self._board is not None:
+            self._board.close()
             self._jsonl.close()
         if self._wandb is not None:
             self._wandb.close()
@@ -131,6 +141,8 @@ class Metrics:
         """Metrics of the step just dispatched. They are read at the next push; every log_interval steps they are written."""
         bad_step = self.flush()
         self._bar.update(1)
+        if self._profile is not None:
+            self._profile(step)
         self._pending = step, metrics
         return bad_step
 
@@ -138,7 +150,7 @@ class Metrics:
         """Read what waits, blocking until that step is done, and write it where it is its turn.
 
         Returns:
-          The step, where its gradient was not finite.
+          The step, where its update was left out.
         """
         if self._pending is None:
             return None
@@ -150,7 +162,7 @@ class Metrics:
             return None
         leaves = jax.tree.leaves_with_path(jax.device_get(on_device["leaf_norms"]))
         norms = {jax.tree_util.keystr(path, simple=True, separator="."): float(norm) for path, norm in leaves}
-        return BadStep(step, in_a_row, norms)
+        return BadStep(step, in_a_row, float(on_device["train/loss"]), norms)
 
     def _write_step(self, step: int, on_device: dict[str, jax.Array]) -> None:
         scalars = {name: float(value) for name, value in jax.device_get(_scalars(on_device)).items()}
@@ -158,20 +170,22 @@ class Metrics:
         if self._window_step is not None:
             step_time = (now - self._window_start) / (step - self._window_step)
             scalars |= {"tokens/s": self._tokens_per_step / step_time, "step_time_s": step_time}
+            scalars |= {"input_wait": self._waited / (now - self._window_start), "memory_gb": _peak_memory() / 1e9}
             self._postfix["tokens/s"] = f"{scalars['tokens/s']:,.0f}"
             if self._mfu_per_token is not None:
                 scalars["mfu"] = scalars["tokens/s"] * self._mfu_per_token
             self._postfix["MFU"] = f"{scalars['mfu']:.1%}" if "mfu" in scalars else "unknown"
-        self._window_step, self._window_start = step, now
+        self._window_step, self._window_start, self._waited = step, now, 0.0
         if step == 1:
             absl_logging.info("initial loss: %.4f", scalars["train/loss"])
         self.write(step, scalars)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """One line of metrics.jsonl, one of the log, one point of each TensorBoard curve."""
-        if self._writer is None:
+        if self._board is None:
             return
-        self._writer.write_scalars(step, scalars)
+        self._board.write_scalars(step, scalars)
+        self._log.write_scalars(step, scalars)
         self._jsonl.write(json.dumps({"step": step, **scalars}) + "\n")
         self._jsonl.flush()
         if self._wandb is not None:
@@ -182,12 +196,34 @@ class Metrics:
         }
         self._bar.set_postfix(self._postfix, refresh=False)
 
+    def write_samples(self, step: int, samples: list[tuple[str, str]]) -> None:
+        """Prompts and how they go on: to the log and to TensorBoard."""
+        for prompt, text in samples:
+            absl_logging.info("sample of step %d: %s|%s", step, prompt, text)
+        if self._board is not None:
+            self._board.write_texts(step, {f"samples/{i}": prompt + text for i, (prompt, text) in enumerate(samples)})
+
+    @contextlib.contextmanager
+    def waiting_for_input(self):
+        """The time inside is the step's wait for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
     @contextlib.contextmanager
     def not_training(self):
         """What happens inside does not count in tokens/s."""
         start = time.perf_counter()
         yield
         self._window_start += time.perf_counter() - start
+
+
+def _peak_memory() -> int:
+    """Bytes: the most that this process's fullest device has held; on the CPU, that the process has."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    if all(stats):
+        return max(device_stats["peak_bytes_in_use"] for device_stats in stats)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _forget_after(path: Path, step: int, evaluated: bool) -> None:

@@ -19,7 +19,8 @@ _FREE = {
     "model.attention", "data.num_workers", "data.tokenizer_path", "data.val_data_path", "training.out_dir",
     "training.eval_interval", "training.eval_iters", "training.save_interval", "training.log_interval",
     "training.early_stopping", "training.patience", "training.keep_latest", "training.keep_every", "training.keep_best",
-    "training.max_bad_steps", "training.resume", "training.resume_from", "training.init_from",
+    "training.samples_interval", "training.sample_prompts", "training.max_bad_steps", "training.profile_step",
+    "training.resume", "training.resume_from", "training.init_from",
 }  # fmt: skip
 # Keys that decide which arrays there are: a checkpoint of another value cannot be used.
 _SHAPES = {"training.use_ema", "training.optimizer_type", "training.dtype"}

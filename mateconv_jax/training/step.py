@@ -65,7 +65,8 @@ def make_train_step(
     """The jitted step `(state, batch) -> (state, metrics)`; the state is donated.
 
     batch: tokens (A, B, S + 1) and length (A, B), A = training.accumulation_steps: the gradient is the mean over all their
-    tokens. Where it is not finite, the update is left out: parameters, EMA and optimizer state stay, the step counts on.
+    tokens. Where it is not finite, or the loss a spike (training.skip_spikes), the update is left out: parameters, EMA and
+    optimizer state stay, the step counts on.
 
     abstract_state: shapes with the shardings that the state keeps; None: the compiler's choice.
 
@@ -102,7 +103,9 @@ def make_train_step(
         loss, grads = gradients(state, batch)
         leaf_norms = jax.tree.map(lambda g: jnp.sqrt(jnp.sum(g * g)), grads)
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
+        finite = good = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
+        if training.skip_spikes:
+            good &= ~state.loss_average.is_spike(loss, training.skip_spikes)
         lr = schedule(state.step)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         updates = jax.tree.map(lambda u: lr * u, updates)
@@ -111,8 +114,8 @@ def make_train_step(
         if ema_params is not None:  # ema <- decay * ema + (1 - decay) * params
             ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay_at(training, state.step))
 
-        def if_finite(new, old):
-            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        def if_good(new, old):
+            return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
 
         metrics = {
             "train/loss": loss,
@@ -125,11 +128,13 @@ def make_train_step(
         if loss_scale is not None:
             metrics["loss_scale"] = loss_scale.scale
             loss_scale = loss_scale.update(finite)
-        bad_steps = metrics["bad_steps"] = jnp.where(finite, 0, state.bad_steps + 1)
-        params, ema_params, opt_state = if_finite(
+        bad_steps = metrics["bad_steps"] = jnp.where(good, 0, state.bad_steps + 1)
+        params, ema_params, opt_state = if_good(
             (params, ema_params, opt_state), (state.params, state.ema_params, state.opt_state)
         )
-        return TrainState(state.step + 1, params, ema_params, opt_state, loss_scale, bad_steps), metrics
+        return TrainState(
+            state.step + 1, params, ema_params, opt_state, loss_scale, state.loss_average.update(loss), bad_steps
+        ), metrics
 
     if abstract_state is None:
         return jax.jit(train_step, donate_argnums=0)

@@ -2,7 +2,6 @@ import json
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import torch
 from flax import nnx
@@ -10,7 +9,7 @@ from flax import nnx
 from mateconv_jax import GenerationConfig, TextGenerator, config as config_lib
 from mateconv_jax.data import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
-from mateconv_jax.inference.decode import Sampling, bucket, next_tokens
+from mateconv_jax.inference.decode import bucket
 from mateconv_jax.model.transformer import Transformer
 from mateconv_jax.training import loop
 from tests import llama
@@ -110,15 +109,6 @@ def test_no_prompt_gives_no_text(generator):
     assert generator.batch_generate([]) == []
 
 
-def test_sampling_frequencies_follow_the_distribution():
-    """Chi-square over 20,000 draws of 8 tokens: 7 degrees of freedom, 29.9 is exceeded once in 10,000."""
-    n, logits_V = 20_000, jnp.array([0.0, 1.0, -1.0, 2.0, 0.5, -2.0, 1.5, 0.2])
-    config = GenerationConfig(temperature=0.7, top_k=0, top_p=1.0, seed=5)
-    drawn = next_tokens(jnp.tile(logits_V, (n, 1)), Sampling.make(config, np.arange(n), 8), jnp.zeros(n, int))
-    expected = np.asarray(jax.nn.softmax(logits_V / 0.7)) * n
-    assert ((np.bincount(drawn, minlength=8) - expected) ** 2 / expected).sum() < 29.9
-
-
 def test_buckets():
     assert [bucket(n, 96) for n in (1, 16, 17, 64, 65, 96)] == [16, 16, 32, 64, 96, 96]
 
@@ -132,14 +122,6 @@ def test_nothing_is_compiled_twice(generator):
         config = GenerationConfig(seed=seed, temperature=temperature, top_p=0.8, max_new_tokens=40 + seed)
         generator.batch_generate([*PROMPTS[:3], PROMPTS[3][:-1]], config)
     assert sizes == [f._cache_size() for f in (decoder.prefill, decoder.loop, decoder.grow)]
-
-
-@pytest.mark.parametrize(
-    "field, value", [("temperature", 0.0), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("max_new_tokens", -1), ("seed", -1)]
-)
-def test_a_value_out_of_range_is_an_error(field, value):
-    with pytest.raises(UserError, match=f"^{field}: {value}"):
-        GenerationConfig(**{field: value})
 
 
 # ---- from a run folder ---------------------------------------------------------------------------------------------
@@ -157,7 +139,7 @@ def test_a_moved_run_speaks_with_its_ema_weights_unless_told_otherwise(run, tmp_
 
     moved = shutil.move(run, tmp_path / "elsewhere")
     default, ema, raw = (TextGenerator.from_pretrained(moved, use_ema=use_ema) for use_ema in (None, True, False))
-    leaves = [jax.tree.leaves(generator._params) for generator in (default, ema, raw)]
+    leaves = [jax.tree.leaves(generator.params) for generator in (default, ema, raw)]
     assert all((a == b).all() for a, b in zip(leaves[0], leaves[1], strict=True))
     assert not all((a == b).all() for a, b in zip(leaves[0], leaves[2], strict=True))
     assert default.generate("小明", SAMPLED) == ema.generate("小明", SAMPLED)

@@ -1,5 +1,6 @@
 """Several devices and several processes, simulated on the CPU: the same losses as one."""
 
+import copy
 import json
 import os
 import signal
@@ -16,41 +17,26 @@ from jax.sharding import PartitionSpec
 from mateconv_jax import config as config_lib, distributed, run_folder, sharding
 from mateconv_jax.errors import UserError
 from mateconv_jax.training.signals import RESUMABLE
-from tests.training.test_loop import losses_of, metrics_of
-
-pytestmark = pytest.mark.slow  # two minutes
+from tests.training.processes import Training
+from tests.training.runs import flags_of, losses_of, metrics_of
 
 ROOT = Path(__file__).parents[2]
 
 
-def start(dataset_folder, out_dir, devices, flags=(), **environment):
-    command = [
-        sys.executable, "-m", "mateconv_jax.train", f"--config={ROOT}/configs/base.py", f"--config.training.out_dir={out_dir}",
-        f"--config.data.train_data_path={dataset_folder}", "--config.data.seq_len=32",
-        "--config.model.dim=128", "--config.model.n_layers=2", "--config.model.n_heads=4", "--config.model.n_kv_heads=2",
-        "--config.model.vocab_size=400", "--config.training.batch_size=8", "--config.training.max_steps=6",
-        "--config.training.learning_rate=3e-3", "--config.training.log_interval=1", "--config.training.use_ema",
-        "--config.training.eval_interval=3", "--config.training.save_interval=3", *flags,
-    ]  # fmt: skip
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | environment
-    return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def start(config, out_dir, devices, flags=(), log="log", **environment):
+    out_dir.parent.mkdir(exist_ok=True)
+    environment["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    return Training([*flags_of(config, out_dir), *flags], out_dir.parent / log, environment)
 
 
-def finish(*processes, code=0):
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    for process, text in zip(processes, errors, strict=True):
-        assert process.returncode == code, text[-3000:]
-    return errors
-
-
-def start_two(dataset_folder, out_dir, flags=()):
+def start_two(config, out_dir, flags=()):
     """Two processes of four devices, joined over loopback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     return [
         start(
-            dataset_folder, out_dir, 4, flags,
+            config, out_dir, 4, flags, f"log{index}",
             JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(index),
         )
         for index in range(2)
@@ -58,10 +44,19 @@ def start_two(dataset_folder, out_dir, flags=()):
 
 
 @pytest.fixture(scope="module")
-def one(dataset_folder, tmp_path_factory):
+def config(server, base_tiny_config):
+    """Wide enough that FSDP splits its matrices."""
+    config = copy.deepcopy(base_tiny_config)
+    config.model.dim = 128
+    config.training.update(dict(learning_rate=3e-3, use_ema=True))
+    return config
+
+
+@pytest.fixture(scope="module")
+def one(config, tmp_path_factory):
     """The run of one device."""
     folder = tmp_path_factory.mktemp("one") / "out"
-    finish(start(dataset_folder, folder, 1))
+    start(config, folder, 1).finish()
     return folder
 
 
@@ -76,55 +71,54 @@ def assert_same_losses(folder, one):
     "flags",
     [
         (),
-        ("--config.mesh.fsdp=8",),
+        pytest.param(("--config.mesh.fsdp=8",), marks=pytest.mark.slow),
         ("--config.mesh.data=2", "--config.mesh.fsdp=-1"),
     ],
 )
-@pytest.mark.slow
-def test_eight_devices_give_the_losses_of_one(dataset_folder, one, tmp_path, flags):
-    [log] = finish(start(dataset_folder, tmp_path / "out", 8, flags))
+def test_eight_devices_give_the_losses_of_one(config, one, tmp_path, flags):
+    log = start(config, tmp_path / "out", 8, flags).finish()
     assert "devices: 8 x cpu, 1 rows each" in log
     assert_same_losses(tmp_path / "out", one)
 
 
-def test_two_processes_give_the_losses_of_one_and_the_first_alone_writes(dataset_folder, one, tmp_path):
-    errors = finish(*start_two(dataset_folder, tmp_path / "out"))
+def test_two_processes_give_the_losses_of_one_and_the_first_alone_writes(config, one, tmp_path):
+    errors = [training.finish() for training in start_two(config, tmp_path / "out")]
     assert "devices: 8 x cpu, 1 rows each" in errors[0] and "devices:" not in errors[1]
     assert_same_losses(tmp_path / "out", one)
     assert len(metrics_of(tmp_path / "out")) == 8 and len(list((tmp_path / "out" / "tensorboard").iterdir())) == 1
 
 
 @pytest.fixture(scope="module")
-def eight(dataset_folder, tmp_path_factory):
+def eight(config, tmp_path_factory):
     """The run of eight devices, with a checkpoint at every step."""
     folder = tmp_path_factory.mktemp("eight") / "out"
     flags = ("--config.training.save_interval=1", "--config.training.keep_latest=9", "--config.mesh.fsdp=4")
-    finish(start(dataset_folder, folder, 8, flags))
+    start(config, folder, 8, flags).finish()
     return folder
 
 
 @pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow), pytest.param((2, 4), marks=pytest.mark.slow)])
-def test_saved_on_eight_devices_it_goes_on_on_others(dataset_folder, one, eight, tmp_path, devices):
+def test_saved_on_eight_devices_it_goes_on_on_others(config, one, eight, tmp_path, devices):
     assert_same_losses(eight, one)
     flags = [f"--config.training.resume_from={eight}/checkpoints/2"]
     if devices == (2, 4):
-        finish(*start_two(dataset_folder, tmp_path / "out", flags))
+        for training in start_two(config, tmp_path / "out", flags):
+            training.finish()
     else:
-        finish(start(dataset_folder, tmp_path / "out", devices, [*flags, f"--config.mesh.fsdp={min(devices, 2)}"]))
+        start(config, tmp_path / "out", devices, [*flags, f"--config.mesh.fsdp={min(devices, 2)}"]).finish()
     ours, theirs = losses_of(tmp_path / "out"), losses_of(one)
     assert {step for step, _ in ours} == {3, 4, 5, 6}
     for key in ours:
         assert ours[key] == pytest.approx(theirs[key], abs=1e-5)
 
 
-def test_a_sigterm_of_one_process_checkpoints_all(dataset_folder, tmp_path):
+def test_a_sigterm_of_one_process_checkpoints_all(config, tmp_path):
     long = ("--config.training.max_steps=100000", "--config.training.lr_scheduler=constant")
-    processes = start_two(dataset_folder, tmp_path / "out", long)
-    for line in processes[0].stderr:
-        if "train/loss" in line:
-            break
-    processes[1].send_signal(signal.SIGTERM)
-    finish(*processes, code=RESUMABLE)
+    first, second = start_two(config, tmp_path / "out", long)
+    first.wait_for("train/loss")
+    os.kill(second.process.pid, signal.SIGTERM)
+    for training in (first, second):
+        training.finish(RESUMABLE)
     step = run_folder.latest_step(tmp_path / "out")
     assert step is not None and step >= metrics_of(tmp_path / "out")[-1]["step"]
 

@@ -1,3 +1,4 @@
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -13,16 +14,9 @@ from mateconv_jax.model import flops
 from mateconv_jax.model.transformer import ModelConfig
 from mateconv_jax.training import loop
 from mateconv_jax.training.checkpoints import Checkpoints
+from tests.training.runs import losses_of, metrics_of, train
 
 ROOT = Path(__file__).parents[2]
-
-
-def metrics_of(folder):
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses_of(folder):
-    return {(m["step"], key): value for m in metrics_of(folder) for key, value in m.items() if "loss" in key}
 
 
 class Stopped(Exception):
@@ -95,7 +89,17 @@ def test_what_a_run_writes(tiny_config):
     metrics = metrics_of(folder)
     training = [m for m in metrics if "train/loss" in m]
     assert [m["step"] for m in training] == list(range(1, 9))
-    expected = {"train/loss", "grad_norm", "lr", "update_to_weight", "bad_steps", "tokens/s", "step_time_s"}
+    expected = {
+        "train/loss",
+        "grad_norm",
+        "lr",
+        "update_to_weight",
+        "bad_steps",
+        "tokens/s",
+        "step_time_s",
+        "input_wait",
+        "memory_gb",
+    }
     assert set(training[-1]) == {"step"} | expected
     assert training[-1]["tokens/s"] == pytest.approx(8 * 32 / training[-1]["step_time_s"])
     assert [m["step"] for m in metrics if "val/loss" in m] == [3, 6, 8]
@@ -127,6 +131,16 @@ def test_epochs_decide_where_max_steps_does_not(tiny_config, spy):
     assert max(spy.states) == rows // 64
 
 
+@pytest.fixture(scope="module")
+def loss_by_default(base_tiny_config, tmp_path_factory):
+    return loss_after_4_steps(base_tiny_config, tmp_path_factory.mktemp("default"))
+
+
+def loss_after_4_steps(config, folder):
+    train(config, folder, max_steps=4, eval_interval=100)
+    return metrics_of(folder)[-1]["val/loss"]
+
+
 @pytest.mark.parametrize(
     "section, key, value",
     [
@@ -135,15 +149,9 @@ def test_epochs_decide_where_max_steps_does_not(tiny_config, spy):
         ("training", "min_lr", 1e-2), ("training", "dtype", "bfloat16"), ("model", "norm_eps", 0.1), ("model", "rope_theta", 10.0),
     ],
 )  # fmt: skip
-def test_an_option_changes_the_training(tiny_config, tmp_path, section, key, value):
-    tiny_config.training.update(dict(max_steps=4, eval_interval=100))
-    last = []
-    for name in ("default", "changed"):
-        tiny_config.training.out_dir = str(tmp_path / name)
-        loop.train(config_lib.resolve(tiny_config))
-        last.append(metrics_of(tmp_path / name)[-1]["val/loss"])
-        tiny_config[section][key] = value
-    assert last[0] != last[1]
+def test_an_option_changes_the_training(tiny_config, tmp_path, loss_by_default, section, key, value):
+    tiny_config[section][key] = value
+    assert loss_after_4_steps(tiny_config, tmp_path) != loss_by_default
 
 
 def test_validation_reads_at_most_eval_iters_batches_of_val_data_path(tiny_config, tmp_path):
@@ -197,8 +205,8 @@ def flat_config(tiny_config, tmp_path):
 
 def test_flat_files_train_to_the_losses_of_the_folder_of_the_same_stream(flat_config, dataset_folder, tmp_path):
     losses = []
-    for train, validation in ((flat_config.data.train_data_path, flat_config.data.val_data_path), (str(dataset_folder), None)):
-        flat_config.data.update(dict(train_data_path=train, val_data_path=validation))
+    for rows, validation in ((flat_config.data.train_data_path, flat_config.data.val_data_path), (str(dataset_folder), None)):
+        flat_config.data.update(dict(train_data_path=rows, val_data_path=validation))
         flat_config.training.out_dir = str(tmp_path / f"run{len(losses)}")
         loop.train(config_lib.resolve(flat_config))
         losses.append(losses_of(flat_config.training.out_dir))
@@ -347,3 +355,50 @@ def test_another_model_in_the_run_folder(tiny_config):
     loop.train(config_lib.resolve(tiny_config))
     tiny_config.model.n_layers = 3
     assert error_of(tiny_config).startswith("model.n_layers: 3, but the run in")
+
+
+# ---- the loop itself ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_steps_metrics_are_read_after_the_next_step_is_dispatched(tiny_config, tmp_path, monkeypatch):
+    events = []
+    compile_step, write = loop.compile_step, loop.Metrics._write_step
+
+    def compiling(*args):
+        step = compile_step(*args)
+        counter = itertools.count(1)
+        return lambda state, batch: (events.append(("dispatch", next(counter))), step(state, batch))[1]
+
+    monkeypatch.setattr(loop, "compile_step", compiling)
+    monkeypatch.setattr(
+        loop.Metrics, "_write_step", lambda self, step, m: (events.append(("read", step)), write(self, step, m))
+    )
+    train(tiny_config, tmp_path / "out", max_steps=5, eval_interval=100, save_interval=100)
+    for step in range(1, 5):
+        assert events.index(("read", step)) > events.index(("dispatch", step + 1))
+
+
+def test_nothing_goes_to_the_device_unasked_and_nothing_compiles_twice(tiny_config, tmp_path, monkeypatch):
+    guarded, steps_of_compilations, at = [], [], [0]
+    push = loop.Metrics.push
+
+    def pushing(self, step, metrics):
+        at[0] = step
+        if step == 1:  # from the first step on, as in a long run
+            guarded.append(jax.transfer_guard_host_to_device("disallow"))
+            guarded[0].__enter__()
+        return push(self, step, metrics)
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            steps_of_compilations.append(at[0])
+
+    monkeypatch.setattr(loop.Metrics, "push", pushing)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        train(tiny_config, tmp_path / "out", max_steps=8, use_ema=True, eval_interval=2, save_interval=2)
+    finally:
+        guarded[0].__exit__(None, None, None)
+        jax.monitoring.unregister_event_duration_listener(listen)
+    # Before the first step, and the first evaluation and save.
+    assert set(steps_of_compilations) <= {0, 2} and 0 in steps_of_compilations
