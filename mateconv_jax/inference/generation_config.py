@@ -23,6 +23,7 @@ class GenerationConfig:
     stop: texts that end the answer: a string, or several in a list or tuple, kept as a tuple.
     seed: of the draws; the same seed gives the same text.
     use_cache: keep keys and values of earlier tokens; False computes them again at each token.
+    truncate_prompt: of a prompt that leaves no room in the model's context, read its end; False makes it an error.
 
     Raises:
       UserError: a value out of its range or of another type.
@@ -40,6 +41,7 @@ class GenerationConfig:
     stop: tuple[str, ...] = ()
     seed: int = 0
     use_cache: bool = True
+    truncate_prompt: bool = False
 
     def __post_init__(self):
         if isinstance(self.stop, str):
@@ -80,6 +82,7 @@ class GenerationConfig:
                 ),
                 ("seed", is_integer(self.seed, 0, 2**32 - 1), "an integer from 0 to 2^32 - 1"),
                 ("use_cache", is_flag(self.use_cache), "True or False"),
+                ("truncate_prompt", is_flag(self.truncate_prompt), "True or False"),
             ],
         )
         at_most = f"at most max_new_tokens, {self.max_new_tokens}"

@@ -1,6 +1,7 @@
 """From text to text."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -12,9 +13,32 @@ from transformers import PreTrainedTokenizerFast
 from mateconv_jax import run_folder
 from mateconv_jax.data import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
-from mateconv_jax.inference.decode import Decoder, DecodeState, Sampling, bucket
+from mateconv_jax.inference import detokenizer
+from mateconv_jax.inference.decode import SMALLEST_CACHE, SMALLEST_PROMPT, Decoder, DecodeState, bucket
+from mateconv_jax.inference.detokenizer import Detokenizer
 from mateconv_jax.inference.generation_config import GenerationConfig
+from mateconv_jax.inference.sampling import Sampling
 from mateconv_jax.model.transformer import ModelConfig, Transformer, abstract_model, make_kv_cache
+
+History = list[dict[str, str]]  # [{"role": "user", "content": ...}, ...]
+
+
+class Generation(str):
+    """A text that a model wrote, and how it came about.
+
+    token_ids: what the model wrote, without `</s>` and without what came after a stop text. n_prompt_tokens: read before it.
+    finish_reason: "eos", the model was done; "stop", a stop text came; "length", max_new_tokens; "context", the model's
+    context is full.
+    """
+
+    token_ids: list[int]
+    n_prompt_tokens: int
+    finish_reason: str
+
+    def __new__(cls, text: str, token_ids: list[int], n_prompt_tokens: int, finish_reason: str):
+        generation = super().__new__(cls, text)
+        generation.token_ids, generation.n_prompt_tokens, generation.finish_reason = token_ids, n_prompt_tokens, finish_reason
+        return generation
 
 
 class TextGenerator:
@@ -22,13 +46,17 @@ class TextGenerator:
 
     generator = TextGenerator.from_pretrained("out")
     generator.generate("中国", GenerationConfig(max_new_tokens=50))
+
+    params: in the dtype of the computation; others of the same shapes may be put in their place.
     """
 
     def __init__(self, model: Transformer, tokenizer: PreTrainedTokenizerFast):
         self.tokenizer = tokenizer
         self._c = model.c
-        graph, self.params = nnx.split(model)
-        self._decoder = Decoder(graph, tokenizer.eos_token_id, self._c.max_seq_len)
+        self._graph, self.params = nnx.split(model)
+        self._decoder = Decoder(self._graph, tokenizer.eos_token_id, self._c.max_seq_len)
+        self._all_logits = jax.jit(lambda params, tokens_BS: nnx.merge(self._graph, params)(tokens_BS).astype(jnp.float32))
+        self._kept: tuple[list[int], DecodeState] | None = None  # of the last stream: its tokens and their cache
 
     @staticmethod
     def from_pretrained(path: str | Path, use_ema: bool | None = None, dtype: str = "auto") -> "TextGenerator":
@@ -36,7 +64,7 @@ class TextGenerator:
 
         Args:
           use_ema: EMA weights or the raw ones; None takes EMA when the run has it.
-          dtype: auto, float32 or bfloat16, of the computation.
+          dtype: auto, float32, bfloat16 or float16, of the computation.
 
         Raises:
           UserError: no run, no checkpoint or no tokenizer there; EMA weights asked for and not there.
@@ -47,49 +75,125 @@ class TextGenerator:
         c = ModelConfig.make(model, dtype)
         graph, abstract_params = abstract_model(c)
         params = run_folder.load_params(path, abstract_params, use_ema, key)
+        # Masters in fp32 would be read and cast again for every token.
+        params = jax.tree.map(lambda p: p.astype(c.dtype), params)
         return TextGenerator(nnx.merge(graph, params), tokenizer_lib.load(Path(path) / "tokenizer", key))
 
-    def generate(self, prompt: str, config: GenerationConfig = GenerationConfig()) -> str:
+    # ---- text -------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: str,
+        config: GenerationConfig = GenerationConfig(),
+        stream: bool = False,
+        callback: Callable[[str], None] | None = None,
+    ) -> Generation:
         """The text that follows `prompt`, without it. A document starts with `<s>`, and so does the prompt.
+
+        Args:
+          stream: give the text to `callback` piece by piece while it is written.
+          callback: by default, print to standard output.
 
         Raises:
           UserError: the prompt fills the model's context.
         """
-        return self.batch_generate([prompt], config)[0]
-
-    def batch_generate(self, prompts: list[str], config: GenerationConfig = GenerationConfig()) -> list[str]:
-        """`generate` for several prompts at once; a row's text does not depend on its batch."""
-        return self._decode_all([self._prompt_ids(prompt) for prompt in prompts], config)
-
-    def generate_samples(self, prompt: str, n: int, config: GenerationConfig = GenerationConfig()) -> list[str]:
-        """n draws for one prompt; the first is `generate`'s."""
-        return self._decode_all([self._prompt_ids(prompt)] * n, config, np.arange(n))
-
-    def chat(self, history: list[dict[str, str]], config: GenerationConfig = GenerationConfig()) -> str:
-        """The assistant's answer to a dialogue, [{"role": "user", "content": …}, …], through the chat template."""
-        return self.batch_chat([history], config)[0]
-
-    def batch_chat(self, histories: list[list[dict[str, str]]], config: GenerationConfig = GenerationConfig()) -> list[str]:
-        """`chat` for several dialogues at once."""
-        return self._decode_all([self._chat_ids(history) for history in histories], config)
+        if not stream:
+            return self.batch_generate([prompt], config)[0]
+        return _exhaust(self.stream(prompt, config), callback or _print)
 
     def stream(self, prompt: str, config: GenerationConfig = GenerationConfig()) -> Iterator[str]:
-        """`generate`, piece by piece as it is written. The pieces joined are `generate`'s text."""
-        return self._stream_ids(self._prompt_ids(prompt), config)
+        """`generate`, piece by piece as it is written; the pieces joined are its text. The iterator's return value is the
+        Generation.
+        """
+        return self._stream_ids(self._prompt_ids(prompt, config), config)
 
-    def stream_chat(self, history: list[dict[str, str]], config: GenerationConfig = GenerationConfig()) -> Iterator[str]:
-        """`chat`, piece by piece as it is written."""
-        return self._stream_ids(self._chat_ids(history), config)
+    def batch_generate(
+        self, prompts: list[str], config: GenerationConfig = GenerationConfig(), batch_size: int = 16
+    ) -> list[Generation]:
+        """`generate` for several prompts, batch_size at once; a row's text does not depend on its batch."""
+        return self._decode_batches([self._prompt_ids(prompt, config) for prompt in prompts], config, batch_size)
 
-    def _prompt_ids(self, prompt: str) -> list[int]:
-        return [self.tokenizer.bos_token_id, *tokenizer_lib.encode(self.tokenizer, [prompt])[0]]
+    def generate_samples(self, prompt: str, n: int, config: GenerationConfig = GenerationConfig()) -> list[Generation]:
+        """n draws for one prompt, which is read once; the first is `generate`'s."""
+        return self._decode_all([self._prompt_ids(prompt, config)], config, n)
 
-    def _chat_ids(self, history: list[dict[str, str]]) -> list[int]:
-        return tokenizer_lib.encode_chat(self.tokenizer, history, add_generation_prompt=True)
+    # ---- dialogues --------------------------------------------------------------------------------------------------
+
+    def chat(self, history: History, config: GenerationConfig = GenerationConfig()) -> Generation:
+        """The assistant's answer to a dialogue, [{"role": "user", "content": …}, …], through the chat template.
+
+        Raises:
+          UserError: the dialogue fills the model's context, or the tokenizer has no chat template.
+        """
+        return self.batch_chat([history], config)[0]
+
+    def batch_chat(
+        self, histories: list[History], config: GenerationConfig = GenerationConfig(), batch_size: int = 16
+    ) -> list[Generation]:
+        """`chat` for several dialogues, batch_size at once."""
+        return self._decode_batches([self._chat_ids(history, config) for history in histories], config, batch_size)
+
+    def stream_chat(self, history: History, config: GenerationConfig = GenerationConfig()) -> Iterator[str]:
+        """`chat`, piece by piece as it is written: of a dialogue that goes on, only the new turn is read."""
+        return self._stream_ids(self._chat_ids(history, config), config)
+
+    def n_chat_tokens(self, history: History) -> int:
+        """How many tokens a dialogue and the beginning of its answer take of the context."""
+        return len(tokenizer_lib.encode_chat(self.tokenizer, history, add_generation_prompt=True))
+
+    # ---- numbers ----------------------------------------------------------------------------------------------------
+
+    def logits(self, token_ids_BS) -> np.ndarray:
+        """Next-token logits after each token, fp32 (B, S, V), for those who compare.
+
+        Args:
+          token_ids_BS: integers, S at most the model's context.
+
+        Raises:
+          UserError: too long, or an id that the model has not.
+        """
+        tokens_BS = np.asarray(token_ids_BS, np.int32)
+        B, S = tokens_BS.shape
+        if S > self._c.max_seq_len:
+            raise UserError(f"token_ids: {S} tokens do not fit the model's context of {self._c.max_seq_len}")
+        if tokens_BS.size and not 0 <= tokens_BS.min() <= tokens_BS.max() < self._c.vocab_size:
+            raise UserError(f"token_ids: expected ids from 0 to {self._c.vocab_size - 1}")
+        padding = bucket(S, self._c.max_seq_len, SMALLEST_PROMPT) - S
+        return np.asarray(self._all_logits(self.params, np.pad(tokens_BS, ((0, 0), (0, padding)))))[:, :S]
+
+    def score(self, text: str) -> tuple[list[int], np.ndarray]:
+        """A document's tokens, and the natural logarithm of each one's probability after those before it, fp32.
+
+        Raises:
+          UserError: the text does not fit the model's context.
+        """
+        ids = self._document_ids(text)
+        logits_SV = self.logits([ids])[0, :-1]
+        log_probs_SV = logits_SV - np.logaddexp.reduce(logits_SV, axis=-1, keepdims=True)
+        return ids[1:], log_probs_SV[np.arange(len(ids) - 1), ids[1:]]
+
+    # ---- prompts ----------------------------------------------------------------------------------------------------
 
     def check_prompt(self, prompt: str, name: str = "prompt") -> None:
         """Raises UserError, which names `name`, where the prompt leaves no room in the model's context."""
-        self._check_length(len(self._prompt_ids(prompt)), name)
+        self._check_length(len(self._document_ids(prompt)), name)
+
+    def _document_ids(self, text: str) -> list[int]:
+        return [self.tokenizer.bos_token_id, *tokenizer_lib.encode(self.tokenizer, [text])[0]]
+
+    def _prompt_ids(self, prompt: str, config: GenerationConfig) -> list[int]:
+        ids = self._document_ids(prompt)
+        if config.truncate_prompt:  # room for the answer, but never less than half of the context for the prompt
+            room = self._c.max_seq_len - max(1, min(config.max_new_tokens, self._c.max_seq_len // 2))
+            if len(ids) > room:
+                ids = [ids[0], *ids[1 - room :]]
+        self._check_length(len(ids))
+        return ids
+
+    def _chat_ids(self, history: History, config: GenerationConfig) -> list[int]:
+        ids = tokenizer_lib.encode_chat(self.tokenizer, history, add_generation_prompt=True)
+        self._check_length(len(ids), "dialogue")
+        return ids
 
     def _check_length(self, n_tokens: int, name: str = "prompt") -> None:
         if n_tokens >= self._c.max_seq_len:
@@ -98,56 +202,127 @@ class TextGenerator:
                 f"(expected at most {self._c.max_seq_len - 1})"
             )
 
-    def _start(self, prompts: list[list[int]], max_new_tokens: int) -> DecodeState:
-        lengths_B = np.array([len(ids) for ids in prompts], np.int32)
-        room_B = self._c.max_seq_len - lengths_B
-        self._check_length(int(lengths_B.max()))
-        length = bucket(int(lengths_B.max()) + 1, self._c.max_seq_len)  # one more: the prefill appends a token
-        tokens_BT = np.zeros((len(prompts), length), np.int32)
-        for tokens_T, ids in zip(tokens_BT, prompts, strict=True):
+    # ---- decoding ---------------------------------------------------------------------------------------------------
+
+    def _start(self, prompts: list[list[int]], n_rows: int, config: GenerationConfig) -> DecodeState:
+        """n_rows rows: the prompts, and empty ones that are finished."""
+        lengths_B = np.ones(n_rows, np.int32)
+        lengths_B[: len(prompts)] = [len(ids) for ids in prompts]
+        tokens_BT = np.zeros((n_rows, bucket(int(lengths_B.max()) + 1, self._c.max_seq_len, SMALLEST_CACHE)), np.int32)
+        for tokens_T, ids in zip(tokens_BT, prompts, strict=False):
             tokens_T[: len(ids)] = ids
-        remaining_B = np.minimum(max_new_tokens, room_B)
+        remaining_B = np.minimum(config.max_new_tokens, self._c.max_seq_len - lengths_B)
+        remaining_B[len(prompts) :] = 0
         return DecodeState(
             tokens_BT=jnp.asarray(tokens_BT),
             length_B=jnp.asarray(lengths_B),
+            prompt_length_B=jnp.asarray(lengths_B),
             remaining_B=jnp.asarray(remaining_B),
             finished_B=jnp.asarray(remaining_B == 0),
-            kv_cache=make_kv_cache(self._c, len(prompts), length),
+            kv_cache=make_kv_cache(self._c, *tokens_BT.shape) if config.use_cache else None,
         )
 
-    def _decode_all(self, prompts: list[list[int]], config: GenerationConfig, samples_B=None) -> list[str]:
-        if not prompts:
-            return []
-        if samples_B is None:
-            samples_B = np.zeros(len(prompts))
-        sampling = Sampling.make(config, samples_B, self._c.vocab_size)
-        state = self._decoder.run(self.params, self._start(prompts, config.max_new_tokens), sampling)
-        tokens_BT, length_B = jax.device_get((state.tokens_BT, state.length_B))
-        return [
-            self._decode_text(tokens_T[len(ids) : length])
-            for ids, tokens_T, length in zip(prompts, tokens_BT, length_B, strict=True)
-        ]
+    def _decode_batches(self, prompts: list[list[int]], config: GenerationConfig, batch_size: int) -> list[Generation]:
+        starts = range(0, len(prompts), batch_size)
+        return [text for start in starts for text in self._decode_all(prompts[start : start + batch_size], config)]
+
+    def _decode_all(self, prompts: list[list[int]], config: GenerationConfig, n_samples: int = 1) -> list[Generation]:
+        """n_samples continuations of each prompt, those of one prompt side by side."""
+        n_rows = 1 << (len(prompts) - 1).bit_length()  # a power of two: few programs
+        sampling = Sampling.make(config, np.tile(np.arange(n_samples), n_rows), self._c.vocab_size)
+        state = self._start(prompts, n_rows, config)
+        S = bucket(max(map(len, prompts)), self._c.max_seq_len, SMALLEST_PROMPT)
+        stops = [Detokenizer(self.tokenizer, config.stop) for _ in range(len(prompts) * n_samples)]
+        prompts = [ids for ids in prompts for _ in range(n_samples)]
+        n_seen = [0] * len(prompts)
+
+        def answers(state: DecodeState) -> list[list[int]]:
+            tokens_BT, length_B = jax.device_get((state.tokens_BT, state.length_B))
+            return [tokens_T[len(ids) : n].tolist() for ids, tokens_T, n in zip(prompts, tokens_BT, length_B, strict=False)]
+
+        def look_for_stops(state: DecodeState) -> jax.Array:
+            finished_B = np.array(state.finished_B)
+            for row, ids in enumerate(answers(state)):
+                for token in ids[n_seen[row] :]:
+                    if token != self.tokenizer.eos_token_id:
+                        stops[row].push(token)
+                n_seen[row] = len(ids)
+                finished_B[row] |= stops[row].stopped
+            return jnp.asarray(finished_B)
+
+        state = self._decoder.run(self.params, state, sampling, S, n_samples, look_for_stops if config.stop else None)
+        return [self._generation(ids, prompt, config) for ids, prompt in zip(answers(state), prompts, strict=True)]
+
+    def _generation(self, ids: list[int], prompt: list[int], config: GenerationConfig) -> Generation:
+        """ids: all that was decoded after `prompt`."""
+        reason = "length" if len(ids) == config.max_new_tokens else "context"
+        if ids and ids[-1] == self.tokenizer.eos_token_id:
+            ids, reason = ids[:-1], "eos"
+        if not config.stop:
+            return Generation(detokenizer.decode(self.tokenizer, ids), ids, len(prompt), reason)
+        text = Detokenizer(self.tokenizer, config.stop)
+        pieces = [text.push(token) for token in ids]
+        pieces.append(text.finish())
+        return Generation("".join(pieces), ids[: text.n_tokens], len(prompt), "stop" if text.stopped else reason)
 
     def _stream_ids(self, prompt: list[int], config: GenerationConfig) -> Iterator[str]:
         sampling = Sampling.make(config, np.zeros(1), self._c.vocab_size)
-        state = self._start([prompt], config.max_new_tokens)
-        if config.max_new_tokens == 0:
-            return
-        state = self._decoder.prefill(self.params, state, sampling)
-        held = []  # tokens that end in the middle of a character
-        while True:
-            length = int(state.length_B[0])
-            held.append(int(state.tokens_BT[0, length - 1]))
-            finished = bool(state.finished_B[0])
-            text = self._decode_text(held)
-            if finished or not text.endswith("\ufffd"):
-                yield text
-                held = []
-            if finished:
-                return
-            if length == state.tokens_BT.shape[1]:
-                state = self._decoder.grow(state)
-            state = self._decoder.step(self.params, state, sampling)
+        text, ids, state = Detokenizer(self.tokenizer, config.stop), [], None
+        try:
+            if config.max_new_tokens:
+                state, start, S = self._resume(prompt, config)
+                logits_BV, state = self._decoder.prefill(self.params, state, start, S=S)
+                state, news_21 = self._decoder.append(logits_BV, state, sampling)
+            while config.max_new_tokens:
+                token, finished = jax.device_get(news_21)[:, 0].tolist()
+                ids.append(token)
+                if token != self.tokenizer.eos_token_id and (piece := text.push(token)):
+                    yield piece
+                if finished or text.stopped:
+                    break
+                if len(prompt) + len(ids) == state.tokens_BT.shape[1]:
+                    state = self._decoder.grow(state)
+                state, news_21 = self._decoder.step(self.params, state, sampling)
+            if piece := text.finish():
+                yield piece
+        finally:
+            if state is not None and state.kv_cache is not None:
+                self._kept = prompt + ids, state
+        return self._generation(ids, prompt, config)
 
-    def _decode_text(self, ids) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+    def _resume(self, prompt: list[int], config: GenerationConfig) -> tuple[DecodeState, int, int]:
+        """A state for one prompt with the cache of the last stream, as far as its tokens are the same.
+
+        Returns:
+          (state, start, S): the positions start .. start + S - 1 are to be read.
+        """
+        state = self._start([prompt], 1, config)
+        T, n_same = state.tokens_BT.shape[1], 0
+        kept, self._kept = self._kept, None
+        if kept is not None and config.use_cache and not kept[1].length_B.is_deleted():
+            ids, old = kept
+            # The last token of a state is not in its cache; and of the prompt at least one has to be read.
+            comparable = min(len(ids), len(prompt)) - 1
+            n_same = next((i for i in range(comparable) if ids[i] != prompt[i]), comparable)
+            while old.tokens_BT.shape[1] < T:
+                old = self._decoder.grow(old)
+            T = old.tokens_BT.shape[1]
+            tokens_BT = np.zeros((1, T), np.int32)
+            tokens_BT[0, : len(prompt)] = prompt
+            state = state.replace(tokens_BT=jnp.asarray(tokens_BT), kv_cache=old.kv_cache)
+        S = bucket(len(prompt) - n_same, self._c.max_seq_len, SMALLEST_PROMPT)
+        return state, min(n_same, T - S), S  # where the bucket would overrun, it begins earlier and reads tokens again
+
+
+def _print(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _exhaust(pieces: Iterator[str], callback: Callable[[str], None]) -> Generation:
+    while True:
+        try:
+            piece = next(pieces)
+        except StopIteration as end:
+            return end.value
+        callback(piece)
