@@ -47,11 +47,12 @@ class TextGenerator:
     generator = TextGenerator.from_pretrained("out")
     generator.generate("中国", GenerationConfig(max_new_tokens=50))
 
-    params: in the dtype of the computation; others of the same shapes may be put in their place.
+    params: in the dtype of the computation; others of the same shapes may be put in their place. max_seq_len: the context.
     """
 
     def __init__(self, model: Transformer, tokenizer: PreTrainedTokenizerFast):
         self.tokenizer = tokenizer
+        self.max_seq_len = model.c.max_seq_len
         self._c = model.c
         self._graph, self.params = nnx.split(model)
         self._decoder = Decoder(self._graph, tokenizer.eos_token_id, self._c.max_seq_len)

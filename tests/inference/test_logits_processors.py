@@ -56,7 +56,8 @@ def is_close_call(processor, logits_V):
     """Whether a probability is so near the boundary of top-p or min-p (1e-6) that rounding decides."""
     weight_V = np.exp(np.sort(logits_V.astype(np.float64)) - logits_V.max())
     if isinstance(processor, transformers.TopPLogitsWarper):
-        return np.abs(np.cumsum(weight_V) / weight_V.sum() - (1 - processor.top_p)).min() < 1e-6
+        cumulative_V = np.cumsum(weight_V)[:-1] / weight_V.sum()  # without the highest, which always stays
+        return np.abs(cumulative_V - (1 - processor.top_p)).min(initial=1) < 1e-6
     if isinstance(processor, transformers.MinPLogitsWarper):
         return np.abs(weight_V[weight_V < 1] - processor.min_p).min(initial=1) < 1e-6
     return False
@@ -79,7 +80,7 @@ def test_repetition_penalty_equals_transformers(rng, logits_BV):
 @batches
 def test_no_repeat_ngram_equals_transformers(rng, logits_BV):
     tokens_BT, length_B = ragged_tokens(rng, len(logits_BV), vocab_size=3)  # few tokens, so that they repeat
-    size = (1, 2, 3, 13)[len(logits_BV) % 4]  # 13: no row is that long
+    size = (1, 2, 3, 20)[len(logits_BV) % 4]  # 20: no row is that long
     ours_BV = no_repeat_ngram(logits_BV, tokens_BT, length_B, size)
     processor = transformers.NoRepeatNGramLogitsProcessor(size)
     for ours_V, logits_V, tokens_T, length in zip(ours_BV, logits_BV, tokens_BT, length_B, strict=True):
@@ -141,7 +142,7 @@ def test_top_p_equals_transformers(rng, logits_BV):
 @batches
 def test_top_p_behind_top_k_equals_transformers(rng, logits_BV):
     """More tokens may tie with the k-th than top-p gets to see of them in top-k's list."""
-    k, p = 2 if len(logits_BV) > 4 else 12, float(rng.uniform(0.01, 0.99))
+    k, p = 2 if len(logits_BV) > 4 else 12, float(rng.choice([rng.uniform(0.01, 0.99), 1e-20]))
     logits_BV, highest_BK = top_k(logits_BV, k)
     check_top_p(top_p(logits_BV, np.float32(1 - p), highest_BK), np.array(logits_BV), p)
 
@@ -155,6 +156,17 @@ def test_top_p_keeps_as_many_equal_tokens_as_transformers(n):
         for highest_1K in (None, logits_1V[:, :2]):
             kept_V = np.isfinite(top_p(logits_1V, np.float32(1 - p), highest_1K)[0])
             assert kept_V.sum() == theirs and kept_V[n - theirs :].all()
+
+
+@pytest.mark.parametrize("sixteenths", range(1, 16))
+def test_top_p_stops_at_the_probability_that_reaches_p_exactly(sixteenths):
+    """Probabilities that fp32 adds without rounding."""
+    logits_1V = np.log(np.array([[8, 1, 2, 1, 4]], np.float32) / 8)
+    p = sixteenths / 16
+    theirs_V = np.isfinite(of_row(transformers.TopPLogitsWarper(p), logits_1V[0]))
+    for highest_1K in (None, top_k(logits_1V, 4)[1], top_k(logits_1V, 5)[1]):
+        kept_V = np.isfinite(top_p(logits_1V, np.float32(1 - p), highest_1K)[0])
+        assert (kept_V[[0, 2, 4]] == theirs_V[[0, 2, 4]]).all() and kept_V.sum() == theirs_V.sum()
 
 
 @batches
@@ -179,12 +191,14 @@ def test_inverse_cdf_finds_the_token_that_the_running_sum_reaches(rng, logits_BV
         assert np.searchsorted(cumulative_V, u - 1e-6, "right") <= token <= np.searchsorted(cumulative_V, u + 1e-6, "right")
 
 
-@batches
-def test_inverse_cdf_never_gives_a_token_without_weight(rng, logits_BV):
-    weight_BV = np.exp(logits_BV - logits_BV.max(axis=-1, keepdims=True))
-    weight_BV[:, rng.integers(1, weight_BV.shape[1]) :] = 0  # nothing at the end, nor at the beginning
-    weight_BV[:, : rng.integers(0, 2)] = 0
-    weight_BV[~weight_BV.any(axis=-1), rng.integers(0, weight_BV.shape[1])] = 1e-30
-    for u in (0, 2.0**-24, 1 - 2.0**-23, 1 - 2.0**-24, 1, 1 + 2.0**-23):
-        token_B = np.asarray(inverse_cdf(weight_BV, np.full(len(weight_BV), u, np.float32)))
-        assert (weight_BV[np.arange(len(token_B)), token_B] > 0).all()
+@pytest.mark.parametrize("seed", range(3))
+def test_inverse_cdf_never_gives_a_token_without_weight(seed):
+    """Not at any step of the running sum, a bit before or behind it, nor where rounding makes of u the whole or more."""
+    rng = np.random.default_rng(seed)
+    weight_V = rng.random(600, np.float32) ** 8
+    weight_V[rng.random(600) < 0.6] = 0
+    weight_V[[*range(100, 300), *range(500, 600)]] = 0  # 128 to 255 and 512 to 599 are blocks of their own
+    step_V = (np.cumsum(weight_V, dtype=np.float64) / weight_V.sum(dtype=np.float64)).astype(np.float32)
+    u_B = np.concatenate([step_V + i * np.float32(2**-24) for i in range(-3, 4)])
+    token_B = np.asarray(inverse_cdf(np.tile(weight_V, (len(u_B), 1)), np.maximum(u_B, 0)))
+    assert (weight_V[token_B] > 0).all()

@@ -85,14 +85,24 @@ def test_greedy_takes_the_most_likely_token_that_is_left():
     assert (expected_B != np.argmax(rows[0], axis=-1)).any()
 
 
-def test_bfloat16_logits_are_filtered_in_fp32():
+@pytest.mark.parametrize("p", [0.2, 0.4, 0.6, 0.7, 0.8, 0.9])
+def test_top_p_of_ten_equal_tokens_is_rounded_as_transformers_does(p):
+    logits_1V = np.full((1, V), -np.inf, np.float32)
+    logits_1V[:, :10] = 0
+    rows = (np.ones((1, 1), np.int32), np.array([1]), np.array([1]))
+    drawing = Sampling.make(GenerationConfig(temperature=1, top_k=0, top_p=p), np.zeros(1), V)
+    kept = np.isfinite(filtered_logits(logits_1V, drawing, *rows, eos_id=EOS)).sum()
+    assert kept == np.isfinite(of_row(transformers.TopPLogitsWarper(p), logits_1V[0])).sum()
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_bfloat16_logits_are_filtered_in_fp32(do_sample):
     rows = random_rows(np.random.default_rng(0), 4)
     halves = jnp.asarray(rows[0], jnp.bfloat16)
-    sampled = Sampling.make(GenerationConfig(), np.zeros(4), V)
-    np.testing.assert_array_equal(
-        filtered_logits(halves, sampled, *rows[1:], eos_id=EOS),
-        filtered_logits(halves.astype(jnp.float32), sampled, *rows[1:], eos_id=EOS),
-    )
+    config = Sampling.make(GenerationConfig(**EVERYTHING, do_sample=do_sample), np.zeros(4), V)
+    ours_BV = filtered_logits(halves, config, *rows[1:], eos_id=EOS)
+    assert ours_BV.dtype == jnp.float32
+    np.testing.assert_array_equal(ours_BV, filtered_logits(halves.astype(jnp.float32), config, *rows[1:], eos_id=EOS))
 
 
 # ---- draws -------------------------------------------------------------------------------------------------------------
@@ -178,16 +188,25 @@ def test_numbers_that_change_compile_nothing():
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(do_sample=False), PLAIN, dict(PLAIN, top_k=7), dict(top_k=7, top_p=0.8), dict(PLAIN, top_p=0.8)], ids=str
+    "changes, loops",
+    [
+        (dict(do_sample=False), 0),
+        (PLAIN, 0),
+        (PLAIN | dict(top_k=7), 0),
+        (PLAIN | dict(top_k=7, top_p=0.8), 0),
+        (PLAIN | dict(top_p=0.8), 1),
+    ],
+    ids=str,
 )
-def test_no_program_sorts_the_vocabulary_and_greedy_draws_nothing(changes):
-    """lax.top_k is a TopK call, which turns into a sort if XLA sees that only its last value is needed."""
+def test_no_program_sorts_the_vocabulary_and_greedy_draws_nothing(changes, loops):
+    """lax.top_k is a TopK call, which turns into a sort if XLA sees that only its last value is needed. Only top-p without
+    top-k loops over the vocabulary.
+    """
     rows = random_rows(np.random.default_rng(3), 2)
     arguments = (rows[0], Sampling.make(GenerationConfig(**changes), np.arange(2), V), *rows[1:])
-    program = next_tokens.lower(*arguments, eos_id=EOS)
-    text = program.compile().as_text()
-    assert " sort(" not in text
-    assert ("TopK" in text) == ("top_k" in changes and changes["top_k"] > 0)
-    assert ("random" in str(jax.make_jaxpr(lambda *x: sampling.next_tokens(*x, EOS))(*arguments))) == changes.get(
-        "do_sample", True
-    )
+    program = next_tokens.lower(*arguments, eos_id=EOS).compile().as_text()
+    assert " sort(" not in program
+    assert ("TopK" in program) == (changes.get("top_k", 0) > 0)
+    steps = str(jax.make_jaxpr(lambda *x: sampling.next_tokens(*x, EOS))(*arguments))
+    assert ("random_bits" in steps) == changes.get("do_sample", True)
+    assert steps.count("scan[") + steps.count("while[") == loops

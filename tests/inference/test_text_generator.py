@@ -1,7 +1,9 @@
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 from flax import nnx
@@ -22,7 +24,11 @@ PROMPTS = ["小明", "今天早上，老王去公园", "法", "熊猫最爱吃�
 @pytest.fixture(scope="module")
 def model():
     """Random weights, large enough for a peaked distribution."""
-    graph, params = nnx.split(Transformer(llama.model_config(vocab_size=400, max_seq_len=96), nnx.Rngs(1)))
+    return random_model(max_seq_len=96)
+
+
+def random_model(max_seq_len):
+    graph, params = nnx.split(Transformer(llama.model_config(vocab_size=400, max_seq_len=max_seq_len), nnx.Rngs(1)))
     return nnx.merge(graph, jax.tree.map(lambda p: 4 * p if p.ndim > 1 else p, params))
 
 
@@ -31,22 +37,178 @@ def generator(model, dataset_folder):
     return TextGenerator(model, tokenizer_lib.load(dataset_folder / "tokenizer", ""))
 
 
-def test_greedy_text_equals_transformers_generate(generator, model):
+def test_greedy_tokens_equal_transformers_generate_with_every_processor(dataset_folder):
+    model = random_model(max_seq_len=256)
+    generator = TextGenerator(model, tokenizer_lib.load(dataset_folder / "tokenizer", ""))
     reference = llama.from_ours(model)
-    for prompt in PROMPTS:
-        ids = torch.tensor([[1, *tokenizer_lib.encode(generator.tokenizer, [prompt])[0]]])
-        n = min(80, 96 - ids.shape[1])
-        theirs = reference.generate(ids, do_sample=False, max_new_tokens=n, attention_mask=torch.ones_like(ids))
-        text = generator.tokenizer.decode(theirs[0, ids.shape[1] :], skip_special_tokens=True)
-        assert generator.generate(prompt, GREEDY) == text
+    ids_of, prompts = set(), PROMPTS[1::2]
+    for options in (
+        {},
+        {"repetition_penalty": 1.3},
+        {"no_repeat_ngram_size": 3},
+        {"repetition_penalty": 1.1, "no_repeat_ngram_size": 2, "min_new_tokens": 20},
+    ):
+        config = GenerationConfig(do_sample=False, max_new_tokens=200, **options)
+        for prompt, ours in zip(prompts, generator.batch_generate(prompts, config), strict=True):
+            ids = torch.tensor([[1, *tokenizer_lib.encode(generator.tokenizer, [prompt])[0]]])
+            theirs = reference.generate(
+                ids, do_sample=False, max_new_tokens=200, attention_mask=torch.ones_like(ids), **options
+            )[0, ids.shape[1] :].tolist()  # fmt: skip
+            assert ours.token_ids == [token for token in theirs if token != 2]
+            assert ours.finish_reason == ("eos" if theirs[-1] == 2 else "length")
+            ids_of.add(tuple(ours.token_ids))
+    assert len(ids_of) > 3 * len(prompts) - 1  # the options changed something
 
 
 @pytest.mark.parametrize("config", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
-def test_a_row_does_not_depend_on_its_batch(generator, config):
+def test_a_row_does_not_depend_on_its_batch_nor_on_the_cache(generator, config):
     alone = [generator.generate(prompt, config) for prompt in PROMPTS]
     assert generator.batch_generate(PROMPTS, config) == alone
     assert generator.batch_generate(PROMPTS[::-1], config) == alone[::-1]
+    assert generator.batch_generate(PROMPTS[:3], config, batch_size=2) == alone[:3]
     assert len(set(alone)) == len(alone)
+    without = dataclasses.replace(config, use_cache=False)
+    assert generator.batch_generate(PROMPTS, without) == alone
+    assert "".join(generator.stream(PROMPTS[0], without)) == alone[0]
+
+
+def test_without_a_cache_there_is_none(generator, monkeypatch):
+    states = []
+    run = generator._decoder.run
+    monkeypatch.setattr(
+        generator._decoder, "run", lambda params, state, *rest: states.append(state) or run(params, state, *rest)
+    )
+    for use_cache in (True, False):
+        generator.generate("小明", GenerationConfig(max_new_tokens=1, use_cache=use_cache))
+    assert states[0].kv_cache is not None and states[1].kv_cache is None
+
+
+# ---- ends -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_that_ends_early_in_a_batch(model, dataset_folder, generator):
+    """With the tenth token of the second prompt's answer as `</s>`."""
+    answers = generator.batch_generate(PROMPTS, GREEDY)
+    tokenizer = tokenizer_lib.load(dataset_folder / "tokenizer", "")
+    eos = answers[1].token_ids[9]
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
+    ended = TextGenerator(model, tokenizer).batch_generate(PROMPTS, GREEDY)
+    assert len({len(answer.token_ids) for answer in ended}) > 1
+    for before, after in zip(answers, ended, strict=True):
+        n = before.token_ids.index(eos) if eos in before.token_ids else len(before.token_ids)
+        assert after.token_ids == before.token_ids[:n]
+        assert after.finish_reason == ("eos" if n < len(before.token_ids) else before.finish_reason)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS[:2])
+def test_stop_texts_end_the_answer_streamed_or_not(generator, prompt):
+    config = dataclasses.replace(GREEDY, max_new_tokens=60, no_repeat_ngram_size=1)
+    text = generator.generate(prompt, config)
+    assert text.finish_reason == "length"
+    stop = text[20:23]  # over the borders of tokens
+    end = min(text.find(stop), text.find(text[30:32]))
+    stopped = dataclasses.replace(config, stop=[stop, text[30:32], "不会有的"])
+    answers = generator.batch_generate([prompt, PROMPTS[3]], stopped)
+    assert answers[0] == text[:end] and answers[0].finish_reason == "stop"
+    assert len(answers[0].token_ids) < 60 and answers[0].token_ids == text.token_ids[: len(answers[0].token_ids)]
+    pieces = []
+    streamed = generator.generate(prompt, stopped, stream=True, callback=pieces.append)
+    assert "".join(pieces) == streamed == answers[0]
+    assert (streamed.token_ids, streamed.finish_reason) == (answers[0].token_ids, "stop")
+
+
+def test_min_new_tokens_and_reasons(generator):
+    assert generator.generate("", GenerationConfig(max_new_tokens=500)).finish_reason in ("context", "eos")
+    full = generator.generate("", GenerationConfig(max_new_tokens=500, min_new_tokens=500, do_sample=False))
+    assert full.finish_reason == "context" and len(full.token_ids) == 95 and full.n_prompt_tokens == 1
+    assert generator.generate("小明", GenerationConfig(max_new_tokens=0)).finish_reason == "length"
+
+
+def test_a_long_prompt_is_cut_at_its_beginning_on_request(generator):
+    long = "熊猫最爱吃竹子。" * 30
+    with pytest.raises(UserError, match="leave no room"):
+        generator.generate(long, GREEDY)
+    cut = generator.generate(long, dataclasses.replace(GREEDY, max_new_tokens=10, truncate_prompt=True))
+    assert cut.n_prompt_tokens == 86 and len(cut.token_ids) == 10
+    cut = generator.generate(long, dataclasses.replace(GREEDY, truncate_prompt=True))
+    assert cut.n_prompt_tokens == 48 and cut.finish_reason == "context"
+    assert cut == generator.generate("小明" + long, dataclasses.replace(GREEDY, truncate_prompt=True))
+
+
+# ---- dialogues --------------------------------------------------------------------------------------------------------
+
+
+def dialogue(generator, n_turns, config):
+    """(history, answer) of each turn, streamed one after the other."""
+    history, turns = [], []
+    for i in range(n_turns):
+        history = [*history, {"role": "user", "content": f"第{i}问"}]
+        answer = "".join(generator.stream_chat(history, config))
+        turns.append((history, answer))
+        history = [*history, {"role": "assistant", "content": answer}]
+    return turns
+
+
+def test_a_turn_reads_only_what_is_new_and_answers_the_same(dataset_folder, monkeypatch):
+    generator = TextGenerator(random_model(max_seq_len=256), tokenizer_lib.load(dataset_folder / "tokenizer", ""))
+    reads, prefill = [], generator._decoder.prefill
+    monkeypatch.setattr(
+        generator._decoder,
+        "prefill",
+        lambda params, state, start, S: reads.append((start, S)) or prefill(params, state, start, S=S),
+    )
+    config = GenerationConfig(max_new_tokens=12, seed=1)
+    turns = dialogue(generator, 5, config)
+    starts = [start for start, _ in reads]
+    assert starts[0] == 0 and starts[-1] > 64 and all(S <= 64 for _, S in reads)
+    assert [generator.chat(history, config) for history, _ in turns] == [answer for _, answer in turns]
+    reads.clear()
+    for history, answer in turns[::-1]:  # back to earlier turns
+        assert "".join(generator.stream_chat(history, config)) == answer
+    assert reads[0][0] > 0 and reads[-1][0] < 16
+
+
+def test_an_abandoned_answer_leaves_a_cache_that_goes_on(generator):
+    history = [{"role": "user", "content": "小明"}]
+    answer = "".join(generator.stream_chat(history, SAMPLED))
+    stream = generator.stream_chat(history, SAMPLED)
+    next(stream), next(stream)
+    stream.close()
+    assert "".join(generator.stream_chat(history, SAMPLED)) == answer
+
+
+def test_nothing_recompiles_in_a_chat_of_20_turns_beyond_the_buckets(dataset_folder):
+    generator = TextGenerator(random_model(max_seq_len=1024), tokenizer_lib.load(dataset_folder / "tokenizer", ""))
+    decoder, config = generator._decoder, GenerationConfig(max_new_tokens=5)
+    turns = dialogue(generator, 20, config)
+    assert generator.n_chat_tokens(turns[-1][0]) > 256
+    assert 4 <= decoder.step._cache_size() == decoder.append._cache_size() <= 5  # caches of 64, 128, 256, 512 and 1,024
+    assert decoder.prefill._cache_size() <= 2 * 5 and decoder.grow._cache_size() <= 4
+    generator.batch_generate(["熊" * n for n in (1, 5, 20, 33, 60)], config)
+    sizes = [f._cache_size() for f in (decoder.prefill, decoder.append, decoder.loop, decoder.step, decoder.grow)]
+    dialogue(generator, 3, GenerationConfig(max_new_tokens=9, seed=5, temperature=0.5))
+    generator.batch_generate(["猫" * n for n in (60, 7, 3, 30, 2)], GenerationConfig(max_new_tokens=7, top_p=0.5))
+    assert sizes == [f._cache_size() for f in (decoder.prefill, decoder.append, decoder.loop, decoder.step, decoder.grow)]
+
+
+# ---- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_logits_and_scores_equal_transformers(generator, model):
+    reference = llama.from_ours(model)
+    ids = np.random.default_rng(0).integers(3, 400, (3, 21))
+    theirs = reference(torch.tensor(ids)).logits.detach().numpy()
+    np.testing.assert_allclose(generator.logits(ids), theirs, atol=2e-4)
+    token_ids, log_probs = generator.score(PROMPTS[3])
+    assert token_ids == tokenizer_lib.encode(generator.tokenizer, [PROMPTS[3]])[0]
+    with torch.no_grad():
+        logits = reference(torch.tensor([[1, *token_ids]])).logits[0, :-1]
+    expected = torch.log_softmax(logits, -1)[range(len(token_ids)), token_ids]
+    np.testing.assert_allclose(log_probs, expected.numpy(), atol=2e-4)
+    with pytest.raises(UserError, match="97 tokens do not fit"):
+        generator.logits(np.ones((1, 97), int))
+    with pytest.raises(UserError, match="expected ids from 0 to 399"):
+        generator.logits([[400]])
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
