@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mateconv_jax.inference.sampling import Sampling, next_tokens
-from mateconv_jax.model.transformer import KVCache, grow_kv_cache
+from mateconv_jax.model.transformer import KVCache, resize_kv_cache
 
 # Prompt and cache lengths are rounded up to a power of two from these on (at most the model's maximum), so that a chat
 # compiles a handful of programs. The cache grows bucket by bucket: attending over an empty cache is what decoding costs
@@ -56,7 +56,7 @@ class Decoder:
         self.append = jax.jit(self._append, donate_argnames="state")
         self.step = jax.jit(self._step, donate_argnames="state")
         self.loop = jax.jit(self._loop, donate_argnames="state")
-        self.grow = jax.jit(self._grow)
+        self.resize = jax.jit(self._resize, static_argnames="length")
 
     def run(
         self,
@@ -159,9 +159,13 @@ class Decoder:
 
         return jax.lax.while_loop(goes_on, step, (0, state))[1]
 
-    def _grow(self, state: DecodeState) -> DecodeState:
+    def grow(self, state: DecodeState) -> DecodeState:
         """The next bucket's room."""
-        length = bucket(state.tokens_BT.shape[1] + 1, self._max_seq_len, SMALLEST_CACHE)
-        tokens_BT = jnp.pad(state.tokens_BT, ((0, 0), (0, length - state.tokens_BT.shape[1])))
-        kv_cache = None if state.kv_cache is None else grow_kv_cache(state.kv_cache, length)
+        return self.resize(state, length=bucket(state.tokens_BT.shape[1] + 1, self._max_seq_len, SMALLEST_CACHE))
+
+    def _resize(self, state: DecodeState, length: int) -> DecodeState:
+        """Room for `length` tokens; what is beyond them goes."""
+        tokens_BT = state.tokens_BT[:, :length]
+        tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, length - tokens_BT.shape[1])))
+        kv_cache = None if state.kv_cache is None else resize_kv_cache(state.kv_cache, length)
         return state.replace(tokens_BT=tokens_BT, kv_cache=kv_cache)

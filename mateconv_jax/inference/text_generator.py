@@ -305,12 +305,9 @@ class TextGenerator:
             # The last token of a state is not in its cache; and of the prompt at least one has to be read.
             comparable = min(len(ids), len(prompt)) - 1
             n_same = next((i for i in range(comparable) if ids[i] != prompt[i]), comparable)
-            while old.tokens_BT.shape[1] < T:
-                old = self._decoder.grow(old)
-            T = old.tokens_BT.shape[1]
-            tokens_BT = np.zeros((1, T), np.int32)
-            tokens_BT[0, : len(prompt)] = prompt
-            state = state.replace(tokens_BT=jnp.asarray(tokens_BT), kv_cache=old.kv_cache)
+            if old.tokens_BT.shape[1] != T:
+                old = self._decoder.resize(old, length=T)
+            state = state.replace(kv_cache=old.kv_cache)
         S = bucket(len(prompt) - n_same, self._c.max_seq_len, SMALLEST_PROMPT)
         return state, min(n_same, T - S), S  # where the bucket would overrun, it begins earlier and reads tokens again
 

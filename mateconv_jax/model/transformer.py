@@ -64,9 +64,14 @@ def make_kv_cache(c: ModelConfig, batch: int, length: int) -> KVCache:
     return tuple((jnp.zeros(shape_BKTN, c.dtype), jnp.zeros(shape_BKTN, c.dtype)) for _ in range(c.n_layers))
 
 
-def grow_kv_cache(kv_cache: KVCache, length: int) -> KVCache:
-    """The same cache with room for `length` positions."""
-    return jax.tree.map(lambda x_BKTN: jnp.pad(x_BKTN, ((0, 0), (0, 0), (0, length - x_BKTN.shape[2]), (0, 0))), kv_cache)
+def resize_kv_cache(kv_cache: KVCache, length: int) -> KVCache:
+    """The same cache with room for `length` positions; what is beyond them goes."""
+
+    def resize(x_BKTN):
+        x_BKTN = x_BKTN[:, :, :length]
+        return jnp.pad(x_BKTN, ((0, 0), (0, 0), (0, length - x_BKTN.shape[2]), (0, 0)))
+
+    return jax.tree.map(resize, kv_cache)
 
 
 class RMSNorm(nnx.Module):
