@@ -37,8 +37,11 @@ def score_demo(generator) -> dict[str, float]:
 
 
 def main(args):
+    from mateconv_jax import compilation_cache  # 3 s of imports from here on, after the command line is right
+
+    compilation_cache.enable()
     if args.demo:
-        from mateconv_jax.inference.text_generator import TextGenerator  # 3 s of imports, after the command line is right
+        from mateconv_jax.inference.text_generator import TextGenerator
 
         score = score_demo(TextGenerator.from_pretrained(args.model_path, use_ema=args.use_ema, dtype=args.dtype))
         if args.json:

@@ -8,8 +8,9 @@ from mateconv_jax.errors import exit_code
 
 def main(argv):
     config = config_lib.resolve(config_lib.from_command_line(argv))
-    from mateconv_jax import distributed  # 6 s of imports, after the command line is known to be right
+    from mateconv_jax import compilation_cache, distributed  # 6 s of imports, after the command line is known to be right
 
+    compilation_cache.enable()
     distributed.initialize()
     from mateconv_jax.training.loop import train
 

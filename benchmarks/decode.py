@@ -1,0 +1,163 @@
+"""Decoding beside transformers' generate, same weights, same sampling:  python -m benchmarks.decode [--repeat 5]
+
+The base model with random weights, fp32 on the CPU; the two take turns, and the best of --repeat turns counts. Prints a table
+and ends in one JSON line. Needs requirements-dev.txt (PyTorch).
+"""
+
+import argparse
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from mateconv_jax import config as config_lib
+from mateconv_jax.inference.decode import Decoder, DecodeState, bucket
+from mateconv_jax.inference.generation_config import GenerationConfig
+from mateconv_jax.inference.sampling import Sampling
+from mateconv_jax.model.transformer import ModelConfig, Transformer, make_kv_cache
+from tests import llama
+
+PROMPT = 16
+
+
+def main(args):
+    c = ModelConfig.make(config_lib.resolve(config_lib.default_config()).model, "float32")
+    model = Transformer(c, nnx.Rngs(0))
+    graph, params = nnx.split(model)
+    decoder = Decoder(graph, -1, c.max_seq_len)  # no token ends an answer
+    peer = llama.from_ours(model)
+    sampled = GenerationConfig(temperature=0.8, top_k=50, top_p=0.9)
+    cases = [(B, name, config) for B in args.batch_sizes for name, config in (("sampled", sampled), ("greedy", GREEDY))]
+
+    console, report = Console(), {"limit_tokens_per_s_at_batch_1": round(memory_limit(params), 1)}
+    table = Table("batch", "", "tokens/s", "transformers", "ratio", "KV cache MB", title=f"{PROMPT} + {args.new_tokens} tokens")
+    for B, name, config in cases:
+        tokens_BS = np.random.default_rng(B).integers(3, c.vocab_size, (B, PROMPT), np.int32)
+        ours, theirs = race(
+            lambda: generate(decoder, params, c, tokens_BS, config, args.new_tokens),
+            lambda: generate_peer(peer, tokens_BS, config, args.new_tokens),
+            args.repeat,
+        )
+        rates = [B * args.new_tokens / seconds for seconds in (ours, theirs)]
+        T = bucket(PROMPT + args.new_tokens, c.max_seq_len, 64)
+        megabytes = sum(x.nbytes for x in jax.tree.leaves(make_kv_cache(c, B, T))) / 1e6
+        table.add_row(str(B), name, f"{rates[0]:,.0f}", f"{rates[1]:,.0f}", f"{rates[0] / rates[1]:.2f}", f"{megabytes:.1f}")
+        report[f"{name}_{B}"] = {"tokens_per_s": round(rates[0], 1), "ratio": round(rates[0] / rates[1], 3)}
+    console.print(table)
+
+    lengths = Table("tokens before", "tokens/s at batch 1", title="against the cache's length")
+    for n in args.lengths:
+        report[f"at_{n}"] = round(rate_at(decoder, params, c, n, args.repeat), 1)
+        lengths.add_row(str(n), f"{report[f'at_{n}']:,.0f}")
+    console.print(lengths)
+
+    report["first_token_ms"] = round(first_token(decoder, params, c, args.repeat) * 1e3, 1)
+    report["share_of_memory_limit"] = round(
+        report["greedy_1"]["tokens_per_s"] / report["limit_tokens_per_s_at_batch_1"], 3
+    )  # fmt: skip
+    console.print(
+        f"first token of a {PROMPT}-token prompt: {report['first_token_ms']} ms; reading the weights once a token allows "
+        f"{report['limit_tokens_per_s_at_batch_1']} tokens/s at batch 1, of which greedy decoding has "
+        f"{report['share_of_memory_limit']:.0%}"
+    )
+    print(json.dumps(report))
+
+
+GREEDY = GenerationConfig(do_sample=False)
+
+
+def race(ours, theirs, repeat: int) -> list[float]:
+    """Best seconds of each, taking turns; a turn before that, to compile, does not count."""
+    times = []
+    for _ in range(repeat + 1):
+        turn = []
+        for function in (ours, theirs):
+            start = time.perf_counter()
+            function()
+            turn.append(time.perf_counter() - start)
+        times.append(turn)
+    return np.min(times[1:], axis=0).tolist()
+
+
+def start(c, tokens_BS, room: int, new_tokens: int) -> DecodeState:
+    B, S = tokens_BS.shape
+    tokens_BT = np.zeros((B, room), np.int32)
+    tokens_BT[:, :S] = tokens_BS
+    length_B = jnp.full(B, S, jnp.int32)
+    return DecodeState(
+        tokens_BT=jnp.asarray(tokens_BT), length_B=length_B, prompt_length_B=length_B.copy(),
+        remaining_B=jnp.full(B, new_tokens, jnp.int32), finished_B=jnp.zeros(B, bool), kv_cache=make_kv_cache(c, B, room),
+    )  # fmt: skip
+
+
+def generate(decoder, params, c, tokens_BS, config, new_tokens) -> None:
+    sampling = Sampling.make(config, np.zeros(len(tokens_BS)), c.vocab_size)
+    state = start(c, tokens_BS, bucket(PROMPT + 1, c.max_seq_len, 64), new_tokens)
+    assert int(decoder.run(params, state, sampling, PROMPT).length_B.min()) == PROMPT + new_tokens
+
+
+def generate_peer(peer, tokens_BS, config, new_tokens) -> None:
+    options = dict(do_sample=True, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+    with torch.inference_mode():
+        out = peer.generate(
+            torch.tensor(tokens_BS).long(), attention_mask=torch.ones(tokens_BS.shape, dtype=torch.long),
+            max_new_tokens=new_tokens, eos_token_id=None, pad_token_id=0,
+            **(options if config.do_sample else dict(do_sample=False)),
+        )  # fmt: skip
+    assert out.shape[1] == PROMPT + new_tokens
+
+
+def rate_at(decoder, params, c, n: int, repeat: int) -> float:
+    """Greedy tokens/s of 16 steps after n tokens."""
+    tokens_1S = np.random.default_rng(n).integers(3, c.vocab_size, (1, n), np.int32)
+    sampling = Sampling.make(GREEDY, np.zeros(1), c.vocab_size)
+    times = []
+    for _ in range(repeat + 1):
+        state = start(c, tokens_1S, bucket(n + 17, c.max_seq_len, 64), 17)
+        logits_1V, state = decoder.prefill(params, state, 0, S=bucket(n, c.max_seq_len, 16))
+        state = decoder.append(logits_1V, state, sampling)[0]
+        jax.block_until_ready(state)
+        begin = time.perf_counter()
+        jax.block_until_ready(decoder.loop(params, state, sampling, 16))
+        times.append(time.perf_counter() - begin)
+    return 16 / min(times[1:])
+
+
+def first_token(decoder, params, c, repeat: int) -> float:
+    """Seconds from prompt ids on the host to the first token on the host, warm."""
+    tokens_1S = np.arange(3, 3 + PROMPT, dtype=np.int32)[None]
+    times = []
+    for _ in range(4 * repeat + 1):
+        begin = time.perf_counter()
+        sampling = Sampling.make(GREEDY, np.zeros(1), c.vocab_size)
+        logits_1V, state = decoder.prefill(params, start(c, tokens_1S, 64, 64), 0, S=PROMPT)
+        jax.device_get(decoder.append(logits_1V, state, sampling)[1])
+        times.append(time.perf_counter() - begin)
+    return min(times[1:])
+
+
+def memory_limit(params) -> float:
+    """Tokens/s at which every weight is read once a token, at the rate at which this machine sums up an array of that size."""
+    n_bytes = sum(p.nbytes for p in jax.tree.leaves(params))
+    weights = torch.ones(n_bytes // 4)
+    times = []
+    for _ in range(10):
+        begin = time.perf_counter()
+        weights.sum()
+        times.append(time.perf_counter() - begin)
+    return 1 / min(times)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--new_tokens", type=int, default=64)
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16, 100, 200, 400, 490])
+    main(parser.parse_args())

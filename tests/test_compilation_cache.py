@@ -1,0 +1,29 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import jax
+from mateconv_jax import compilation_cache
+compilation_cache.enable()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+jax.jit(lambda x: x @ x)(jax.numpy.ones((64, 64)))
+print(sum(event == "/jax/compilation_cache/cache_hits" for event in events))
+"""
+
+
+@pytest.mark.parametrize("folder", [None, "elsewhere", ""])
+def test_a_second_start_finds_what_the_first_compiled(tmp_path, folder):
+    env = {key: value for key, value in os.environ.items() if "CACHE" not in key} | {"HOME": str(tmp_path)}
+    if folder is not None:
+        env["JAX_COMPILATION_CACHE_DIR"] = folder and str(tmp_path / folder)
+    runs = [subprocess.run([sys.executable, "-c", CODE], env=env, capture_output=True, text=True) for _ in range(2)]
+    hits = [int(run.stdout.splitlines()[-1]) for run in runs]
+    assert hits[0] == 0 and (hits[1] > 0) == (folder != "")
+    assert not any(run.stderr for run in runs), runs[1].stderr
+    where = tmp_path / ".cache" / "mateconv_jax" / "xla" if folder is None else tmp_path / "elsewhere"
+    assert (where.is_dir() and any(where.iterdir())) == (folder != "")
