@@ -121,7 +121,7 @@ def rate_at(decoder, params, c, n: int, repeat: int) -> float:
     for _ in range(repeat + 1):
         state = start(c, tokens_1S, bucket(n + 17, c.max_seq_len, 64), 17)
         logits_1V, state = decoder.prefill(params, state, 0, S=bucket(n, c.max_seq_len, 16))
-        state = decoder.append(logits_1V, state, sampling)[0]
+        state = decoder.append(logits_1V, state, sampling)
         jax.block_until_ready(state)
         begin = time.perf_counter()
         jax.block_until_ready(decoder.loop(params, state, sampling, 16))
@@ -137,7 +137,7 @@ def first_token(decoder, params, c, repeat: int) -> float:
         begin = time.perf_counter()
         sampling = Sampling.make(GREEDY, np.zeros(1), c.vocab_size)
         logits_1V, state = decoder.prefill(params, start(c, tokens_1S, 64, 64), 0, S=PROMPT)
-        jax.device_get(decoder.append(logits_1V, state, sampling)[1])
+        jax.device_get(decoder.append(logits_1V, state, sampling).length_B)
         times.append(time.perf_counter() - begin)
     return min(times[1:])
 

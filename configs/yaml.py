@@ -87,6 +87,8 @@ def _value(section, key: str, value, where: str):
     kind, default = section.get_type(key), section[key]
     if value is None and default is None:
         return None
+    if kind is tuple and isinstance(value, list):
+        return tuple(value)
     is_number = kind is not str and isinstance(value, str) and NUMBER.fullmatch(value)
     number = float(value) if is_number else value
     if isinstance(number, float) and number.is_integer() and kind is not float:

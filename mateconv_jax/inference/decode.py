@@ -1,4 +1,4 @@
-"""Prefill and decoding on token ids. One decode step, two drivers: a `lax.while_loop`, and step by step for streaming.
+"""Prefill and decoding on token ids: a `lax.while_loop` to the end of all rows or, for streaming, of a few steps.
 
 Dimensions in names: B rows, S tokens read at once, T cache bucket, V vocabulary.
 """
@@ -54,7 +54,6 @@ class Decoder:
         self.prefill = jax.jit(self._prefill, static_argnames="S", donate_argnames="state")
         self.spread = jax.jit(self._spread, static_argnames="n")
         self.append = jax.jit(self._append, donate_argnames="state")
-        self.step = jax.jit(self._step, donate_argnames="state")
         self.loop = jax.jit(self._loop, donate_argnames="state")
         self.resize = jax.jit(self._resize, static_argnames="length")
 
@@ -77,7 +76,7 @@ class Decoder:
         logits_BV, state = self.prefill(params, state, 0, S=S)
         if n_samples > 1:
             logits_BV, state = self.spread(logits_BV, state, n=n_samples)
-        state = self.append(logits_BV, state, sampling)[0]
+        state = self.append(logits_BV, state, sampling)
         while True:
             state = self.loop(params, state, sampling, self._max_seq_len if stop is None else STOP_CHECK_TOKENS)
             if stop is not None:
@@ -114,12 +113,8 @@ class Decoder:
         """Each row n times."""
         return jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), (logits_BV, state))
 
-    def _append(self, logits_BV, state: DecodeState, sampling: Sampling):
-        """Choose each row's next token. Finished rows stay as they are.
-
-        Returns:
-          (the state, news_2B: the last token of each row and whether it is finished, int32)
-        """
+    def _append(self, logits_BV, state: DecodeState, sampling: Sampling) -> DecodeState:
+        """Choose each row's next token. Finished rows stay as they are."""
         chosen_B = next_tokens(logits_BV, sampling, state.tokens_BT, state.length_B, state.prompt_length_B, self._eos_id)
         goes_on_B = ~state.finished_B
         # A finished row rewrites its last token with itself.
@@ -127,17 +122,15 @@ class Decoder:
         rows_B = jnp.arange(len(place_B))
         token_B = jnp.where(goes_on_B, chosen_B, state.tokens_BT[rows_B, place_B])
         remaining_B = state.remaining_B - goes_on_B
-        finished_B = state.finished_B | (token_B == self._eos_id) | (remaining_B == 0)
-        state = state.replace(
+        return state.replace(
             tokens_BT=state.tokens_BT.at[rows_B, place_B].set(token_B),
             length_B=state.length_B + goes_on_B,
             remaining_B=remaining_B,
-            finished_B=finished_B,
+            finished_B=state.finished_B | (token_B == self._eos_id) | (remaining_B == 0),
         )
-        return state, jnp.stack([token_B, finished_B.astype(jnp.int32)])
 
-    def _step(self, params, state: DecodeState, sampling: Sampling):
-        """Read each row's last token, choose its next; as `_append`."""
+    def _step(self, params, state: DecodeState, sampling: Sampling) -> DecodeState:
+        """Read each row's last token, choose its next."""
         if state.kv_cache is None:
             return self._append(self._whole(params, state), state, sampling)
         last_B = state.length_B - 1
@@ -155,7 +148,7 @@ class Decoder:
 
         def step(carry):
             i, state = carry
-            return i + 1, self._step(params, state, sampling)[0]
+            return i + 1, self._step(params, state, sampling)
 
         return jax.lax.while_loop(goes_on, step, (0, state))[1]
 

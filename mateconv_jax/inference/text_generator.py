@@ -102,11 +102,14 @@ class TextGenerator:
             return self.batch_generate([prompt], config)[0]
         return _exhaust(self.stream(prompt, config), callback or _print)
 
-    def stream(self, prompt: str, config: GenerationConfig = GenerationConfig()) -> Iterator[str]:
+    def stream(self, prompt: str, config: GenerationConfig = GenerationConfig(), every: int = 1) -> Iterator[str]:
         """`generate`, piece by piece as it is written; the pieces joined are its text. The iterator's return value is the
         Generation.
+
+        Args:
+          every: tokens between two looks at what the device has written.
         """
-        return self._stream_ids(self._prompt_ids(prompt, config), config)
+        return self._stream_ids(self._prompt_ids(prompt, config), config, every)
 
     def batch_generate(
         self, prompts: list[str], config: GenerationConfig = GenerationConfig(), batch_size: int = 16
@@ -266,24 +269,26 @@ class TextGenerator:
         pieces.append(text.finish())
         return Generation("".join(pieces), ids[: text.n_tokens], len(prompt), "stop" if text.stopped else reason)
 
-    def _stream_ids(self, prompt: list[int], config: GenerationConfig) -> Iterator[str]:
+    def _stream_ids(self, prompt: list[int], config: GenerationConfig, every: int = 1) -> Iterator[str]:
         sampling = Sampling.make(config, np.zeros(1), self._c.vocab_size)
         text, ids, state = Detokenizer(self.tokenizer, config.stop), [], None
         try:
             if config.max_new_tokens:
                 state, start, S = self._resume(prompt, config)
                 logits_BV, state = self._decoder.prefill(self.params, state, start, S=S)
-                state, news_21 = self._decoder.append(logits_BV, state, sampling)
+                state = self._decoder.append(logits_BV, state, sampling)
             while config.max_new_tokens:
-                token, finished = jax.device_get(news_21)[:, 0].tolist()
-                ids.append(token)
-                if token != self.tokenizer.eos_token_id and (piece := text.push(token)):
-                    yield piece
+                tokens_1T, [length], [finished] = jax.device_get((state.tokens_BT, state.length_B, state.finished_B))
+                new = tokens_1T[0, len(prompt) + len(ids) : length].tolist()
+                ids += new
+                for token in new:
+                    if token != self.tokenizer.eos_token_id and (piece := text.push(token)):
+                        yield piece
                 if finished or text.stopped:
                     break
-                if len(prompt) + len(ids) == state.tokens_BT.shape[1]:
+                if length == tokens_1T.shape[1]:
                     state = self._decoder.grow(state)
-                state, news_21 = self._decoder.step(self.params, state, sampling)
+                state = self._decoder.loop(self.params, state, sampling, every)
             if piece := text.finish():
                 yield piece
         finally:

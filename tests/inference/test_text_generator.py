@@ -182,15 +182,15 @@ def test_nothing_recompiles_in_a_chat_of_20_turns_beyond_the_buckets(dataset_fol
     decoder, config = generator._decoder, GenerationConfig(max_new_tokens=5)
     turns = dialogue(generator, 20, config)
     assert generator.n_chat_tokens(turns[-1][0]) > 256
-    assert 4 <= decoder.step._cache_size() == decoder.append._cache_size() <= 5  # caches of 64, 128, 256, 512 and 1,024
+    assert 4 <= decoder.loop._cache_size() == decoder.append._cache_size() <= 5  # caches of 64, 128, 256, 512 and 1,024
     assert decoder.prefill._cache_size() <= 2 * 5 and decoder.resize._cache_size() <= 4
     generator.batch_generate(["熊" * n for n in (1, 5, 20, 33, 60)], config)
-    programs = [decoder.prefill, decoder.append, decoder.loop, decoder.step, decoder.resize]
+    programs = [decoder.prefill, decoder.append, decoder.loop, decoder.resize]
     sizes = [program._cache_size() for program in programs]
     for history, _ in turns[5:8]:  # again, with other numbers
         list(generator.stream_chat(history, GenerationConfig(max_new_tokens=5, seed=5, temperature=0.5, top_p=0.8)))
     generator.batch_generate(["猫" * n for n in (60, 7, 3, 30, 2)], GenerationConfig(max_new_tokens=7, top_p=0.5))
-    assert sizes[1:4] == [program._cache_size() for program in programs[1:4]]  # a shorter cache may be cut out
+    assert sizes[1:3] == [program._cache_size() for program in programs[1:3]]  # a shorter cache may be cut out
     assert programs[0]._cache_size() <= sizes[0] + 3  # another part of those prompts is new
 
 
@@ -219,6 +219,19 @@ def test_the_streamed_pieces_are_the_text(generator, prompt):
     pieces = list(generator.stream(prompt, SAMPLED))
     assert "".join(pieces) == generator.generate(prompt, SAMPLED)
     assert len(pieces) > 5
+    in_tens = list(generator.stream(prompt, SAMPLED, every=10))
+    assert "".join(in_tens) == "".join(pieces)
+
+
+def test_the_device_is_asked_every_so_many_tokens(generator, monkeypatch):
+    asked, loop = [], generator._decoder.loop
+    monkeypatch.setattr(generator._decoder, "loop", lambda *args: asked.append(args[-1]) or loop(*args))
+    config = GenerationConfig(max_new_tokens=21, min_new_tokens=21)
+    list(generator.stream("小明", config))
+    assert asked == [1] * 20
+    asked.clear()
+    list(generator.stream("小明", config, every=10))
+    assert asked == [10, 10]
 
 
 def test_the_seed_and_every_option_change_the_text(generator):

@@ -16,6 +16,11 @@ def make_model(seed=0, scale=3.0, **changes) -> Transformer:
     return nnx.merge(graph, jax.tree.map(lambda p: p * scale if p.ndim > 1 else p + 0.1 * jnp.arange(p.size) / p.size, params))
 
 
+@nnx.jit
+def logits(model, tokens_BS):
+    return model(tokens_BS)
+
+
 def random_tokens(shape, seed=0, vocab_size=96):
     return jax.random.randint(jax.random.key(seed), shape, 0, vocab_size)
 
@@ -33,7 +38,7 @@ def test_logits_equal_transformers_llama(n_kv_heads, attention):
     tokens_BS = random_tokens((2, 150))
     with torch.no_grad():
         theirs = llama.from_ours(model)(torch.tensor(np.asarray(tokens_BS))).logits.numpy()
-    ours = np.asarray(model(tokens_BS))
+    ours = np.asarray(logits(model, tokens_BS))
     assert np.abs(theirs).max() > 1
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
@@ -62,7 +67,7 @@ def test_no_logit_depends_on_a_later_token():
         swapped.embedding_VD = nnx.Param(jnp.concatenate([embedded_SV @ embedding_VD, embedding_VD]))
         return swapped(jnp.arange(12)[None])[0, :, 12:].sum(-1)
 
-    influence_SS = np.abs(np.asarray(jax.jacobian(logit_sums)(jax.nn.one_hot(tokens_S, 96)))).sum(-1)
+    influence_SS = np.abs(np.asarray(jax.jit(jax.jacobian(logit_sums))(jax.nn.one_hot(tokens_S, 96)))).sum(-1)
     assert (influence_SS[np.triu_indices(12, 1)] == 0).all()
     assert (influence_SS[np.tril_indices(12)] > 0).all()
 
@@ -70,7 +75,7 @@ def test_no_logit_depends_on_a_later_token():
 def test_cached_decoding_equals_the_full_forward_at_every_position():
     model = make_model()
     tokens_BS = random_tokens((2, 40))
-    full_BSV = np.asarray(model(tokens_BS))
+    full_BSV = np.asarray(logits(model, tokens_BS))
     kv_cache = make_kv_cache(model.c, 2, 48)
     # Prompts of 5 and 9 tokens in a bucket of 16, then token by token, each row at its own position.
     start_B = jnp.array([5, 9])
@@ -88,13 +93,13 @@ def test_cached_decoding_equals_the_full_forward_at_every_position():
 def test_a_row_does_not_depend_on_its_batch():
     model = make_model()
     tokens_BS = random_tokens((4, 30))
-    np.testing.assert_allclose(model(tokens_BS)[2], model(tokens_BS[2:3])[0], atol=1e-5)
+    np.testing.assert_allclose(logits(model, tokens_BS)[2], logits(model, tokens_BS[2:3])[0], atol=1e-5)
 
 
 def test_bfloat16_computes_in_bfloat16_from_float32_parameters():
     model = make_model(scale=1.0, dtype=jnp.dtype("bfloat16"), attention="xla")
     tokens_BS = random_tokens((2, 20))
-    logits = model(tokens_BS)
-    assert logits.dtype == jnp.bfloat16 and model.embedding_VD[...].dtype == jnp.float32
-    reference = make_model(scale=1.0)(tokens_BS)
-    np.testing.assert_allclose(logits.astype(jnp.float32), reference, atol=0.02)
+    halves = logits(model, tokens_BS)
+    assert halves.dtype == jnp.bfloat16 and model.embedding_VD[...].dtype == jnp.float32
+    reference = logits(make_model(scale=1.0), tokens_BS)
+    np.testing.assert_allclose(halves.astype(jnp.float32), reference, atol=0.02)

@@ -15,7 +15,7 @@ def server():
 def straight(server, base_tiny_config, tmp_path_factory):
     """14 steps in one process, over the end of an epoch, with everything on that a resume could miss: (config, run folder)."""
     config = copy.deepcopy(base_tiny_config)
-    config.model.update(dict(dropout=0.1, attention="xla"))
+    config.model.update(dict(n_layers=1, dropout=0.1, attention="xla"))
     config.training.update(
         dict(
             batch_size=40,
@@ -28,8 +28,8 @@ def straight(server, base_tiny_config, tmp_path_factory):
             early_stopping=True,
             patience=9,
             eval_iters=2,
-            save_interval=5,
-            keep_latest=9,
+            save_interval=1,
+            keep_latest=99,
         )  # fmt: skip
     )
     folder = tmp_path_factory.mktemp("straight") / "out"

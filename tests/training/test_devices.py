@@ -70,7 +70,7 @@ def assert_same_losses(folder, one):
 @pytest.mark.parametrize(
     "flags",
     [
-        (),
+        pytest.param((), marks=pytest.mark.slow),
         pytest.param(("--config.mesh.fsdp=8",), marks=pytest.mark.slow),
         ("--config.mesh.data=2", "--config.mesh.fsdp=-1"),
     ],
@@ -151,6 +151,7 @@ def test_axes_that_are_not_the_devices(monkeypatch, data, fsdp):
         sharding.make_mesh(config.mesh)
 
 
+@pytest.mark.slow
 def test_fsdp_takes_less_memory_a_device():
     code = """
 import json, sys, jax

@@ -19,17 +19,13 @@ from tests.training.runs import losses_of, metrics_of, train
 ROOT = Path(__file__).parents[2]
 
 
-class Stopped(Exception):
-    pass
-
-
 @pytest.fixture
 def spy(monkeypatch):
-    """Batches as the loop reads them, and the states it saves; it can be told to stop before a step."""
+    """Batches as the loop reads them, and the states it saves."""
 
     class Spy:
         def __init__(self):
-            self.batches, self.states, self.stop_before = {}, {}, None
+            self.batches, self.states = {}, {}
 
     spy = Spy()
     original_batches, original_save = input_pipeline.training_batches, Checkpoints.save
@@ -37,8 +33,6 @@ def spy(monkeypatch):
     def batches(rows, batch_size, seed, shuffle, start_step, num_workers):
         original = original_batches(rows, batch_size, seed, shuffle, start_step, num_workers)
         for step, batch in enumerate(original, start_step + 1):
-            if step == spy.stop_before:
-                raise Stopped
             spy.batches[step] = batch["tokens"].copy()
             yield batch
 
@@ -49,32 +43,6 @@ def spy(monkeypatch):
     monkeypatch.setattr(input_pipeline, "training_batches", batches)
     monkeypatch.setattr(Checkpoints, "save", save)
     return spy
-
-
-def test_stop_and_resume_equals_going_straight_to_the_bit(tiny_config, tmp_path, spy):
-    tiny_config.training.update(dict(use_ema=True, ema_decay=0.9, max_steps=9, save_interval=4))
-
-    tiny_config.training.out_dir = str(tmp_path / "straight")
-    loop.train(config_lib.resolve(tiny_config))
-    straight, spy.batches, spy.states = (spy.batches, spy.states), {}, {}
-
-    tiny_config.training.out_dir = str(tmp_path / "stopped")
-    spy.stop_before = 7  # step 4 is saved, 5 and 6 are done again
-    with pytest.raises(Stopped):
-        loop.train(config_lib.resolve(tiny_config))
-    assert max(spy.states) == 4
-    spy.stop_before, spy.batches = None, {}
-    loop.train(config_lib.resolve(tiny_config))
-
-    assert min(spy.batches) == 5
-    for step, tokens in spy.batches.items():
-        np.testing.assert_array_equal(tokens, straight[0][step])
-    jax.tree.map(np.testing.assert_array_equal, spy.states[9], straight[1][9])
-    assert int(spy.states[9].step) == 9 and spy.states[9].ema_params is not None
-    # The repeated steps stand once in metrics.jsonl, with the same losses.
-    assert losses_of(tmp_path / "stopped") == losses_of(tmp_path / "straight")
-    steps = [m["step"] for m in metrics_of(tmp_path / "stopped") if "train/loss" in m]
-    assert steps == list(range(1, 10))
 
 
 def test_what_a_run_writes(tiny_config):
