@@ -18,4 +18,5 @@ install_requirements requirements-dev.txt
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$PYTHON" -m pytest "${slow[@]}" "$@"
+# Two processes: most of the time is compilation, which uses one core.
+"$PYTHON" -m pytest -n 2 --dist loadfile "${slow[@]}" "$@"
