@@ -5,6 +5,7 @@ and ends in one JSON line. Needs requirements-dev.txt (PyTorch).
 """
 
 import argparse
+import functools
 import json
 import time
 
@@ -40,8 +41,8 @@ def main(args):
     for B, name, config in cases:
         tokens_BS = np.random.default_rng(B).integers(3, c.vocab_size, (B, PROMPT), np.int32)
         ours, theirs = race(
-            lambda: generate(decoder, params, c, tokens_BS, config, args.new_tokens),
-            lambda: generate_peer(peer, tokens_BS, config, args.new_tokens),
+            functools.partial(generate, decoder, params, c, tokens_BS, config, args.new_tokens),
+            functools.partial(generate_peer, peer, tokens_BS, config, args.new_tokens),
             args.repeat,
         )
         rates = [B * args.new_tokens / seconds for seconds in (ours, theirs)]

@@ -106,22 +106,32 @@ def test_without_an_output_results_go_to_standard_output(generator, write, capfd
 
 
 def test_a_log_shows_progress_in_lines_and_a_terminal_a_bar(write, monkeypatch):
-    class Stderr(io.StringIO):
-        terminal = False
-
+    class Terminal(io.StringIO):
         def isatty(self):
-            return self.terminal
+            return True
 
-    monkeypatch.setattr(sys, "stderr", log := Stderr())
+    monkeypatch.setattr(sys, "stderr", log := io.StringIO())
     write("\n".join(PROMPTS), output="1")
     assert log.getvalue() == "7 of 7 results\n"
     monkeypatch.setattr(batch_file, "LOG_SECONDS", 0)
     write("\n".join(PROMPTS), output="2", batch_size=4)
     assert log.getvalue() == "7 of 7 results\n4 of 7 results\n7 of 7 results\n"
-    monkeypatch.setattr(sys, "stderr", log := Stderr())
-    log.terminal = True
+    monkeypatch.setattr(sys, "stderr", log := Terminal())
     write("\n".join(PROMPTS), output="3")
     assert "100%" in log.getvalue() and "7/7" in log.getvalue() and "results" not in log.getvalue()
+    write("\n".join(PROMPTS), output="3")
+    assert "7 of 7 results are in" in log.getvalue()
+
+
+def test_no_bar_is_drawn_between_results_on_a_terminal(generator, monkeypatch, tmp_path):
+    (tmp_path / "prompts.txt").write_text("小明\n", encoding="utf-8")
+    requests = batch_file.read_requests(str(tmp_path / "prompts.txt"))
+    for name in ("stdout", "stderr"):
+        file = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+        file.isatty = lambda: True
+        monkeypatch.setattr(sys, name, file)
+    batch_file.run(generator, requests, CONFIG)
+    assert json.loads(sys.stdout.buffer.getvalue())["prompt"] == "小明" and sys.stderr.buffer.getvalue() == b""
 
 
 # ---- going on -----------------------------------------------------------------------------------------------------
@@ -144,10 +154,11 @@ def test_a_run_goes_on_after_any_byte_at_which_it_was_killed(generator, write, t
 
 def test_ctrl_c_leaves_what_is_done(generator, write, tmp_path, monkeypatch, capsys):
     whole = write("\n".join(PROMPTS), output="whole")
-    real, calls = generator.batch_generate, []
+    real, calls, written = generator.batch_generate, [], []
 
     def interrupted(*arguments):
         calls.append(1)
+        written.append((tmp_path / "results.jsonl").read_bytes().count(b"\n"))
         if len(calls) == 3:
             raise KeyboardInterrupt
         return real(*arguments)
@@ -156,6 +167,7 @@ def test_ctrl_c_leaves_what_is_done(generator, write, tmp_path, monkeypatch, cap
     with pytest.raises(KeyboardInterrupt):
         write("\n".join(PROMPTS))
     assert parsed((tmp_path / "results.jsonl").read_bytes()) == parsed(whole)[:4]
+    assert written == [0, 2, 4]  # a batch is in the file before the next one begins
     assert "4 of 7 results are in" in capsys.readouterr().err
     assert write("\n".join(PROMPTS)) == whole
 
@@ -258,7 +270,7 @@ def test_a_prompt_that_does_not_fit_is_named_before_anything_is_written(generato
         write(content, batch_size=1)
     assert not (tmp_path / "results.jsonl").exists()
     truncating = dataclasses.replace(CONFIG, truncate_prompt=True)
-    results = parsed(write(content, truncating))
+    results = parsed(write(content, truncating, batch_size=1))
     assert results[1]["prompt"] == "熊" * 200 and results[1]["n_prompt_tokens"] == 88
     assert results[1]["text"] == generator.generate("熊" * 200, truncating)
 

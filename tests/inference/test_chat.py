@@ -276,7 +276,7 @@ def typed(monkeypatch, tmp_path):
     """The lines that come of keys."""
     monkeypatch.setenv("HOME", str(tmp_path))
 
-    def typed(*keys):
+    def typed(*keys, between=lambda: None):
         def press():
             for some in keys:
                 time.sleep(0.3)  # a person's pace: prompt_toolkit reads its history in the background
@@ -286,7 +286,10 @@ def typed(monkeypatch, tmp_path):
             fingers = threading.Thread(target=press)
             fingers.start()
             with create_app_session(input=pipe, output=prompt_toolkit.output.DummyOutput()):
-                lines = list(chat._terminal_lines())
+                lines = []
+                for line in chat._terminal_lines():
+                    between()
+                    lines.append(line)
             fingers.join()
         return lines
 
@@ -305,6 +308,13 @@ def test_ctrl_c_at_a_prompt_says_how_to_leave_and_ctrl_d_leaves(typed, capsys):
     assert capsys.readouterr().out == f"（{chat.HOW_TO_LEAVE}）\n"
     assert typed("not this\x03熊猫\r\x04") == ["熊猫"]
     assert capsys.readouterr().out == ""
+
+
+def test_ctrl_c_between_a_prompt_and_an_answer_does_no_harm(typed):
+    """A key that is held down comes at any time."""
+    before = signal.getsignal(signal.SIGINT)
+    assert typed("熊猫\r", "长江\r", "\x04", between=lambda: signal.raise_signal(signal.SIGINT)) == ["熊猫", "长江"]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_bytes_that_are_no_utf8_do_no_harm(typed):
