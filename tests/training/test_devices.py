@@ -75,6 +75,7 @@ def assert_same_losses(folder, one):
         ("--config.mesh.data=2", "--config.mesh.fsdp=-1"),
     ],
 )
+@pytest.mark.slow
 def test_eight_devices_give_the_losses_of_one(config, one, tmp_path, flags):
     log = start(config, tmp_path / "out", 8, flags).finish()
     assert "devices: 8 x cpu, 1 rows each" in log
@@ -98,6 +99,7 @@ def eight(config, tmp_path_factory):
 
 
 @pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow), pytest.param((2, 4), marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_saved_on_eight_devices_it_goes_on_on_others(config, one, eight, tmp_path, devices):
     assert_same_losses(eight, one)
     flags = [f"--config.training.resume_from={eight}/checkpoints/2"]
@@ -112,6 +114,7 @@ def test_saved_on_eight_devices_it_goes_on_on_others(config, one, eight, tmp_pat
         assert ours[key] == pytest.approx(theirs[key], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_sigterm_of_one_process_checkpoints_all(config, tmp_path):
     long = ("--config.training.max_steps=100000", "--config.training.lr_scheduler=constant")
     first, second = start_two(config, tmp_path / "out", long)

@@ -112,9 +112,9 @@ def loss_after_4_steps(config, folder):
 @pytest.mark.parametrize(
     "section, key, value",
     [
-        ("training", "seed", 1), ("training", "learning_rate", 3e-2), ("training", "beta1", 0.5), ("training", "beta2", 0.5),
-        ("training", "weight_decay", 0.9), ("training", "grad_clip", 0.01), ("training", "warmup_ratio", 0.5),
-        ("training", "min_lr", 1e-2), ("training", "dtype", "bfloat16"), ("model", "norm_eps", 0.1), ("model", "rope_theta", 10.0),
+        ("training", "seed", 1), ("training", "learning_rate", 3e-2), pytest.param("training", "beta1", 0.5, marks=pytest.mark.slow), pytest.param("training", "beta2", 0.5, marks=pytest.mark.slow),
+        pytest.param("training", "weight_decay", 0.9, marks=pytest.mark.slow), ("training", "grad_clip", 0.01), pytest.param("training", "warmup_ratio", 0.5, marks=pytest.mark.slow),
+        pytest.param("training", "min_lr", 1e-2, marks=pytest.mark.slow), ("training", "dtype", "bfloat16"), pytest.param("model", "norm_eps", 0.1, marks=pytest.mark.slow), ("model", "rope_theta", 10.0),
     ],
 )  # fmt: skip
 def test_an_option_changes_the_training(tiny_config, tmp_path, loss_by_default, section, key, value):

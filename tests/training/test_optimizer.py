@@ -364,6 +364,7 @@ def test_a_document_mask_has_the_same_gradient_in_both_backends():
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_dropout_drops_its_share_by_step_and_seed_and_never_in_evaluation():
     def loss(seed=1, steps=1, rate=0.3):
         graph, train_step, state = make(model={"dropout": rate, "attention": "xla"}, learning_rate=1e-9, min_lr=0.0, seed=seed)

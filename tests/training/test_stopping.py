@@ -76,7 +76,10 @@ def not_stopped(base_tiny_config, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("moment", ["set-up", "compilation", "step", "evaluation", "save"])
+@pytest.mark.parametrize(
+    "moment",
+    [*(pytest.param(moment, marks=pytest.mark.slow) for moment in ("set-up", "compilation", "evaluation")), "step", "save"],
+)
 def test_a_signal_at_any_moment_ends_in_a_finished_checkpoint(tiny_config, tmp_path, monkeypatch, not_stopped, moment):
     send, expected = send_once(), None
     if moment == "set-up":
@@ -158,10 +161,11 @@ def mount(folder, *options):
         pytest.skip("a file system cannot be mounted here")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_clear_error_and_earlier_checkpoints_stay(tiny_config, tmp_path):
     mount(tmp_path / "small", "size=2m")
     try:
-        options = dict(max_steps=30, save_interval=1, keep_latest=30)
+        options = dict(max_steps=10, save_interval=1, keep_latest=30)
         with pytest.raises(UserError, match=r"training\.out_dir: .*No space left on device.*the same command goes on"):
             train(tiny_config, tmp_path / "small" / "out", **options)
         there = steps_in(tmp_path / "small" / "out")
