@@ -92,6 +92,7 @@ def test_a_finished_run_is_left_as_it_is(tiny_config):
     assert "nothing to do: step 6 of 6" in (Path(tiny_config.training.out_dir) / "train.log").read_text()
 
 
+@pytest.mark.slow
 def test_epochs_decide_where_max_steps_does_not(tiny_config, spy):
     tiny_config.training.update(dict(max_steps=None, epochs=1, batch_size=64))
     rows = len(dataset.open_rows(tiny_config.data.train_data_path, "train", 32, ""))
@@ -113,8 +114,8 @@ def loss_after_4_steps(config, folder):
     "section, key, value",
     [
         ("training", "seed", 1), ("training", "learning_rate", 3e-2), pytest.param("training", "beta1", 0.5, marks=pytest.mark.slow), pytest.param("training", "beta2", 0.5, marks=pytest.mark.slow),
-        pytest.param("training", "weight_decay", 0.9, marks=pytest.mark.slow), ("training", "grad_clip", 0.01), pytest.param("training", "warmup_ratio", 0.5, marks=pytest.mark.slow),
-        pytest.param("training", "min_lr", 1e-2, marks=pytest.mark.slow), ("training", "dtype", "bfloat16"), pytest.param("model", "norm_eps", 0.1, marks=pytest.mark.slow), ("model", "rope_theta", 10.0),
+        pytest.param("training", "weight_decay", 0.9, marks=pytest.mark.slow), pytest.param("training", "grad_clip", 0.01, marks=pytest.mark.slow), pytest.param("training", "warmup_ratio", 0.5, marks=pytest.mark.slow),
+        pytest.param("training", "min_lr", 1e-2, marks=pytest.mark.slow), pytest.param("training", "dtype", "bfloat16", marks=pytest.mark.slow), pytest.param("model", "norm_eps", 0.1, marks=pytest.mark.slow), pytest.param("model", "rope_theta", 10.0, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_an_option_changes_the_training(tiny_config, tmp_path, loss_by_default, section, key, value):
@@ -122,6 +123,7 @@ def test_an_option_changes_the_training(tiny_config, tmp_path, loss_by_default, 
     assert loss_after_4_steps(tiny_config, tmp_path) != loss_by_default
 
 
+@pytest.mark.slow
 def test_validation_reads_at_most_eval_iters_batches_of_val_data_path(tiny_config, tmp_path):
     """The same seed trains the same model each time: only what is measured differs."""
     from mateconv_jax.prepare import main as prepare, parse_args

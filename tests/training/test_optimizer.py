@@ -443,6 +443,7 @@ def test_float16_skips_an_overflow_halves_the_scale_and_goes_on():
     assert 10 < skipped < 35 and int(state.bad_steps) == 0
 
 
+@pytest.mark.slow
 def test_float16_learns_as_float32_does():
     losses = []
     for model in (HALF, {}):

@@ -36,6 +36,7 @@ def test_going_on_in_a_new_process_equals_going_straight_to_the_bit(straight, tm
 # ---- where a run starts ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_order_of_precedence(tiny_config, tmp_path):
     train(tiny_config, tmp_path / "a", max_steps=4, save_interval=2)
     go_on = dict(max_steps=4, resume_from=str(tmp_path / "a" / "checkpoints" / "2"))

@@ -50,6 +50,7 @@ def test_a_prompt_that_does_not_fit_is_an_error_before_the_first_step(tiny_confi
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_profile_is_written_for_tensorboard(tiny_config, tmp_path):
     train(tiny_config, tmp_path / "out", max_steps=8, profile_step=2)
     [trace] = (tmp_path / "out" / "tensorboard" / "plugins" / "profile").glob("*/*.xplane.pb")
