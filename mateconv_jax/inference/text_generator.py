@@ -57,7 +57,7 @@ class TextGenerator:
         self._graph, self.params = nnx.split(model)
         self._decoder = Decoder(self._graph, tokenizer.eos_token_id, self._c.max_seq_len)
         self._all_logits = jax.jit(lambda params, tokens_BS: nnx.merge(self._graph, params)(tokens_BS).astype(jnp.float32))
-        self._kept: tuple[list[int], DecodeState] | None = None  # of the last stream: its tokens and their cache
+        self._kept: tuple[nnx.State, list[int], DecodeState] | None = None  # of the last stream: weights, tokens, their cache
 
     @staticmethod
     def from_pretrained(path: str | Path, use_ema: bool | None = None, dtype: str = "auto") -> "TextGenerator":
@@ -292,8 +292,8 @@ class TextGenerator:
             if piece := text.finish():
                 yield piece
         finally:
-            if state is not None and state.kv_cache is not None:
-                self._kept = prompt + ids, state
+            if ids and state.kv_cache is not None:  # without a token, the prompt may not have been read to its end
+                self._kept = self.params, prompt + ids, state
         return self._generation(ids, prompt, config)
 
     def _resume(self, prompt: list[int], config: GenerationConfig) -> tuple[DecodeState, int, int]:
@@ -305,8 +305,8 @@ class TextGenerator:
         state = self._start([prompt], 1, config)
         T, n_same = state.tokens_BT.shape[1], 0
         kept, self._kept = self._kept, None
-        if kept is not None and config.use_cache and not kept[1].length_B.is_deleted():
-            ids, old = kept
+        if kept is not None and config.use_cache and kept[0] is self.params and not kept[2].length_B.is_deleted():
+            _, ids, old = kept
             # The last token of a state is not in its cache; and of the prompt at least one has to be read.
             comparable = min(len(ids), len(prompt)) - 1
             n_same = next((i for i in range(comparable) if ids[i] != prompt[i]), comparable)

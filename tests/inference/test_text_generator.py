@@ -177,6 +177,29 @@ def test_an_abandoned_answer_leaves_a_cache_that_goes_on(generator):
     assert "".join(generator.stream_chat(history, SAMPLED)) == answer
 
 
+def test_a_prompt_that_was_not_read_to_its_end_leaves_no_cache(generator, monkeypatch):
+    history = [{"role": "user", "content": "小明"}]
+    answer = generator.chat(history, GREEDY)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generator._decoder, "prefill", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(generator.stream_chat(history, GREEDY))
+    assert "".join(generator.stream_chat(history, GREEDY)) == answer
+
+
+def test_other_weights_do_not_read_the_cache_of_these(model, dataset_folder):
+    generator = TextGenerator(model, tokenizer_lib.load(dataset_folder / "tokenizer", ""))
+    history = [{"role": "user", "content": "今天早上，老王去公园"}]
+    first = "".join(generator.stream_chat(history, SAMPLED))
+    generator.params = jax.tree.map(lambda p: 0.7 * p if p.ndim > 1 else p, generator.params)
+    answer = "".join(generator.stream_chat(history, SAMPLED))
+    assert answer == generator.chat(history, SAMPLED) != first
+
+
 def test_nothing_recompiles_in_a_chat_of_20_turns_beyond_the_buckets(dataset_folder):
     generator = TextGenerator(random_model(max_seq_len=1024), tokenizer_lib.load(dataset_folder / "tokenizer", ""))
     decoder, config = generator._decoder, GenerationConfig(max_new_tokens=5)
