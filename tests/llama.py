@@ -1,8 +1,10 @@
 """The outside reference for the model: transformers' LlamaForCausalLM with our weights."""
 
+import jax
 import numpy as np
 import torch
 import transformers
+from flax import nnx
 
 from mateconv_jax.model.transformer import ModelConfig, Transformer
 
@@ -14,6 +16,12 @@ def model_config(**changes) -> ModelConfig:
         norm_eps=1e-5, rope_theta=10_000.0, dropout=0.0, attention="blocked", dtype=np.dtype("float32"),
     )  # fmt: skip
     return ModelConfig(**values | changes)
+
+
+def peaked_model(max_seq_len: int) -> Transformer:
+    """Random weights, large enough for a peaked distribution; for the test datasets' tokenizer of 400."""
+    graph, params = nnx.split(Transformer(model_config(vocab_size=400, max_seq_len=max_seq_len), nnx.Rngs(1)))
+    return nnx.merge(graph, jax.tree.map(lambda p: 4 * p if p.ndim > 1 else p, params))
 
 
 def from_ours(model: Transformer) -> transformers.LlamaForCausalLM:

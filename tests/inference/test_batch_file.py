@@ -5,26 +5,14 @@ import sys
 
 import jax
 import pytest
-from flax import nnx
 
-from mateconv_jax import GenerationConfig, TextGenerator
-from mateconv_jax.data import tokenizer as tokenizer_lib
+from mateconv_jax import GenerationConfig
 from mateconv_jax.errors import UserError
 from mateconv_jax.inference import batch_file, chat
-from mateconv_jax.model.transformer import Transformer
-from tests import llama
 
 CONFIG = GenerationConfig(temperature=1.0, max_new_tokens=8, seed=3)
-CONTEXT = 96
+CONTEXT = 96  # of the generator
 PROMPTS = ["小明", "今天早上，老王去公园", "法", "熊猫最爱吃竹子。", "长江", "黄河", "你好"]
-
-
-@pytest.fixture(scope="module")
-def generator(dataset_folder):
-    """Random weights, large enough for a peaked distribution."""
-    graph, params = nnx.split(Transformer(llama.model_config(vocab_size=400, max_seq_len=CONTEXT), nnx.Rngs(1)))
-    model = nnx.merge(graph, jax.tree.map(lambda p: 4 * p if p.ndim > 1 else p, params))
-    return TextGenerator(model, tokenizer_lib.load(dataset_folder / "tokenizer", ""))
 
 
 @pytest.fixture

@@ -6,13 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 
 from mateconv_jax import GenerationConfig, TextGenerator, config as config_lib
 from mateconv_jax.data import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.inference.decode import bucket
-from mateconv_jax.model.transformer import Transformer
 from mateconv_jax.training import loop
 from tests import llama
 
@@ -21,24 +19,8 @@ GREEDY = GenerationConfig(do_sample=False, max_new_tokens=80)
 PROMPTS = ["小明", "今天早上，老王去公园", "法", "熊猫最爱吃竹子。法国的首都是巴黎。"]
 
 
-@pytest.fixture(scope="module")
-def model():
-    """Random weights, large enough for a peaked distribution."""
-    return random_model(max_seq_len=96)
-
-
-def random_model(max_seq_len):
-    graph, params = nnx.split(Transformer(llama.model_config(vocab_size=400, max_seq_len=max_seq_len), nnx.Rngs(1)))
-    return nnx.merge(graph, jax.tree.map(lambda p: 4 * p if p.ndim > 1 else p, params))
-
-
-@pytest.fixture(scope="module")
-def generator(model, dataset_folder):
-    return TextGenerator(model, tokenizer_lib.load(dataset_folder / "tokenizer", ""))
-
-
 def test_greedy_tokens_equal_transformers_generate_with_every_processor(dataset_folder):
-    model = random_model(max_seq_len=256)
+    model = llama.peaked_model(max_seq_len=256)
     generator = TextGenerator(model, tokenizer_lib.load(dataset_folder / "tokenizer", ""))
     reference = llama.from_ours(model)
     ids_of, prompts = set(), PROMPTS[1::2]
@@ -150,7 +132,7 @@ def dialogue(generator, n_turns, config):
 
 
 def test_a_turn_reads_only_what_is_new_and_answers_the_same(dataset_folder, monkeypatch):
-    generator = TextGenerator(random_model(max_seq_len=256), tokenizer_lib.load(dataset_folder / "tokenizer", ""))
+    generator = TextGenerator(llama.peaked_model(max_seq_len=256), tokenizer_lib.load(dataset_folder / "tokenizer", ""))
     reads, prefill = [], generator._decoder.prefill
     monkeypatch.setattr(
         generator._decoder,
@@ -201,7 +183,7 @@ def test_other_weights_do_not_read_the_cache_of_these(model, dataset_folder):
 
 
 def test_nothing_recompiles_in_a_chat_of_20_turns_beyond_the_buckets(dataset_folder):
-    generator = TextGenerator(random_model(max_seq_len=1024), tokenizer_lib.load(dataset_folder / "tokenizer", ""))
+    generator = TextGenerator(llama.peaked_model(max_seq_len=1024), tokenizer_lib.load(dataset_folder / "tokenizer", ""))
     decoder, config = generator._decoder, GenerationConfig(max_new_tokens=5)
     turns = dialogue(generator, 20, config)
     assert generator.n_chat_tokens(turns[-1][0]) > 256

@@ -30,7 +30,7 @@ def straight(server, base_tiny_config, tmp_path_factory):
             eval_iters=2,
             save_interval=1,
             keep_latest=99,
-        )  # fmt: skip
+        )
     )
     folder = tmp_path_factory.mktemp("straight") / "out"
     output = processes.Training(flags_of(config, folder), folder.parent / "log").finish()

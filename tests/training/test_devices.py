@@ -70,8 +70,8 @@ def assert_same_losses(folder, one):
 @pytest.mark.parametrize(
     "flags",
     [
-        pytest.param((), marks=pytest.mark.slow),
-        pytest.param(("--config.mesh.fsdp=8",), marks=pytest.mark.slow),
+        (),
+        ("--config.mesh.fsdp=8",),
         ("--config.mesh.data=2", "--config.mesh.fsdp=-1"),
     ],
 )
@@ -98,7 +98,7 @@ def eight(config, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow), pytest.param((2, 4), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("devices", [1, 4, (2, 4)])
 @pytest.mark.slow
 def test_saved_on_eight_devices_it_goes_on_on_others(config, one, eight, tmp_path, devices):
     assert_same_losses(eight, one)
