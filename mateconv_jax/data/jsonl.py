@@ -35,7 +35,7 @@ def parse_line(line: bytes, text_key: str) -> Document:
         raise Rejected("not_an_object", f"not a JSON object but {type(record).__name__}")
     if "messages" in record:
         messages = record["messages"]
-        if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
+        if not is_dialogue(messages):
             raise Rejected("no_text", '"messages" is not a list of {"role": text, "content": text}')
         return [{"role": message["role"], "content": message["content"]} for message in messages]
     if text_key in record:
@@ -75,5 +75,10 @@ def _text(record: dict, key: str) -> str:
     return text
 
 
-def _is_message(message) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+def is_dialogue(messages) -> bool:
+    """Whether it is a list of {"role": text, "content": text}, not empty; other keys may stand beside them."""
+
+    def is_message(message) -> bool:
+        return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+
+    return isinstance(messages, list) and bool(messages) and all(map(is_message, messages))

@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from mateconv_jax.data.jsonl import Document, Rejected, parse_text
+from mateconv_jax.data.jsonl import Document, Rejected, is_dialogue, parse_text
 from mateconv_jax.errors import UserError
 from mateconv_jax.inference.chat import DoesNotFit, fit
 from mateconv_jax.inference.generation_config import GenerationConfig
@@ -101,15 +101,11 @@ def _record(place: str, text: str) -> dict:
     if key == "prompt":
         if not isinstance(record[key], str):
             raise UserError(f"--batch_file: {place}: 'prompt' is {record[key]!r} (expected a text)")
-    elif not (isinstance(record[key], list) and record[key] and all(map(_is_message, record[key]))):
+    elif not is_dialogue(record[key]):
         raise UserError(f'--batch_file: {place}: {key!r} is no dialogue (expected [{{"role": text, "content": text}}, …])')
     elif record[key][-1]["role"] == "assistant":
         raise UserError(f"--batch_file: {place}: {key!r} ends with an assistant's turn (expected one to answer)")
     return record
-
-
-def _is_message(message) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 # ---- what comes of it -------------------------------------------------------------------------------------------------

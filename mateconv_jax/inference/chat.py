@@ -13,7 +13,7 @@ from pathlib import Path
 import orjson
 
 from mateconv_jax import files
-from mateconv_jax.data.jsonl import Rejected, parse_text
+from mateconv_jax.data.jsonl import Rejected, is_dialogue, parse_text
 from mateconv_jax.errors import UserError
 from mateconv_jax.inference.generation_config import GenerationConfig
 
@@ -269,13 +269,9 @@ def _dialogue(content: bytes) -> list[dict[str, str]] | None:
         messages = orjson.loads(content)
     except orjson.JSONDecodeError:
         return None
-    if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
+    if not is_dialogue(messages) or any(message["role"] not in ROLES for message in messages):
         return None
     return [{"role": message["role"], "content": message["content"]} for message in messages]
-
-
-def _is_message(message) -> bool:
-    return isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)
 
 
 # ---- the terminal -----------------------------------------------------------------------------------------------------
