@@ -27,3 +27,21 @@ def test_a_second_start_finds_what_the_first_compiled(tmp_path, folder):
     assert not any(run.stderr for run in runs), runs[1].stderr
     where = tmp_path / ".cache" / "mateconv_jax" / "xla" if folder is None else tmp_path / "elsewhere"
     assert (where.is_dir() and any(where.iterdir())) == (folder != "")
+
+
+def test_an_entry_cut_off_in_writing_spoils_nothing(tmp_path):
+    env = {key: value for key, value in os.environ.items() if "CACHE" not in key} | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+
+    def run():
+        result = subprocess.run([sys.executable, "-c", CODE], env=env, capture_output=True, text=True)
+        assert not result.stderr
+        return int(result.stdout.splitlines()[-1])
+
+    assert run() == 0
+    entry = max(tmp_path.glob("*-cache"), key=lambda path: path.stat().st_size)
+    entry.write_bytes(entry.read_bytes()[:100])
+    entry.with_name(entry.name.removesuffix("-cache") + "-atime").unlink()
+    run()
+    assert entry.stat().st_size > 100
+    hits = run()
+    assert hits == len(list(tmp_path.glob("*-cache")))

@@ -313,9 +313,10 @@ def test_long_imports_come_after_the_command_line_is_right(tmp_path):
 # ---- the real thing -----------------------------------------------------------------------------------------------
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(run):
+def test_a_reader_that_has_seen_enough_is_no_error(run, tmp_path):
     command = [*COMMAND, f"--model_path={run}", "--num_samples=3", "--max_new_tokens=12"]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # it fails at the end only
+    env["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path)  # in the common one, a test that kills may leave what jax warns of
     with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdin.close()
         process.stdout.close()
