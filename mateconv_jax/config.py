@@ -32,6 +32,12 @@ def default_config() -> ConfigDict:
     config.model.max_seq_len = 512
     config.model.norm_eps = 1e-5
     config.model.rope_theta = 10_000.0
+    config.model.rope_factor = 1.0  # above 1, Llama 3's rope scaling for contexts longer than rope_original_max_seq_len
+    config.model.rope_low_freq_factor = 1.0
+    config.model.rope_high_freq_factor = 4.0
+    config.model.rope_original_max_seq_len = 8192
+    config.model.qk_norm = False  # norms of each head's queries and keys, as in Qwen3 and the current MiniMind
+    config.model.tie_word_embeddings = True  # the embedding is the output layer too
     config.model.dropout = 0.0  # of embeddings, attention weights and residual branches, in training
     config.model.attention = "auto"  # auto | cudnn | blocked | xla: see model/attention.py
 
@@ -116,7 +122,8 @@ def _one_of(*choices):
 _CHECKS = {
     **{f"model.{key}": _POSITIVE for key in (
         "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "multiple_of", "vocab_size", "max_seq_len",
-        "norm_eps", "rope_theta")},
+        "norm_eps", "rope_theta", "rope_low_freq_factor", "rope_original_max_seq_len")},
+    "model.rope_factor": ("a number of at least 1", lambda value: value >= 1),
     "model.dropout": _BELOW_ONE,
     "model.attention": _one_of("auto", "cudnn", "blocked", "xla"),
     "data.seq_len": _POSITIVE,
@@ -179,6 +186,11 @@ def resolve(config: ConfigDict) -> ConfigDict:
         raise UserError(f"model.head_dim: {model.head_dim} is odd (rotary embedding turns pairs of features)")
     if model.n_heads % model.n_kv_heads:
         raise UserError(f"model.n_kv_heads: {model.n_kv_heads} does not divide model.n_heads ({model.n_heads})")
+    if model.rope_high_freq_factor <= model.rope_low_freq_factor:
+        raise UserError(
+            f"model.rope_high_freq_factor: {model.rope_high_freq_factor} is not above model.rope_low_freq_factor "
+            f"({model.rope_low_freq_factor})"
+        )
     if model.hidden_dim is None:
         model.hidden_dim = -(-int(8 * model.dim / 3) // model.multiple_of) * model.multiple_of
     if config.data.seq_len > model.max_seq_len:

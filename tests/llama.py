@@ -13,7 +13,9 @@ def model_config(**changes) -> ModelConfig:
     """A small model in fp32."""
     values = dict(
         dim=64, n_layers=2, n_heads=8, n_kv_heads=4, head_dim=8, hidden_dim=192, vocab_size=96, max_seq_len=256,
-        norm_eps=1e-5, rope_theta=10_000.0, dropout=0.0, attention="blocked", dtype=np.dtype("float32"),
+        norm_eps=1e-5, rope_theta=10_000.0, rope_factor=1.0, rope_low_freq_factor=1.0, rope_high_freq_factor=4.0,
+        rope_original_max_seq_len=8192, qk_norm=False, tie_word_embeddings=True, dropout=0.0, attention="blocked",
+        platform="cpu", dtype=np.dtype("float32"),
     )  # fmt: skip
     return ModelConfig(**values | changes)
 
@@ -37,15 +39,15 @@ def from_ours(model: Transformer) -> transformers.LlamaForCausalLM:
     weights = {"model.embed_tokens.weight": model.embedding_VD, "model.norm.weight": model.norm.scale_D}
     for i, block in enumerate(model.blocks):
         at = f"model.layers.{i}."
-        wqkv_DJN = np.asarray(block.attention.wqkv_DJN[...])
-        heads = np.split(wqkv_DJN, [c.n_heads, c.n_heads + c.n_kv_heads], axis=1)
-        for name, w_DHN in zip(("q", "k", "v"), heads, strict=True):
-            weights[at + f"self_attn.{name}_proj.weight"] = w_DHN.reshape(c.dim, -1).T
-        weights[at + "self_attn.o_proj.weight"] = np.asarray(block.attention.wo_HND[...]).reshape(-1, c.dim).T
-        w13_D2F = np.asarray(block.feed_forward.w13_D2F[...])
-        weights[at + "mlp.gate_proj.weight"] = w13_D2F[:, 0].T
-        weights[at + "mlp.up_proj.weight"] = w13_D2F[:, 1].T
-        weights[at + "mlp.down_proj.weight"] = np.asarray(block.feed_forward.w2_FD[...]).T
+        wqkv_JND = np.asarray(block.attention.wqkv_JND[...])
+        heads = np.split(wqkv_JND, [c.n_heads, c.n_heads + c.n_kv_heads])
+        for name, w_HND in zip(("q", "k", "v"), heads, strict=True):
+            weights[at + f"self_attn.{name}_proj.weight"] = w_HND.reshape(-1, c.dim)
+        weights[at + "self_attn.o_proj.weight"] = np.asarray(block.attention.wo_DHN[...]).reshape(c.dim, -1)
+        gate_FD, up_FD = np.asarray(block.feed_forward.w13_2FD[...])
+        weights[at + "mlp.gate_proj.weight"] = gate_FD
+        weights[at + "mlp.up_proj.weight"] = up_FD
+        weights[at + "mlp.down_proj.weight"] = block.feed_forward.w2_DF
         weights[at + "input_layernorm.weight"] = block.attention_norm.scale_D
         weights[at + "post_attention_layernorm.weight"] = block.ffn_norm.scale_D
     tensors = {name: torch.tensor(np.asarray(w)) for name, w in weights.items()}

@@ -89,7 +89,8 @@ def test_the_keys_change_only_with_thought():
     assert keys == {
         "model": [
             "attention", "dim", "dropout", "head_dim", "hidden_dim", "max_seq_len", "multiple_of", "n_heads", "n_kv_heads", "n_layers",
-            "norm_eps", "rope_theta", "vocab_size",
+            "norm_eps", "qk_norm", "rope_factor", "rope_high_freq_factor", "rope_low_freq_factor", "rope_original_max_seq_len",
+            "rope_theta", "tie_word_embeddings", "vocab_size",
         ],
         "data": ["num_workers", "seq_len", "shuffle", "tokenizer_path", "train_data_path", "val_data_path"],
         "mesh": ["data", "fsdp"],

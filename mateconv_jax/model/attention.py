@@ -64,15 +64,15 @@ def causal_attention(q_BSHN, k_BSKN, v_BSKN, backend: str, documents_BS=None, dr
         seen_BST = (positions_S[:, None] >= positions_S)[None]
         if documents_BS is not None:
             seen_BST &= documents_BS[:, :, None] == documents_BS[:, None]
-        k_BKSN, v_BKSN = k_BSKN.transpose(0, 2, 1, 3), v_BSKN.transpose(0, 2, 1, 3)
-        return _attend(q_BSHN, k_BKSN, v_BKSN, seen_BST, dropout, dropout_key)
+        k_BKNS, v_BKSN = k_BSKN.transpose(0, 2, 3, 1), v_BSKN.transpose(0, 2, 1, 3)
+        return _attend(q_BSHN, k_BKNS, v_BKSN, seen_BST, dropout, dropout_key)
     raise ValueError(f"unknown attention backend {backend!r}")
 
 
-def cached_attention(q_BSHN, k_BKTN, v_BKTN, positions_BS):
+def cached_attention(q_BSHN, k_BKNT, v_BKTN, positions_BS):
     """Attention of S new queries over a cache whose slot t holds position t: a query sees the slots up to its own."""
-    seen_BST = jnp.arange(k_BKTN.shape[2]) <= positions_BS[..., None]
-    return _attend(q_BSHN, k_BKTN, v_BKTN, seen_BST)
+    seen_BST = jnp.arange(k_BKNT.shape[3]) <= positions_BS[..., None]
+    return _attend(q_BSHN, k_BKNT, v_BKTN, seen_BST)
 
 
 def dropout(x, rate: float, key):
@@ -82,11 +82,11 @@ def dropout(x, rate: float, key):
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
-def _attend(q_BSHN, k_BKTN, v_BKTN, seen_BST, dropout_rate: float = 0.0, dropout_key=None):
+def _attend(q_BSHN, k_BKNT, v_BKTN, seen_BST, dropout_rate: float = 0.0, dropout_key=None):
     B, S, H, N = q_BSHN.shape
-    K = k_BKTN.shape[1]
+    K = k_BKNT.shape[1]
     q_BKGSN = q_BSHN.reshape(B, S, K, H // K, N).transpose(0, 2, 3, 1, 4) * N**-0.5
-    scores_BKGST = _dot("BKGSN,BKTN->BKGST", q_BKGSN, k_BKTN)
+    scores_BKGST = _dot("BKGSN,BKNT->BKGST", q_BKGSN, k_BKNT)
     scores_BKGST = jnp.where(seen_BST[:, None, None], scores_BKGST, MASKED)
     weights_BKGST = dropout(jax.nn.softmax(scores_BKGST, axis=-1).astype(q_BSHN.dtype), dropout_rate, dropout_key)
     out_BKGSN = _dot("BKGST,BKTN->BKGSN", weights_BKGST, v_BKTN)

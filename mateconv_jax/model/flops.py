@@ -10,10 +10,12 @@ PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S"
 
 
 def training_flops_per_token(c: ModelConfig, seq_len: int) -> float:
-    """Forward and backward: 6 for each weight of a matrix product (the tied embedding counts once, as the output layer), and
+    """Forward and backward: 6 for each weight of a matrix product (an embedding counts only where it is the output layer), and
     6 L S H N for causal attention, half of the full square (as in PaLM, Chowdhery et al., 2022, appendix B, but causal).
     """
     weights = sum(p.size for p in jax.tree.leaves(abstract_model(c)[1]) if p.ndim >= 2)
+    if not c.tie_word_embeddings:
+        weights -= c.vocab_size * c.dim
     return 6 * weights + 6 * c.n_layers * seq_len * c.n_heads * c.head_dim
 
 

@@ -1,13 +1,14 @@
 """The Transformer: a LLaMA-style decoder, as PyTorch MateConv's.
 
 Dimensions in names: B batch, S sequence, T cached positions, D model, H query heads, K key/value heads,
-N head_dim, F feed-forward, V vocabulary.
+N head_dim, F feed-forward, V vocabulary. Weights are (out, in), as PyTorch keeps them.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -28,8 +29,15 @@ class ModelConfig:
     max_seq_len: int
     norm_eps: float
     rope_theta: float
+    rope_factor: float
+    rope_low_freq_factor: float
+    rope_high_freq_factor: float
+    rope_original_max_seq_len: int
+    qk_norm: bool
+    tie_word_embeddings: bool
     dropout: float
     attention: str  # a backend of model/attention.py, never "auto"
+    platform: str  # "cpu" or "gpu"
     dtype: jnp.dtype
 
     @staticmethod
@@ -50,28 +58,45 @@ class ModelConfig:
             dtype = "float32" if platform == "cpu" else "bfloat16"
         shape = {field.name: model[field.name] for field in dataclasses.fields(ModelConfig) if field.name in model}
         shape["attention"] = attention.choose_backend(model.attention, platform, jnp.dtype(dtype), model.dropout)
-        return ModelConfig(**shape, dtype=jnp.dtype(dtype))
+        return ModelConfig(**shape, platform=platform, dtype=jnp.dtype(dtype))
 
 
-# One pair (k_BKTN, v_BKTN) a layer; slot t holds position t. Keys of one head lie together, so that a decode step's
-# scores are matrix products over contiguous memory.
+# One pair (k_BKNT, v_BKTN) a layer; slot t holds position t. What of one head belongs together lies together, and keys are
+# transposed: both of a decode step's products then read them as they lie (k_BKTN: 18 of 68 ms a step at batch 64 on 2 cores
+# for the scores, now 5).
 KVCache = tuple[tuple[jax.Array, jax.Array], ...]
 
 
 def make_kv_cache(c: ModelConfig, batch: int, length: int) -> KVCache:
     """An empty cache of `length` positions in the compute dtype."""
-    shape_BKTN = (batch, c.n_kv_heads, length, c.head_dim)
-    return tuple((jnp.zeros(shape_BKTN, c.dtype), jnp.zeros(shape_BKTN, c.dtype)) for _ in range(c.n_layers))
+    B, K, T, N = batch, c.n_kv_heads, length, c.head_dim
+    return tuple((jnp.zeros((B, K, N, T), c.dtype), jnp.zeros((B, K, T, N), c.dtype)) for _ in range(c.n_layers))
 
 
 def resize_kv_cache(kv_cache: KVCache, length: int) -> KVCache:
     """The same cache with room for `length` positions; what is beyond them goes."""
 
-    def resize(x_BKTN):
-        x_BKTN = x_BKTN[:, :, :length]
-        return jnp.pad(x_BKTN, ((0, 0), (0, 0), (0, length - x_BKTN.shape[2]), (0, 0)))
+    def resize(x, axis):
+        x = jax.lax.slice_in_dim(x, 0, min(length, x.shape[axis]), axis=axis)
+        return jnp.pad(x, [(0, length - size if i == axis else 0) for i, size in enumerate(x.shape)])
 
-    return jax.tree.map(resize, kv_cache)
+    return tuple((resize(k_BKNT, 3), resize(v_BKTN, 2)) for k_BKNT, v_BKTN in kv_cache)
+
+
+def linear(x, w_OI, platform: str):
+    """x w^T in x's dtype: (..., I) to (..., O).
+
+    On the CPU, XLA packs the second operand of a product anew each time. Of few rows that must not be the weights: at 16 rows
+    of the base model's weights, read from memory, w x^T takes a third to half of the time. The barrier keeps XLA from turning
+    it round again.
+    """
+    w_OI = w_OI.astype(x.dtype)
+    x_RI = x.reshape(-1, x.shape[-1])
+    if platform == "cpu" and 1 < len(x_RI) <= 32:
+        out_RO = jax.lax.optimization_barrier(jnp.einsum("OI,RI->OR", w_OI, x_RI)).T
+    else:
+        out_RO = jnp.einsum("RI,OI->RO", x_RI, w_OI)
+    return out_RO.reshape(*x.shape[:-1], -1)
 
 
 class RMSNorm(nnx.Module):
@@ -87,11 +112,29 @@ class RMSNorm(nnx.Module):
         return x32.astype(x_BSD.dtype) * self.scale_D[...].astype(x_BSD.dtype)
 
 
-def rope(x_BSHN, positions_BS, theta: float):
+def rope_frequencies(c: ModelConfig) -> np.ndarray:
+    """Radians a position of each rotary pair, fp32 (N/2,): theta^(-2j/N) (Su et al., 2021), and with rope_factor above 1 Llama
+    3's scaling (transformers' `rope_type="llama3"`): pairs that turn less than rope_low_freq_factor times within
+    rope_original_max_seq_len are slowed down rope_factor times, those above rope_high_freq_factor not, between them in part.
+    """
+    frequency_n = c.rope_theta ** (-np.arange(c.head_dim // 2) * 2 / c.head_dim)
+    if c.rope_factor != 1:
+        turns_n = c.rope_original_max_seq_len * frequency_n / (2 * np.pi)
+        kept_n = (turns_n - c.rope_low_freq_factor) / (c.rope_high_freq_factor - c.rope_low_freq_factor)
+        kept_n = np.clip(kept_n, 0, 1)
+        frequency_n = kept_n * frequency_n + (1 - kept_n) * frequency_n / c.rope_factor
+    return frequency_n.astype(np.float32)
+
+
+def rope_angles(c: ModelConfig, positions_BS):
+    """(cosine, sine) of each position's angles, fp32 (B, S, 1, N/2): made once for all layers."""
+    angle_BS1n = positions_BS[..., None, None] * rope_frequencies(c)
+    return jnp.cos(angle_BS1n), jnp.sin(angle_BS1n)
+
+
+def rope(x_BSHN, angles):
     """Rotary position embedding (Su et al., 2021) on half-split pairs (j, j + N/2), as Hugging Face lays them out."""
-    half = x_BSHN.shape[-1] // 2
-    angle_BSn = positions_BS[..., None] * theta ** (-jnp.arange(half) / half)
-    cos, sin = jnp.cos(angle_BSn)[:, :, None], jnp.sin(angle_BSn)[:, :, None]
+    cos, sin = angles
     a, b = jnp.split(x_BSHN.astype(jnp.float32), 2, -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BSHN.dtype)
 
@@ -101,30 +144,36 @@ class Attention(nnx.Module):
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
-        self.wqkv_DJN = nnx.Param(init(rngs.params(), (c.dim, c.n_heads + 2 * c.n_kv_heads, c.head_dim)))
-        self.wo_HND = nnx.Param(init(rngs.params(), (c.n_heads, c.head_dim, c.dim)) / (2 * c.n_layers) ** 0.5)
+        self.wqkv_JND = nnx.Param(init(rngs.params(), (c.n_heads + 2 * c.n_kv_heads, c.head_dim, c.dim)))
+        self.wo_DHN = nnx.Param(init(rngs.params(), (c.dim, c.n_heads, c.head_dim)) / (2 * c.n_layers) ** 0.5)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
         self.c = c
 
-    def __call__(self, x_BSD, positions_BS, layer_cache, documents_BS, key):
-        c, dtype = self.c, x_BSD.dtype
-        qkv_BSJN = jnp.einsum("BSD,DJN->BSJN", x_BSD, self.wqkv_DJN[...].astype(dtype))
+    def __call__(self, x_BSD, positions_BS, angles, layer_cache, documents_BS, key):
+        c = self.c
+        qkv_BSJN = linear(x_BSD, self.wqkv_JND[...].reshape(-1, c.dim), c.platform).reshape(*x_BSD.shape[:2], -1, c.head_dim)
         q_BSHN, k_BSKN, v_BSKN = jnp.split(qkv_BSJN, [c.n_heads, c.n_heads + c.n_kv_heads], axis=2)
-        q_BSHN, k_BSKN = rope(q_BSHN, positions_BS, c.rope_theta), rope(k_BSKN, positions_BS, c.rope_theta)
+        if c.qk_norm:  # of each head alone, as in Qwen3
+            q_BSHN, k_BSKN = self.q_norm(q_BSHN), self.k_norm(k_BSKN)
+        q_BSHN, k_BSKN = rope(q_BSHN, angles), rope(k_BSKN, angles)
         if layer_cache is None:
             out_BSHN = attention.causal_attention(q_BSHN, k_BSKN, v_BSKN, c.attention, documents_BS, c.dropout, key)
         else:
-            layer_cache = tuple(
-                _write(cache_BKTN, new_BSKN, positions_BS[:, 0])
-                for cache_BKTN, new_BSKN in zip(layer_cache, (k_BSKN, v_BSKN), strict=True)
-            )
+            k_BKNT, v_BKTN = layer_cache
+            start_B = positions_BS[:, 0]
+            k_BKNT = _write(k_BKNT, k_BSKN.transpose(0, 2, 3, 1), start_B, axis=2)
+            v_BKTN = _write(v_BKTN, v_BSKN.transpose(0, 2, 1, 3), start_B, axis=1)
+            layer_cache = k_BKNT, v_BKTN
             out_BSHN = attention.cached_attention(q_BSHN, *layer_cache, positions_BS)
-        return jnp.einsum("BSHN,HND->BSD", out_BSHN, self.wo_HND[...].astype(dtype)), layer_cache
+        out_BSE = out_BSHN.reshape(*x_BSD.shape[:2], -1)  # E = H N
+        return linear(out_BSE, self.wo_DHN[...].reshape(c.dim, -1), c.platform), layer_cache
 
 
-def _write(cache_BKTN, new_BSKN, start_B):
-    """Put each row's S new positions at its own place in the cache."""
-    write_row = jax.vmap(lambda cache_KTN, new_KSN, start: jax.lax.dynamic_update_slice(cache_KTN, new_KSN, (0, start, 0)))
-    return write_row(cache_BKTN, new_BSKN.transpose(0, 2, 1, 3), start_B)
+def _write(cache, new, start_B, axis: int):
+    """Put each row's new positions at its own place on a row's `axis`."""
+    write_row = jax.vmap(lambda cache, new, start: jax.lax.dynamic_update_slice_in_dim(cache, new, start, axis))
+    return write_row(cache, new, start_B)
 
 
 class FeedForward(nnx.Module):
@@ -132,15 +181,16 @@ class FeedForward(nnx.Module):
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
-        w1_DF = init(rngs.params(), (c.dim, c.hidden_dim))
-        w3_DF = init(rngs.params(), (c.dim, c.hidden_dim)) / (2 * c.n_layers) ** 0.5
-        self.w13_D2F = nnx.Param(jnp.stack([w1_DF, w3_DF], axis=1))
-        self.w2_FD = nnx.Param(init(rngs.params(), (c.hidden_dim, c.dim)))
+        w1_FD = init(rngs.params(), (c.hidden_dim, c.dim))
+        w3_FD = init(rngs.params(), (c.hidden_dim, c.dim)) / (2 * c.n_layers) ** 0.5
+        self.w13_2FD = nnx.Param(jnp.stack([w1_FD, w3_FD]))
+        self.w2_DF = nnx.Param(init(rngs.params(), (c.dim, c.hidden_dim)))
+        self.platform = c.platform
 
     def __call__(self, x_BSD):
-        gate_up_BS2F = jnp.einsum("BSD,DCF->BSCF", x_BSD, self.w13_D2F[...].astype(x_BSD.dtype))
-        hidden_BSF = jax.nn.silu(gate_up_BS2F[:, :, 0]) * gate_up_BS2F[:, :, 1]
-        return hidden_BSF @ self.w2_FD[...].astype(x_BSD.dtype)
+        w13_2FD = self.w13_2FD[...]
+        gate_BSF, up_BSF = jnp.split(linear(x_BSD, w13_2FD.reshape(-1, w13_2FD.shape[-1]), self.platform), 2, axis=-1)
+        return linear(jax.nn.silu(gate_BSF) * up_BSF, self.w2_DF[...], self.platform)
 
 
 class Block(nnx.Module):
@@ -153,10 +203,10 @@ class Block(nnx.Module):
         self.feed_forward = FeedForward(c, rngs)
         self.dropout = c.dropout
 
-    def __call__(self, x_BSD, positions_BS, layer_cache=None, documents_BS=None, key=None):
+    def __call__(self, x_BSD, positions_BS, angles, layer_cache=None, documents_BS=None, key=None):
         weights_key, attention_key, ffn_key = (None,) * 3 if key is None else jax.random.split(key, 3)
         normed_BSD = self.attention_norm(x_BSD)
-        out_BSD, layer_cache = self.attention(normed_BSD, positions_BS, layer_cache, documents_BS, weights_key)
+        out_BSD, layer_cache = self.attention(normed_BSD, positions_BS, angles, layer_cache, documents_BS, weights_key)
         x_BSD = x_BSD + attention.dropout(out_BSD, self.dropout, attention_key)
         out_BSD = self.feed_forward(self.ffn_norm(x_BSD))
         return x_BSD + attention.dropout(out_BSD, self.dropout, ffn_key), layer_cache
@@ -178,6 +228,9 @@ class Transformer(nnx.Module):
         self.embedding_VD = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (c.vocab_size, c.dim)))
         self.blocks = nnx.List([Block(c, rngs) for _ in range(c.n_layers)])
         self.norm = RMSNorm(c.dim, c.norm_eps)
+        self.output_VD = None  # tied to the embedding
+        if not c.tie_word_embeddings:
+            self.output_VD = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (c.vocab_size, c.dim)))
         self.c = c
 
     def __call__(self, tokens_BS, documents_BS=None, dropout_key=None, remat: str = "none"):
@@ -192,17 +245,18 @@ class Transformer(nnx.Module):
           dropout_key: drops a share c.dropout of embeddings, attention weights and residual branches; None: nothing.
           remat: "none", or one of REMAT_POLICIES: compute again in the backward pass what it does not keep.
         """
-        positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
+        positions_BS = jnp.arange(tokens_BS.shape[1])[None]
         if documents_BS is not None:
             is_first_BS = jnp.diff(documents_BS, axis=1, prepend=documents_BS[:, :1] - 1) != 0
-            positions_BS -= jax.lax.cummax(jnp.where(is_first_BS, positions_BS, 0), axis=1)
+            positions_BS = positions_BS - jax.lax.cummax(jnp.where(is_first_BS, positions_BS, 0), axis=1)
+        angles = rope_angles(self.c, positions_BS)
         keys = [None] * (self.c.n_layers + 1) if dropout_key is None else jax.random.split(dropout_key, self.c.n_layers + 1)
         x_BSD = attention.dropout(self._embed(tokens_BS), self.c.dropout, keys[-1])
         for block, key in zip(self.blocks, keys, strict=False):
             graph, params = nnx.split(block)
 
             def run(params, x_BSD, key, graph=graph):
-                return nnx.merge(graph, params)(x_BSD, positions_BS, None, documents_BS, key)[0]
+                return nnx.merge(graph, params)(x_BSD, positions_BS, angles, None, documents_BS, key)[0]
 
             if remat != "none":
                 run = jax.checkpoint(run, policy=REMAT_POLICIES[remat])
@@ -223,10 +277,11 @@ class Transformer(nnx.Module):
           (logits_BV after each row's last token, in the compute dtype; the cache with the tokens in it)
         """
         positions_BS = start_B[:, None] + jnp.arange(tokens_BS.shape[1])
+        angles = rope_angles(self.c, positions_BS)
         x_BSD = self._embed(tokens_BS)
         new_cache = []
         for block, layer_cache in zip(self.blocks, kv_cache, strict=True):
-            x_BSD, layer_cache = block(x_BSD, positions_BS, layer_cache)
+            x_BSD, layer_cache = block(x_BSD, positions_BS, angles, layer_cache)
             new_cache.append(layer_cache)
         x_BD = jnp.take_along_axis(self.norm(x_BSD), last_B[:, None, None], axis=1)[:, 0]
         return self._logits(x_BD), tuple(new_cache)
@@ -235,7 +290,8 @@ class Transformer(nnx.Module):
         return self.embedding_VD[...].astype(self.c.dtype)[tokens_BS]
 
     def _logits(self, x):
-        return jnp.einsum("...D,VD->...V", x, self.embedding_VD[...].astype(x.dtype))
+        output_VD = self.embedding_VD if self.output_VD is None else self.output_VD
+        return linear(x, output_VD[...], self.c.platform)
 
 
 def abstract_model(c: ModelConfig):

@@ -86,9 +86,9 @@ def is_matrix(params):
 
 # Which axes of a part are rows and which columns of its matrix.
 _MUON_DIMENSIONS = {
-    **{name: MuonDimensionNumbers(0, (1, 2)) for name in ("wq_DHN", "wk_DKN", "wv_DKN")},
-    "wo_HND": MuonDimensionNumbers((0, 1), 2),
-    **{name: MuonDimensionNumbers(0, 1) for name in ("w1_DF", "w3_DF", "w2_FD")},
+    **{name: MuonDimensionNumbers(2, (0, 1)) for name in ("wq_HND", "wk_KND", "wv_KND")},
+    "wo_DHN": MuonDimensionNumbers((1, 2), 0),
+    **{name: MuonDimensionNumbers(1, 0) for name in ("w1_FD", "w3_FD", "w2_DF")},
 }
 
 
@@ -108,12 +108,11 @@ def to_parts(params: nnx.State, c: ModelConfig) -> dict:
         if not isinstance(tree, dict):
             return tree
         tree = {key: split(value) for key, value in tree.items()}
-        if "wqkv_DJN" in tree:
-            parts = jnp.split(tree.pop("wqkv_DJN"), [c.n_heads, c.n_heads + c.n_kv_heads], axis=1)
-            tree |= dict(zip(("wq_DHN", "wk_DKN", "wv_DKN"), parts, strict=True))
-        if "w13_D2F" in tree:
-            w13_D2F = tree.pop("w13_D2F")
-            tree |= {"w1_DF": w13_D2F[:, 0], "w3_DF": w13_D2F[:, 1]}
+        if "wqkv_JND" in tree:
+            parts = jnp.split(tree.pop("wqkv_JND"), [c.n_heads, c.n_heads + c.n_kv_heads])
+            tree |= dict(zip(("wq_HND", "wk_KND", "wv_KND"), parts, strict=True))
+        if "w13_2FD" in tree:
+            tree["w1_FD"], tree["w3_FD"] = tree.pop("w13_2FD")
         return tree
 
     return split(nnx.to_pure_dict(params))
@@ -126,10 +125,10 @@ def from_parts(parts: dict, like: nnx.State) -> nnx.State:
         if not isinstance(tree, dict):
             return tree
         tree = {key: join(value) for key, value in tree.items()}
-        if "wq_DHN" in tree:
-            tree["wqkv_DJN"] = jnp.concatenate([tree.pop(key) for key in ("wq_DHN", "wk_DKN", "wv_DKN")], axis=1)
-        if "w1_DF" in tree:
-            tree["w13_D2F"] = jnp.stack([tree.pop("w1_DF"), tree.pop("w3_DF")], axis=1)
+        if "wq_HND" in tree:
+            tree["wqkv_JND"] = jnp.concatenate([tree.pop(key) for key in ("wq_HND", "wk_KND", "wv_KND")])
+        if "w1_FD" in tree:
+            tree["w13_2FD"] = jnp.stack([tree.pop("w1_FD"), tree.pop("w3_FD")])
         return tree
 
     joined = join(parts)

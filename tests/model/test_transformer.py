@@ -46,13 +46,13 @@ def test_logits_equal_transformers_llama(n_kv_heads, attention):
 def test_initialisation_scales_wo_and_w3():
     model = Transformer(llama.model_config(n_layers=8, dim=256), nnx.Rngs(0))
     block = model.blocks[3]
-    w13_D2F = block.feed_forward.w13_D2F[...]
+    w1_FD, w3_FD = block.feed_forward.w13_2FD[...]
     assert float(jnp.std(model.embedding_VD[...])) == pytest.approx(0.02, rel=0.05)
-    assert float(jnp.std(block.attention.wqkv_DJN[...])) == pytest.approx(0.02, rel=0.05)
-    assert float(jnp.std(block.attention.wo_HND[...])) == pytest.approx(0.02 / 4, rel=0.05)
-    assert float(jnp.std(w13_D2F[:, 0])) == pytest.approx(0.02, rel=0.05)
-    assert float(jnp.std(w13_D2F[:, 1])) == pytest.approx(0.02 / 4, rel=0.05)
-    assert float(jnp.std(block.feed_forward.w2_FD[...])) == pytest.approx(0.02, rel=0.05)
+    assert float(jnp.std(block.attention.wqkv_JND[...])) == pytest.approx(0.02, rel=0.05)
+    assert float(jnp.std(block.attention.wo_DHN[...])) == pytest.approx(0.02 / 4, rel=0.05)
+    assert float(jnp.std(w1_FD)) == pytest.approx(0.02, rel=0.05)
+    assert float(jnp.std(w3_FD)) == pytest.approx(0.02 / 4, rel=0.05)
+    assert float(jnp.std(block.feed_forward.w2_DF[...])) == pytest.approx(0.02, rel=0.05)
 
 
 def test_no_logit_depends_on_a_later_token():

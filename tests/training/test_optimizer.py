@@ -158,7 +158,7 @@ def test_muon_orthogonalises_each_part_and_leaves_embedding_and_norms_to_adamw()
     for path, label in jax.tree.leaves_with_path(labels):
         by_label.setdefault(label, set()).add(path[-1].key)
     assert by_label == {
-        "muon": {"wq_DHN", "wk_DKN", "wv_DKN", "wo_HND", "w1_DF", "w3_DF", "w2_FD"},
+        "muon": {"wq_HND", "wk_KND", "wv_KND", "wo_DHN", "w1_FD", "w3_FD", "w2_DF"},
         "adamw": {"embedding_VD", "scale_D"},
     }
 
@@ -167,9 +167,9 @@ def test_muon_orthogonalises_each_part_and_leaves_embedding_and_norms_to_adamw()
     updates, _ = tx.update(gradients, tx.init(params), params)
     parts, weights, grads = (optimizer.to_parts(tree, c)["blocks"][1] for tree in (updates, params, gradients))
     for place, name, shape in [
-        ("attention", "wq_DHN", (c.dim, -1)), ("attention", "wk_DKN", (c.dim, -1)), ("attention", "wv_DKN", (c.dim, -1)),
-        ("attention", "wo_HND", (-1, c.dim)), ("feed_forward", "w1_DF", (c.dim, -1)), ("feed_forward", "w3_DF", (c.dim, -1)),
-        ("feed_forward", "w2_FD", (-1, c.dim)),
+        ("attention", "wq_HND", (-1, c.dim)), ("attention", "wk_KND", (-1, c.dim)), ("attention", "wv_KND", (-1, c.dim)),
+        ("attention", "wo_DHN", (c.dim, -1)), ("feed_forward", "w1_FD", (-1, c.dim)), ("feed_forward", "w3_FD", (-1, c.dim)),
+        ("feed_forward", "w2_DF", (c.dim, -1)),
     ]:  # fmt: skip
         gradient = np.asarray(grads[place][name], np.float64).reshape(shape)
         direction = 0.2 * max(gradient.shape) ** 0.5 * orthogonalised(gradient)
@@ -205,8 +205,9 @@ def one(batch):
 def test_training_equals_pytorch_from_the_tokens_to_the_weights():
     """Loss, gradients and updates of the whole model beside transformers' LLaMA under PyTorch's AdamW, 50 steps.
 
-    1e-3 because Adam divides a gradient by its own size: where it is rounding noise, so is the update. (On equal gradients
-    the updates agree to 1e-5, above.)
+    Adam divides a gradient by its own size: one that is rounding noise makes an update that is noise, and from batches 0 to 2
+    on such an entry moved the losses 1e-3 apart; with these they stay within 1e-6. (On equal gradients the updates agree to
+    1e-5, above.)
     """
     graph, train_step, state = make(use_ema=False, learning_rate=3e-3, min_lr=3e-4)
     params = jax.tree.map(lambda p: 5 * p if p.ndim > 1 else p, state.params)  # as at first, most gradients are noise
@@ -219,7 +220,7 @@ def test_training_equals_pytorch_from_the_tokens_to_the_weights():
     adamw = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95))
     scheduler = transformers.get_cosine_with_min_lr_schedule_with_warmup(adamw, 5, STEPS, min_lr=3e-4)
     for step in range(STEPS):
-        batch = random_batch(step % 3)
+        batch = random_batch(20 + step % 3)
         tokens = torch.tensor(np.asarray(batch["tokens"][0], np.int64))
         loss = torch.nn.functional.cross_entropy(torch_model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
         adamw.zero_grad()
@@ -228,9 +229,8 @@ def test_training_equals_pytorch_from_the_tokens_to_the_weights():
         adamw.step()
         scheduler.step()
         state, metrics = train_step(state, batch)
-        assert float(metrics["train/loss"]) == pytest.approx(loss.item(), rel=1e-5 if step < 2 else 1e-3)
-        if step < 2:
-            assert float(metrics["grad_norm"]) == pytest.approx(grad_norm.item(), rel=1e-4)
+        assert float(metrics["train/loss"]) == pytest.approx(loss.item(), rel=1e-5)
+        assert float(metrics["grad_norm"]) == pytest.approx(grad_norm.item(), rel=1e-4)
     assert loss.item() < 0.5  # it learned: ln(96) = 4.6
 
 
@@ -458,7 +458,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_the_leaf():
     _, train_step, state = make(warmup_steps=0)
     state, _ = train_step(state, random_batch(0))
     good = jax.tree.map(np.asarray, state)
-    block = state.params["blocks"][1]["feed_forward"]["w2_FD"]
+    block = state.params["blocks"][1]["feed_forward"]["w2_DF"]
     broken = jax.tree.map(lambda p: p.at[0, 0].set(jnp.inf) if p is block[...] else p, state.params)
     state, metrics = train_step(state.replace(params=broken), random_batch(1))
     assert float(metrics["bad_steps"]) == 1 and int(state.bad_steps) == 1

@@ -18,7 +18,7 @@ from tests.training.runs import losses_of, metrics_of, train
 def test_the_header(tiny_config, tmp_path):
     train(tiny_config, tmp_path / "out", max_steps=1)
     log = (tmp_path / "out" / "train.log").read_text()
-    assert "| blocks/0/attention/wqkv_DJN" in log and "(32, 8, 8)" in log
+    assert "| blocks/0/attention/wqkv_JND" in log and "(8, 8, 32)" in log
     [n_params] = re.findall(r"Total: ([0-9,]+)", log)
     assert f"model: {n_params} parameters, computed in float32, blocked attention" in log
     rows, tokens = re.findall(r"data: ([0-9,]+) rows of 32 tokens, ([0-9,]+) tokens an epoch", log)[0]
