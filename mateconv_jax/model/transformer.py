@@ -225,12 +225,11 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        self.embedding_VD = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (c.vocab_size, c.dim)))
+        init = nnx.initializers.normal(0.02)
+        self.embedding_VD = nnx.Param(init(rngs.params(), (c.vocab_size, c.dim)))
         self.blocks = nnx.List([Block(c, rngs) for _ in range(c.n_layers)])
         self.norm = RMSNorm(c.dim, c.norm_eps)
-        self.output_VD = None  # tied to the embedding
-        if not c.tie_word_embeddings:
-            self.output_VD = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (c.vocab_size, c.dim)))
+        self.output_VD = None if c.tie_word_embeddings else nnx.Param(init(rngs.params(), (c.vocab_size, c.dim)))
         self.c = c
 
     def __call__(self, tokens_BS, documents_BS=None, dropout_key=None, remat: str = "none"):
