@@ -108,7 +108,9 @@ def check(tensors: dict[str, Tensor], ours: dict[str, list[tuple[str, tuple[int,
     if missing := [name for name in expected if name not in found]:
         raise UserError(f"{source}: {_some(missing)} missing")
     if extra := [name for name in found if name not in expected]:
-        raise UserError(f"{source}: {_some(extra)} not known (expected {len(expected)} tensors, such as {next(iter(expected))})")
+        raise UserError(
+            f"{source}: {_some(extra)} not known (expected {len(expected)} tensors, such as {next(iter(expected))})"
+        )
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise UserError(f"{source}: {name} has the shape {found[name].shape} (expected {shape}, from the configuration)")

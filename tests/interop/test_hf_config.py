@@ -1,0 +1,90 @@
+"""config.model as config.json of transformers 4 and 5, and back."""
+
+import json
+
+import pytest
+import transformers
+
+from mateconv_jax import config as config_lib
+from mateconv_jax.errors import UserError
+from mateconv_jax.interop import hf_config
+
+TOKENS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+LLAMA3 = dict(rope_factor=8.0, rope_low_freq_factor=2.0, rope_high_freq_factor=5.0, rope_original_max_seq_len=64)
+MODELS = {
+    "base": {},
+    "llama 3, untied": dict(LLAMA3, tie_word_embeddings=False, head_dim=48, n_kv_heads=2),
+    "qwen3": dict(qk_norm=True, rope_theta=1e6, norm_eps=1e-6, max_seq_len=1024),
+}
+LLAMA = dict(
+    architectures=["LlamaForCausalLM"], hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
+    vocab_size=96,
+)  # fmt: skip
+
+
+def model_of(**changes):
+    config = config_lib.default_config()
+    config.model.update(changes)
+    return config_lib.resolve(config).model
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS.keys())
+def test_a_model_comes_back_from_transformers_as_it_was(changes, tmp_path):
+    """Through AutoConfig, which reads our config.json and writes its own."""
+    model = model_of(**changes)
+    (tmp_path / "config.json").write_text(json.dumps(hf_config.to_hf(model, "float32", TOKENS)))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert type(theirs).__name__ == ("Qwen3Config" if model.qk_norm else "LlamaConfig")
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 0)
+    theirs.save_pretrained(tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert hf_config.from_hf(written, False, "x").model == model
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS.keys())
+def test_the_keys_of_transformers_4_alone_suffice(changes):
+    model = model_of(**changes)
+    values = hf_config.to_hf(model, "float32", TOKENS)
+    del values["rope_parameters"]
+    assert hf_config.from_hf(values, False, "x").model == model
+
+
+def test_keys_that_are_left_out_take_the_architectures_defaults():
+    llama = hf_config.from_hf(LLAMA, False, "x").model
+    theirs = transformers.LlamaConfig(**LLAMA)
+    assert (llama.n_kv_heads, llama.head_dim) == (theirs.num_key_value_heads, theirs.head_dim) == (4, 16)
+    assert (llama.max_seq_len, llama.norm_eps) == (theirs.max_position_embeddings, theirs.rms_norm_eps)
+    assert (llama.tie_word_embeddings, llama.rope_theta) == (False, theirs.rope_parameters["rope_theta"])
+    qwen3 = hf_config.from_hf(LLAMA | {"architectures": ["Qwen3ForCausalLM"]}, False, "x").model
+    theirs = transformers.Qwen3Config(**LLAMA | {"architectures": ["Qwen3ForCausalLM"]})
+    assert qwen3.qk_norm and (qwen3.head_dim, qwen3.max_seq_len) == (theirs.head_dim, theirs.max_position_embeddings)
+
+
+def test_minimind_has_norms_of_queries_and_keys_if_its_weights_do():
+    values = LLAMA | {"architectures": ["MiniMindForCausalLM"]}
+    assert hf_config.from_hf(values, True, "x").model.qk_norm
+    minimind = hf_config.from_hf(values, False, "x").model
+    assert not minimind.qk_norm and minimind.tie_word_embeddings and minimind.rope_theta == 1e6
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(architectures=["GPT2LMHeadModel"]), "c.json: architectures is 'GPT2LMHeadModel'"),
+        (dict(architectures=None), "architectures is None"),
+        (dict(hidden_size=None), "hidden_size is missing"),
+        (dict(attention_bias=True), "attention_bias is True"),
+        (dict(mlp_bias=True), "mlp_bias is True"),
+        (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
+        (dict(rope_scaling={"type": "yarn", "factor": 4}), "rope_type is 'yarn'"),
+        (dict(rope_scaling={"rope_type": "llama3", "factor": 4}), "no low_freq_factor"),
+        (dict(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}), "rope_type is 'linear'"),
+        (dict(use_sliding_window=True), "use_sliding_window is True"),
+        (dict(quantization_config={"bits": 4}), "quantization_config is"),
+        (dict(num_attention_heads=5), "c.json: model.dim: 64 is not divisible"),
+        (dict(hidden_size="64"), "c.json: .*dim"),
+    ],
+)  # fmt: skip
+def test_what_this_model_does_not_have_is_one_clear_error(changes, message):
+    with pytest.raises(UserError, match=message):
+        hf_config.from_hf(LLAMA | changes, False, "c.json")
