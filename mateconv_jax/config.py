@@ -55,6 +55,7 @@ def default_config() -> ConfigDict:
 
     config.training = ConfigDict()
     config.training.out_dir = "out"
+    config.training.compilation_cache_dir = placeholder(str)  # None: see compilation_cache.py; "": nothing is kept
     config.training.seed = 1337
     config.training.epochs = 15
     config.training.max_steps = placeholder(int)  # when given, it decides instead of epochs

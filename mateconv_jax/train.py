@@ -10,7 +10,7 @@ def main(argv):
     config = config_lib.resolve(config_lib.from_command_line(argv))
     from mateconv_jax import compilation_cache, distributed  # 6 s of imports, after the command line is known to be right
 
-    compilation_cache.enable()
+    compilation_cache.enable(config.training.compilation_cache_dir)
     distributed.initialize()
     from mateconv_jax.training.loop import train
 

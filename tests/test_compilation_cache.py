@@ -4,10 +4,14 @@ import sys
 
 import pytest
 
+from mateconv_jax import compilation_cache, train
+from mateconv_jax.errors import UserError
+
 CODE = """
 import jax
+FOLDER = __import__("sys").argv[1:]
 from mateconv_jax import compilation_cache
-compilation_cache.enable()
+compilation_cache.enable(*FOLDER)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
@@ -27,6 +31,21 @@ def test_a_second_start_finds_what_the_first_compiled(tmp_path, folder):
     assert not any(run.stderr for run in runs), runs[1].stderr
     where = tmp_path / ".cache" / "mateconv_jax" / "xla" if folder is None else tmp_path / "elsewhere"
     assert (where.is_dir() and any(where.iterdir())) == (folder != "")
+
+
+def test_the_configurations_folder_goes_before_the_environments(tmp_path, monkeypatch):
+    """Of the command, up to the error that there are no data."""
+    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "environment")}
+    for folder in (str(tmp_path / "config"), ""):
+        subprocess.run([sys.executable, "-c", CODE, folder], env=env, check=True, capture_output=True)
+    assert any((tmp_path / "config").iterdir()) and not (tmp_path / "environment").exists()
+
+    folders = []
+    monkeypatch.setattr(compilation_cache, "enable", folders.append)
+    monkeypatch.setattr(sys, "argv", ["train", "--config=configs/base.py", "--config.training.compilation_cache_dir=here"])
+    with pytest.raises(UserError, match="train_data_path"):
+        train.main(sys.argv)
+    assert folders == ["here"]
 
 
 def test_an_entry_cut_off_in_writing_spoils_nothing(tmp_path):

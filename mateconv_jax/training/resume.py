@@ -20,7 +20,7 @@ _FREE = {
     "training.eval_interval", "training.eval_iters", "training.save_interval", "training.log_interval",
     "training.early_stopping", "training.patience", "training.keep_latest", "training.keep_every", "training.keep_best",
     "training.samples_interval", "training.sample_prompts", "training.max_bad_steps", "training.profile_step",
-    "training.resume", "training.resume_from", "training.init_from",
+    "training.resume", "training.resume_from", "training.init_from", "training.compilation_cache_dir",
 }  # fmt: skip
 # Keys that decide which arrays there are: a checkpoint of another value cannot be used.
 _SHAPES = {"training.use_ema", "training.optimizer_type", "training.dtype"}
