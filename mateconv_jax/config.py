@@ -39,6 +39,13 @@ def default_config() -> ConfigDict:
     config.model.qk_norm = False  # norms of each head's queries and keys, as in Qwen3 and the current MiniMind
     config.model.tie_word_embeddings = True  # the embedding is the output layer too
     config.model.dropout = 0.0  # of embeddings, attention weights and residual branches, in training
+    config.model.use_moe = False  # a mixture of experts in the place of each feed-forward layer
+    config.model.n_routed_experts = 4
+    config.model.num_experts_per_tok = 2
+    config.model.n_shared_experts = 1  # 0 or 1, which sees every token; as large as a routed one
+    config.model.norm_topk_prob = True  # the weights of a token's experts add up to 1
+    config.model.aux_loss_alpha = 0.01  # weight of the loss that keeps the experts' load even
+    config.model.experts = "auto"  # auto | dense | ragged: see model/moe.py
     config.model.attention = "auto"  # auto | cudnn | blocked | xla: see model/attention.py
 
     config.data = ConfigDict()
@@ -117,7 +124,7 @@ _BELOW_ONE = ("a number from 0 to below 1", lambda value: 0 <= value < 1)
 
 
 def _one_of(*choices):
-    return " or ".join(choices), lambda value: value in choices
+    return " or ".join(map(str, choices)), lambda value: value in choices
 
 
 _CHECKS = {
@@ -126,6 +133,11 @@ _CHECKS = {
         "norm_eps", "rope_theta", "rope_low_freq_factor", "rope_original_max_seq_len")},
     "model.rope_factor": ("a number of at least 1", lambda value: value >= 1),
     "model.dropout": _BELOW_ONE,
+    "model.n_routed_experts": _POSITIVE,
+    "model.num_experts_per_tok": _POSITIVE,
+    "model.n_shared_experts": _one_of(0, 1),
+    "model.aux_loss_alpha": _NOT_NEGATIVE,
+    "model.experts": _one_of("auto", "dense", "ragged"),
     "model.attention": _one_of("auto", "cudnn", "blocked", "xla"),
     "data.seq_len": _POSITIVE,
     "data.num_workers": _POSITIVE,
@@ -191,6 +203,10 @@ def resolve(config: ConfigDict) -> ConfigDict:
         raise UserError(
             f"model.rope_high_freq_factor: {model.rope_high_freq_factor} is not above model.rope_low_freq_factor "
             f"({model.rope_low_freq_factor})"
+        )
+    if model.num_experts_per_tok > model.n_routed_experts:
+        raise UserError(
+            f"model.num_experts_per_tok: {model.num_experts_per_tok} is above model.n_routed_experts ({model.n_routed_experts})"
         )
     if model.hidden_dim is None:
         model.hidden_dim = -(-int(8 * model.dim / 3) // model.multiple_of) * model.multiple_of

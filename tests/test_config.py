@@ -50,6 +50,9 @@ def test_the_base_config(load):
         ([BASE, "--config.model.n_heads=7"], r"model\.dim: 512 is not divisible by model\.n_heads \(7\)"),
         ([BASE, "--config.model.n_kv_heads=5"], r"model\.n_kv_heads: 5 does not divide"),
         ([BASE, "--config.model.head_dim=5"], r"model\.head_dim: 5 is odd"),
+        ([BASE, "--config.model.num_experts_per_tok=5"], r"model\.num_experts_per_tok: 5 is above model\.n_routed_experts \(4\)"),
+        ([BASE, "--config.model.n_shared_experts=2"], r"model\.n_shared_experts: 2 is not possible \(expected 0 or 1\)"),
+        ([BASE, "--config.model.experts=sparse"], r"model\.experts: 'sparse' is not possible"),
         ([BASE, "--config.data.seq_len=1024"], r"data\.seq_len: 1024 is above model\.max_seq_len \(512\)"),
         ([BASE, "--config.training.min_lr=1.0"], r"training\.min_lr: 1\.0 is above"),
     ],
@@ -88,9 +91,10 @@ def test_the_keys_change_only_with_thought():
     keys = {section: sorted(values) for section, values in config_lib.default_config().to_dict().items()}
     assert keys == {
         "model": [
-            "attention", "dim", "dropout", "head_dim", "hidden_dim", "max_seq_len", "multiple_of", "n_heads", "n_kv_heads", "n_layers",
-            "norm_eps", "qk_norm", "rope_factor", "rope_high_freq_factor", "rope_low_freq_factor", "rope_original_max_seq_len",
-            "rope_theta", "tie_word_embeddings", "vocab_size",
+            "attention", "aux_loss_alpha", "dim", "dropout", "experts", "head_dim", "hidden_dim", "max_seq_len", "multiple_of", "n_heads",
+            "n_kv_heads", "n_layers", "n_routed_experts", "n_shared_experts", "norm_eps", "norm_topk_prob", "num_experts_per_tok",
+            "qk_norm", "rope_factor", "rope_high_freq_factor", "rope_low_freq_factor", "rope_original_max_seq_len",
+            "rope_theta", "tie_word_embeddings", "use_moe", "vocab_size",
         ],
         "data": ["num_workers", "seq_len", "shuffle", "tokenizer_path", "train_data_path", "val_data_path"],
         "mesh": ["data", "fsdp"],

@@ -12,7 +12,8 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from mateconv_jax.model import attention
+from mateconv_jax.model import attention, moe
+from mateconv_jax.model.feed_forward import FeedForward, linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,13 @@ class ModelConfig:
     qk_norm: bool
     tie_word_embeddings: bool
     dropout: float
+    use_moe: bool
+    n_routed_experts: int
+    num_experts_per_tok: int
+    n_shared_experts: int
+    norm_topk_prob: bool
+    aux_loss_alpha: float
+    experts: str  # a backend of model/moe.py, never "auto"
     attention: str  # a backend of model/attention.py, never "auto"
     platform: str  # "cpu" or "gpu"
     dtype: jnp.dtype
@@ -57,6 +65,7 @@ class ModelConfig:
         if dtype == "auto":
             dtype = "float32" if platform == "cpu" else "bfloat16"
         shape = {field.name: model[field.name] for field in dataclasses.fields(ModelConfig) if field.name in model}
+        shape["experts"] = moe.choose_backend(model.experts)
         shape["attention"] = attention.choose_backend(model.attention, platform, jnp.dtype(dtype), model.dropout)
         return ModelConfig(**shape, platform=platform, dtype=jnp.dtype(dtype))
 
@@ -81,22 +90,6 @@ def resize_kv_cache(kv_cache: KVCache, length: int) -> KVCache:
         return jnp.pad(x, [(0, length - size if i == axis else 0) for i, size in enumerate(x.shape)])
 
     return tuple((resize(k_BKNT, 3), resize(v_BKTN, 2)) for k_BKNT, v_BKTN in kv_cache)
-
-
-def linear(x, w_OI, platform: str):
-    """x w^T in x's dtype: (..., I) to (..., O).
-
-    On the CPU, XLA packs the second operand of a product anew each time. Of few rows that must not be the weights: at 16 rows
-    of the base model's weights, read from memory, w x^T takes a third to half of the time. The barrier keeps XLA from turning
-    it round again.
-    """
-    w_OI = w_OI.astype(x.dtype)
-    x_RI = x.reshape(-1, x.shape[-1])
-    if platform == "cpu" and 1 < len(x_RI) <= 32:
-        out_RO = jax.lax.optimization_barrier(jnp.einsum("OI,RI->OR", w_OI, x_RI)).T
-    else:
-        out_RO = jnp.einsum("RI,OI->RO", x_RI, w_OI)
-    return out_RO.reshape(*x.shape[:-1], -1)
 
 
 class RMSNorm(nnx.Module):
@@ -176,23 +169,6 @@ def _write(cache, new, start_B, axis: int):
     return write_row(cache, new, start_B)
 
 
-class FeedForward(nnx.Module):
-    """SwiGLU (Shazeer, 2020): w2(silu(w1 x) * w3 x), w1 and w3 as one matrix."""
-
-    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(0.02)
-        w1_FD = init(rngs.params(), (c.hidden_dim, c.dim))
-        w3_FD = init(rngs.params(), (c.hidden_dim, c.dim)) / (2 * c.n_layers) ** 0.5
-        self.w13_2FD = nnx.Param(jnp.stack([w1_FD, w3_FD]))
-        self.w2_DF = nnx.Param(init(rngs.params(), (c.dim, c.hidden_dim)))
-        self.platform = c.platform
-
-    def __call__(self, x_BSD):
-        w13_2FD = self.w13_2FD[...]
-        gate_BSF, up_BSF = jnp.split(linear(x_BSD, w13_2FD.reshape(-1, w13_2FD.shape[-1]), self.platform), 2, axis=-1)
-        return linear(jax.nn.silu(gate_BSF) * up_BSF, self.w2_DF[...], self.platform)
-
-
 class Block(nnx.Module):
     """Pre-norm residual block."""
 
@@ -200,16 +176,20 @@ class Block(nnx.Module):
         self.attention_norm = RMSNorm(c.dim, c.norm_eps)
         self.attention = Attention(c, rngs)
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
-        self.feed_forward = FeedForward(c, rngs)
-        self.dropout = c.dropout
+        self.feed_forward = moe.MixtureOfExperts(c, rngs) if c.use_moe else FeedForward(c, rngs)
+        self.c = c
 
-    def __call__(self, x_BSD, positions_BS, angles, layer_cache=None, documents_BS=None, key=None):
+    def __call__(self, x_BSD, positions_BS, angles, layer_cache=None, documents_BS=None, key=None, is_real_BS=None):
+        """(output, layer_cache with the new positions, moe.Routing or None)."""
         weights_key, attention_key, ffn_key = (None,) * 3 if key is None else jax.random.split(key, 3)
         normed_BSD = self.attention_norm(x_BSD)
         out_BSD, layer_cache = self.attention(normed_BSD, positions_BS, angles, layer_cache, documents_BS, weights_key)
-        x_BSD = x_BSD + attention.dropout(out_BSD, self.dropout, attention_key)
-        out_BSD = self.feed_forward(self.ffn_norm(x_BSD))
-        return x_BSD + attention.dropout(out_BSD, self.dropout, ffn_key), layer_cache
+        x_BSD = x_BSD + attention.dropout(out_BSD, self.c.dropout, attention_key)
+        normed_BSD = self.ffn_norm(x_BSD)
+        out_BSD, routing = (
+            self.feed_forward(normed_BSD, is_real_BS) if self.c.use_moe else (self.feed_forward(normed_BSD), None)
+        )
+        return x_BSD + attention.dropout(out_BSD, self.c.dropout, ffn_key), layer_cache, routing
 
 
 # What the backward pass keeps of a block; the rest it computes again.
@@ -244,6 +224,10 @@ class Transformer(nnx.Module):
           dropout_key: drops a share c.dropout of embeddings, attention weights and residual branches; None: nothing.
           remat: "none", or one of REMAT_POLICIES: compute again in the backward pass what it does not keep.
         """
+        return self.logits_and_routing(tokens_BS, documents_BS, dropout_key, remat)[0]
+
+    def logits_and_routing(self, tokens_BS, documents_BS=None, dropout_key=None, remat: str = "none", is_real_BS=None):
+        """(logits as above; moe.Routing of the tokens where is_real_BS, each array (L, ...), or None: no experts)."""
         positions_BS = jnp.arange(tokens_BS.shape[1])[None]
         if documents_BS is not None:
             is_first_BS = jnp.diff(documents_BS, axis=1, prepend=documents_BS[:, :1] - 1) != 0
@@ -251,16 +235,19 @@ class Transformer(nnx.Module):
         angles = rope_angles(self.c, positions_BS)
         keys = [None] * (self.c.n_layers + 1) if dropout_key is None else jax.random.split(dropout_key, self.c.n_layers + 1)
         x_BSD = attention.dropout(self._embed(tokens_BS), self.c.dropout, keys[-1])
+        routings = []
         for block, key in zip(self.blocks, keys, strict=False):
             graph, params = nnx.split(block)
 
             def run(params, x_BSD, key, graph=graph):
-                return nnx.merge(graph, params)(x_BSD, positions_BS, angles, None, documents_BS, key)[0]
+                x_BSD, _, routing = nnx.merge(graph, params)(x_BSD, positions_BS, angles, None, documents_BS, key, is_real_BS)
+                return x_BSD, routing
 
             if remat != "none":
                 run = jax.checkpoint(run, policy=REMAT_POLICIES[remat])
-            x_BSD = run(params, x_BSD, key)
-        return self._logits(self.norm(x_BSD))
+            x_BSD, routing = run(params, x_BSD, key)
+            routings.append(routing)
+        return self._logits(self.norm(x_BSD)), jax.tree.map(lambda *layers: jnp.stack(layers), *routings)
 
     def cached(self, tokens_BS, start_B, last_B, kv_cache: KVCache):
         """Read S more tokens into the cache: a prefill (S = the prompts' bucket) or a decode step (S = 1).
@@ -280,7 +267,7 @@ class Transformer(nnx.Module):
         x_BSD = self._embed(tokens_BS)
         new_cache = []
         for block, layer_cache in zip(self.blocks, kv_cache, strict=True):
-            x_BSD, layer_cache = block(x_BSD, positions_BS, angles, layer_cache)
+            x_BSD, layer_cache, _ = block(x_BSD, positions_BS, angles, layer_cache)
             new_cache.append(layer_cache)
         x_BD = jnp.take_along_axis(self.norm(x_BSD), last_B[:, None, None], axis=1)[:, 0]
         return self._logits(x_BD), tuple(new_cache)
@@ -299,5 +286,7 @@ def abstract_model(c: ModelConfig):
 
 
 def init_params(c: ModelConfig, seed: int) -> nnx.State:
-    """Fresh fp32 parameters: normal(0.02), wo and w3 scaled by 1/sqrt(2 n_layers), norms 1. Call it inside jit."""
+    """Fresh fp32 parameters: normal(0.02), wo and w3 scaled by 1/sqrt(2 n_layers), norms 1; a gate's: see moe.py. Call it
+    inside jit.
+    """
     return nnx.split(Transformer(c, nnx.Rngs(seed)))[1]
