@@ -12,6 +12,8 @@ from flax import nnx
 
 from mateconv_jax.model.feed_forward import FeedForward, linear
 
+ROUTED = {"w13_E2FD", "w2_EDF"}  # the parameters of which a token meets K / E
+
 
 class Routing(NamedTuple):
     """What a layer's gate did with the real tokens of a batch, fp32 sums over them: over micro-batches and devices they add up.

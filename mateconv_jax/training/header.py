@@ -10,6 +10,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from mateconv_jax.data.rows import Rows
+from mateconv_jax.model import flops
 from mateconv_jax.model.transformer import ModelConfig
 from mateconv_jax.training import resume
 
@@ -28,8 +29,9 @@ def log_header(
     training = config.training
     overview = parameter_overview.get_parameter_overview(nnx.to_pure_dict(abstract_params), include_stats=False)
     logging.info("parameters:\n%s", overview)
-    n_params = sum(p.size for p in jax.tree.leaves(abstract_params))
-    logging.info("model: %s parameters, computed in %s, %s attention", f"{n_params:,}", c.dtype.name, c.attention)
+    total, active = flops.parameters(c)
+    of_which = f", of which a token meets {active:,}; {c.experts} experts" if c.use_moe else ""
+    logging.info("model: %s parameters%s, computed in %s, %s attention", f"{total:,}", of_which, c.dtype.name, c.attention)
     rows_of_device = training.batch_size // jax.device_count()
     logging.info("devices: %d x %s, %d rows each", jax.device_count(), jax.devices()[0].device_kind, rows_of_device)
     rows_per_step = training.batch_size * training.accumulation_steps

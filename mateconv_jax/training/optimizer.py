@@ -47,7 +47,8 @@ def make_optimizer(training: ConfigDict, c: ModelConfig) -> optax.GradientTransf
 
     Weight decay is on matrices only, decoupled, but for adam, where it is added to the gradient as in torch.optim.Adam.
     adamw, adam, adafactor (Shazeer & Stern, 2018) equal torch.optim's; lion: Chen et al., 2023; muon: Jordan, 2024, with
-    Moonshot's factor 0.2 sqrt(max(fan)), on the hidden matrices, and AdamW on embedding and norms.
+    Moonshot's factor 0.2 sqrt(max(fan)), on the hidden matrices, each expert's its own, and AdamW on embedding, output layer,
+    norms and the experts' gates (which are output layers of E classes).
     """
     b1, b2, weight_decay = training.beta1, training.beta2, training.weight_decay
     match training.optimizer_type:
@@ -89,11 +90,12 @@ _MUON_DIMENSIONS = {
     **{name: MuonDimensionNumbers(2, (0, 1)) for name in ("wq_HND", "wk_KND", "wv_KND")},
     "wo_DHN": MuonDimensionNumbers((1, 2), 0),
     **{name: MuonDimensionNumbers(1, 0) for name in ("w1_FD", "w3_FD", "w2_DF")},
+    **{name: MuonDimensionNumbers(2, 1) for name in ("w1_EFD", "w3_EFD", "w2_EDF")},
 }
 
 
 def muon_labels(parts):
-    """ "muon" for the hidden matrices, "adamw" for embedding and norms."""
+    """ "muon" for the hidden matrices, "adamw" for embedding, output layer, norms and gates."""
     return jax.tree.map_with_path(lambda path, _: "muon" if path[-1].key in _MUON_DIMENSIONS else "adamw", parts)
 
 
@@ -113,6 +115,8 @@ def to_parts(params: nnx.State, c: ModelConfig) -> dict:
             tree |= dict(zip(("wq_HND", "wk_KND", "wv_KND"), parts, strict=True))
         if "w13_2FD" in tree:
             tree["w1_FD"], tree["w3_FD"] = tree.pop("w13_2FD")
+        if "w13_E2FD" in tree:
+            tree["w1_EFD"], tree["w3_EFD"] = jnp.moveaxis(tree.pop("w13_E2FD"), 1, 0)
         return tree
 
     return split(nnx.to_pure_dict(params))
@@ -129,6 +133,8 @@ def from_parts(parts: dict, like: nnx.State) -> nnx.State:
             tree["wqkv_JND"] = jnp.concatenate([tree.pop(key) for key in ("wq_HND", "wk_KND", "wv_KND")])
         if "w1_FD" in tree:
             tree["w13_2FD"] = jnp.stack([tree.pop("w1_FD"), tree.pop("w3_FD")])
+        if "w1_EFD" in tree:
+            tree["w13_E2FD"] = jnp.stack([tree.pop("w1_EFD"), tree.pop("w3_EFD")], axis=1)
         return tree
 
     joined = join(parts)

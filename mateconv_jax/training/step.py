@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
+from mateconv_jax.model.moe import Routing
 from mateconv_jax.training.train_state import TrainState
 
 
@@ -41,17 +42,21 @@ def summed_loss(graph: nnx.GraphDef, params: nnx.State, batch: dict[str, jax.Arr
       dropout_key: of the step; None: no dropout.
 
     Returns:
-      (summed cross-entropy in nats, number of targets, summed objective: the same, with z_loss), fp32 scalars.
+      (summed cross-entropy in nats, number of targets, summed objective: the same, with z_loss and the experts' auxiliary
+      loss; fp32 scalars; moe.Routing of the tokens that have a target, None without experts).
     """
     tokens_BS1 = batch["tokens"].astype(jnp.int32)
     inputs_BS, targets_BS = tokens_BS1[:, :-1], tokens_BS1[:, 1:]
     documents_BS = None if options.document_start is None else jnp.cumsum(inputs_BS == options.document_start, axis=1)
-    logits_BSV = nnx.merge(graph, params)(inputs_BS, documents_BS, dropout_key, options.remat)
+    is_real_BS = jnp.arange(inputs_BS.shape[1]) < batch["length"][:, None] - 1
+    model = nnx.merge(graph, params)
+    logits_BSV, routing = model.logits_and_routing(inputs_BS, documents_BS, dropout_key, options.remat, is_real_BS)
     losses_BS, log_sums_BS = token_losses(logits_BSV, targets_BS)
-    is_real_BS = jnp.arange(losses_BS.shape[1]) < batch["length"][:, None] - 1
     loss = jnp.sum(losses_BS, where=is_real_BS)
     objective = loss + options.z_loss * jnp.sum(log_sums_BS**2, where=is_real_BS) if options.z_loss else loss
-    return loss, jnp.sum(is_real_BS, dtype=jnp.float32), objective
+    if routing is not None:
+        objective += jnp.sum(routing.auxiliary_loss)
+    return loss, jnp.sum(is_real_BS, dtype=jnp.float32), objective, routing
 
 
 def make_train_step(
@@ -71,7 +76,8 @@ def make_train_step(
     abstract_state: shapes with the shardings that the state keeps; None: the compiler's choice.
 
     metrics, fp32 scalars on the device: train/loss (mean over the tokens, before the update), grad_norm (before clipping), lr,
-    update_to_weight (ratio of norms), bad_steps, and loss_scale in float16; and leaf_norms, the gradient's norm by leaf.
+    update_to_weight (ratio of norms), bad_steps, loss_scale in float16, those of `routing_metrics`; and leaf_norms, the
+    gradient's norm by leaf.
     """
 
     def gradients(state: TrainState, batch):
@@ -83,24 +89,27 @@ def make_train_step(
 
         def scaled(params, micro_batch, i):
             key = jax.random.fold_in(step_key, i)
-            loss, count, objective = summed_loss(graph, params, micro_batch, options, key)
-            return objective * factor, (loss, count)
+            loss, count, objective, routing = summed_loss(graph, params, micro_batch, options, key)
+            return objective * factor, (loss, count, routing)
 
         def accumulate(sums, micro_batch_and_i):
             (_, sums_of_batch), grads = jax.value_and_grad(scaled, has_aux=True)(state.params, *micro_batch_and_i)
             return jax.tree.map(jnp.add, sums, (grads, *sums_of_batch)), None
 
+        first = jax.tree.map(lambda x: x[0], batch)
         if A == 1:
-            first = jax.tree.map(lambda x: x[0], batch)
-            (_, (loss, count)), grads = jax.value_and_grad(scaled, has_aux=True)(state.params, first, 0)
+            (_, (loss, count, routing)), grads = jax.value_and_grad(scaled, has_aux=True)(state.params, first, 0)
         else:
-            zeros = (jax.tree.map(jnp.zeros_like, state.params), jnp.float32(0), jnp.float32(0))
-            (grads, loss, count), _ = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(A)))
+            sums = jax.eval_shape(scaled, state.params, first, 0)[1]
+            zeros = jax.tree.map(jnp.zeros_like, (state.params, *sums))
+            (grads, loss, count, routing), _ = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(A)))
         count = jnp.maximum(count, 1)
-        return loss / count, jax.tree.map(lambda g: g / (factor * count), grads)
+        metrics = {"train/loss": loss / count, **routing_metrics(routing, count)}
+        return metrics, jax.tree.map(lambda g: g / (factor * count), grads)
 
     def train_step(state: TrainState, batch):
-        loss, grads = gradients(state, batch)
+        metrics, grads = gradients(state, batch)
+        loss = metrics["train/loss"]
         leaf_norms = jax.tree.map(lambda g: jnp.sqrt(jnp.sum(g * g)), grads)
         grad_norm = optax.tree.norm(grads)
         finite = good = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
@@ -117,8 +126,7 @@ def make_train_step(
         def if_good(new, old):
             return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
 
-        metrics = {
-            "train/loss": loss,
+        metrics |= {
             "grad_norm": grad_norm,
             "lr": lr,
             "update_to_weight": optax.tree.norm(updates) / optax.tree.norm(state.params),
@@ -140,6 +148,22 @@ def make_train_step(
         return jax.jit(train_step, donate_argnums=0)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def routing_metrics(routing: Routing | None, count: jax.Array) -> dict[str, jax.Array]:
+    """Of a mixture of experts, means over `count` tokens: train/auxiliary_loss (not in train/loss), experts/entropy (of the
+    gates' scores, in nats; ln E: they do not choose); and, of all layers, experts/most_loaded and experts/least_loaded: an
+    expert's share of its layer's choices (1 / E: even).
+    """
+    if routing is None:
+        return {}
+    share_LE = routing.chosen_E / jnp.maximum(jnp.sum(routing.chosen_E, axis=1, keepdims=True), 1)
+    return {
+        "train/auxiliary_loss": jnp.sum(routing.auxiliary_loss) / count,
+        "experts/entropy": jnp.mean(routing.entropy) / count,
+        "experts/most_loaded": jnp.max(share_LE),
+        "experts/least_loaded": jnp.min(share_LE),
+    }
 
 
 def ema_decay_at(training: ConfigDict, step: jax.Array) -> jax.Array:

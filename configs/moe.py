@@ -1,0 +1,14 @@
+"""A mixture of experts: the base model with four routed experts of which a token takes two, and one that all take.
+
+96,100,864 parameters, of which a token meets 61,497,856.
+
+python -m mateconv_jax.train --config=configs/moe.py --config.data.train_data_path=data/zh
+"""
+
+from mateconv_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.model.use_moe = True
+    return config
