@@ -43,7 +43,7 @@ def main(args):
     if args.demo:
         from mateconv_jax.inference.text_generator import TextGenerator
 
-        score = score_demo(TextGenerator.from_pretrained(args.model_path, use_ema=args.use_ema, dtype=args.dtype))
+        score = score_demo(TextGenerator.from_pretrained(args.model_path, args.tokenizer, args.use_ema, args.dtype))
         if args.json:
             print(json.dumps(score))
             return
@@ -53,7 +53,7 @@ def main(args):
     from mateconv_jax import evaluation
 
     result = evaluation.evaluate_run(
-        args.model_path, args.data, args.split, args.batch_size, args.max_batches, args.use_ema, args.dtype
+        args.model_path, args.data, args.split, args.batch_size, args.max_batches, args.use_ema, args.dtype, args.tokenizer
     )
     if args.json:
         print(json.dumps(result, ensure_ascii=False))
@@ -66,21 +66,22 @@ def parse_args(argv):
         prog="python -m mateconv_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model_path", required=True, help="a run folder")
+    add("--model_path", required=True, metavar="MODEL", help="a run folder, a Hugging Face folder or a .pth file")
+    add("--tokenizer", metavar="DIR", help="the tokenizer to use (default: the model's own; a .pth file has none)")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--data",
         nargs="+",
         metavar="PATH",
         help="a folder made by prepare; a flat .bin file; or raw text, as prepare takes it (JSONL, .txt, globs, -, tfds:…), "
-        "which is tokenised with the run's tokenizer",
+        "which is tokenised with the model's tokenizer",
     )
     what.add_argument("--demo", action="store_true", help="score what was trained on the demo corpus")
     add(
         "--use_ema",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="EMA weights or the raw ones (default: with --data both, with --demo EMA, where the run has EMA weights)",
+        help="EMA weights or the raw ones (default: with --data both, with --demo EMA, where there are EMA weights)",
     )
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     add("--json", action="store_true", help="print one JSON object")

@@ -17,12 +17,13 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from mateconv_jax import run_folder, sharding
+from mateconv_jax import sharding
 from mateconv_jax.data import dataset, input_pipeline, preparation, sources, tokenizer as tokenizer_lib
 from mateconv_jax.data.chunk_work import PrepareOptions
 from mateconv_jax.data.rows import FlatRows, Rows
 from mateconv_jax.data.token_bytes import bytes_per_token, target_bytes
 from mateconv_jax.errors import UserError
+from mateconv_jax.interop.kinds import open_model
 from mateconv_jax.model.transformer import ModelConfig, abstract_model
 from mateconv_jax.training.step import LossOptions, make_eval_step
 
@@ -38,51 +39,53 @@ def evaluate_run(
     max_batches: int | None = None,
     use_ema: bool | None = None,
     dtype: str = "auto",
+    tokenizer: str | Path | None = None,
 ) -> dict:
-    """Score the newest checkpoint of a run on text, on all devices.
+    """Score a model on text, on all devices.
 
     Args:
-      model_path: a run folder.
+      model_path: a run folder, of which the newest checkpoint counts, a Hugging Face folder or a .pth file.
       data: a dataset folder; a flat .bin file; or raw files, as `sources.find` takes them, which are tokenised into a
-        temporary folder ($TMPDIR) with the run's tokenizer and seq_len.
+        temporary folder ($TMPDIR) with the model's tokenizer: rows as long as the run's, or as its context up to 512.
       split: of a dataset folder; None: validation.
       batch_size: rows over all devices; None: BATCH_SIZE, or as many more as the devices need.
       max_batches: None: everything.
-      use_ema: EMA weights or the raw ones; None: both, where the run has both.
+      use_ema: EMA weights or the raw ones; None: both, where there are both.
       dtype: auto, float32 or bfloat16, of the computation.
+      tokenizer: a folder with the tokenizer to use; None: the model's own.
 
     Returns:
-      model_path, step, data, split (None: all of it), seq_len; rows, tokens (targets) and bytes that were scored; rejected
-      {rule: documents of raw files left out}; scores {"raw" and "ema", those that were asked for: {loss in nats a token,
-      perplexity, bits_per_byte}}.
+      model_path, step (None: not known), data, split (None: all of it), seq_len; rows, tokens (targets) and bytes that were
+      scored; rejected {rule: documents of raw files left out}; scores {"raw" and "ema", those that were asked for: {loss in
+      nats a token, perplexity, bits_per_byte}}.
 
       Bits per byte are the nats of all targets, control tokens included, in bits, over the bytes of the text that the targets
       write; None where they write none.
 
     Raises:
-      UserError: no run, checkpoint, EMA weights or data there; data that do not fit the run; a size out of its range.
+      UserError: no model, tokenizer, EMA weights or data there; data that do not fit the model; a size out of its range.
     """
-    key = "--model_path"
-    config = run_folder.read_config(model_path, key)
-    tokenizer = tokenizer_lib.load(Path(model_path) / "tokenizer", key)
+    model = open_model(model_path, "--model_path", tokenizer)
+    config, tokenizer = model.config, model.tokenizer
+    if tokenizer is None:
+        raise UserError(f"--tokenizer: missing ({str(model_path)!r} has none; expected a folder with tokenizer.json)")
     mesh = sharding.make_mesh()
     batch_size = _check_sizes(batch_size, max_batches, mesh)
-    with opened(data, split, config, tokenizer, Path(model_path) / "tokenizer") as (rows, described):
+    with opened(data, split, config, tokenizer) as (rows, described):
         config.model.attention = "auto"  # the backend it was trained with may not exist on this machine
         config.model.dropout = 0.0  # none here, and the faster backends have none
         graph, abstract_params = abstract_model(ModelConfig.make(config.model, dtype))
         abstract_params = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)), abstract_params
         )
-        both = use_ema is None and config.training.use_ema
+        both = use_ema is None and model.has_ema
         weights = {
-            "ema" if ema else "raw": run_folder.load_params(model_path, abstract_params, ema, key)
-            for ema in ((False, True) if both else (bool(use_ema),))
+            "ema" if ema else "raw": model.params(abstract_params, ema) for ema in ((False, True) if both else (bool(use_ema),))
         }
         options = LossOptions(tokenizer.bos_token_id if config.training.document_mask else None)
         eval_step = make_eval_step(graph, options)
         result = evaluate(eval_step, weights, rows, bytes_per_token(tokenizer), batch_size, max_batches, mesh)
-        return {"model_path": str(model_path), "step": run_folder.latest_step(model_path), **described, **result}
+        return {"model_path": str(model_path), "step": model.step, **described, **result}
 
 
 def evaluate(
@@ -166,11 +169,11 @@ def _check_sizes(batch_size: int | None, max_batches: int | None, mesh: Mesh) ->
 
 @contextlib.contextmanager
 def opened(
-    data: list[str], split: str | None, config: ConfigDict, tokenizer: PreTrainedTokenizerFast, tokenizer_folder: Path
+    data: list[str], split: str | None, config: ConfigDict, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[Rows, dict]]:
     """Rows of a dataset folder, of a flat .bin file or of raw text, and data, split, seq_len and rejected of them.
 
-    Args: see `evaluate_run`; config and tokenizer are the run's.
+    Args: see `evaluate_run`; config and tokenizer are the model's.
 
     Raises:
       UserError: no such data or split, other data than the model can read.
@@ -182,29 +185,27 @@ def opened(
         raise UserError(f"--split: {' '.join(data)!r} has no splits (only a folder made by python -m mateconv_jax.prepare has)")
     if is_folder:
         split = split or "validation"
-        seq_len = _check_dataset(path, split, config, tokenizer, tokenizer_folder)
+        seq_len = _check_dataset(path, split, config, tokenizer)
         yield dataset.open_rows(path, split, seq_len, "--data"), described | {"split": split, "seq_len": seq_len}
     elif len(data) == 1 and path.endswith(".bin") and Path(path).is_file():
         rows = FlatRows(path, seq_len, "--data")
         if (largest := rows.largest_token()) >= len(tokenizer):
-            raise UserError(f"--data: {path!r} has the token id {largest} (the run's tokenizer has {len(tokenizer)})")
+            raise UserError(f"--data: {path!r} has the token id {largest} (the model's tokenizer has {len(tokenizer)})")
         yield rows, described
     else:
         with tempfile.TemporaryDirectory(prefix="mateconv-") as temporary:
             folder = Path(temporary) / "dataset"
-            rejected = _prepare(data, folder, tokenizer_folder, seq_len)
+            rejected = _prepare(data, folder, tokenizer, seq_len)
             yield dataset.open_rows(folder, "train", seq_len, "--data"), described | {"rejected": rejected}
 
 
-def _check_dataset(
-    path: str, split: str, config: ConfigDict, tokenizer: PreTrainedTokenizerFast, tokenizer_folder: Path
-) -> int:
-    """The dataset's seq_len, once it is known to fit the run."""
+def _check_dataset(path: str, split: str, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> int:
+    """The dataset's seq_len, once it is known to fit the model."""
     metadata = dataset.read_metadata(path, "--data")
     if metadata["tokenizer_fingerprint"] != tokenizer_lib.fingerprint(tokenizer):
         raise UserError(
-            f"--data: {path!r} was tokenised with another tokenizer than the run's (give the raw text, or prepare it with "
-            f"--tokenizer {tokenizer_folder})"
+            f"--data: {path!r} was tokenised with another tokenizer than the model's (give the raw text, or prepare it with "
+            f"--tokenizer {tokenizer.name_or_path})"
         )
     if metadata["seq_len"] > config.model.max_seq_len:
         raise UserError(
@@ -216,8 +217,10 @@ def _check_dataset(
     return metadata["seq_len"]
 
 
-def _prepare(data: list[str], folder: Path, tokenizer_folder: Path, seq_len: int) -> dict[str, int]:
+def _prepare(data: list[str], folder: Path, tokenizer: PreTrainedTokenizerFast, seq_len: int) -> dict[str, int]:
     """Raw text as a dataset folder, all of it one split; {rule: documents that it left out}."""
+    tokenizer_folder = folder.with_name("tokenizer")
+    tokenizer.save_pretrained(tokenizer_folder)
     options = PrepareOptions(seq_len=seq_len, val_fraction=0.0, dedup="none")
     try:
         found = sources.find(data)
@@ -245,7 +248,7 @@ def print_table(result: dict) -> None:
         table.add_column(heading, justify="left" if heading == "weights" else "right")
     for name, score in result["scores"].items():
         table.add_row(name, *("-" if figure is None else f"{figure:,.4f}" for figure in score.values()))
-    model = f"[bold]{escape(result['model_path'])}[/bold], step {result['step']:,}"
+    model = f"[bold]{escape(result['model_path'])}[/bold]" + ("" if result["step"] is None else f", step {result['step']:,}")
     text = escape(", ".join([*result["data"], *([result["split"]] if result["split"] else [])]))
     size = (
         f"{result['rows']:,} rows of {result['seq_len']} tokens; {result['tokens']:,} targets write {result['bytes']:,} bytes"

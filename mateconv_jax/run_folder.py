@@ -2,6 +2,7 @@
 
 config.json          the resolved configuration
 tokenizer/           as transformers reads it
+data_stats.json      the dataset's stats.json
 checkpoints/STEP/    Orbax, one item `state`: step, params, ema_params, opt_state
 metrics.jsonl, train.log, tensorboard/
 """
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 from ml_collections import ConfigDict
 
 from mateconv_jax import config as config_lib, files
@@ -39,6 +39,18 @@ def read_config(folder: str | Path, key: str) -> ConfigDict:
     return config_lib.resolve(config_lib.from_dict(values, str(path)))
 
 
+def keep_data_statistics(folder: Path, train_data_path: str) -> None:
+    """A copy of the dataset's stats.json, so that the run can say what it learned from when it is elsewhere."""
+    if (path := Path(train_data_path) / "stats.json").is_file():
+        files.write_text(folder / "data_stats.json", path.read_text(encoding="utf-8"))
+
+
+def read_data_statistics(folder: Path) -> dict | None:
+    """What `data.statistics.summary` found out about the training data; None where it is not known, as of a .bin file."""
+    path = folder / "data_stats.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
 def latest_step(folder: str | Path) -> int | None:
     """The newest finished checkpoint; Orbax names unfinished ones otherwise."""
     checkpoints = Path(folder) / "checkpoints"
@@ -46,34 +58,30 @@ def latest_step(folder: str | Path) -> int | None:
     return max(steps, default=None)
 
 
-def load_params(folder: str | Path, abstract_params, use_ema: bool | None, key: str):
-    """Only the parameters of the newest checkpoint; optimizer state is not read.
-
-    Args:
-      folder: a run folder.
-      abstract_params: the tree to fill, ShapeDtypeStructs, with shardings where the arrays shall be spread.
-      use_ema: EMA weights or the raw ones; None takes EMA when the run has it.
-
-    Returns:
-      Parameters like `abstract_params`.
-
-    Raises:
-      UserError: no finished checkpoint, no EMA weights where they are asked for.
-    """
+def finished_step(folder: str | Path, key: str) -> int:
+    """`latest_step`. Raises UserError where there is none."""
     step = latest_step(folder)
     if step is None:
         raise UserError(f"{key}: no finished checkpoint in {str(folder)!r} (train a little longer)")
+    return step
+
+
+def load_params(folder: str | Path, step: int, abstract_params, use_ema: bool):
+    """Only the parameters of a checkpoint; optimizer state is not read.
+
+    Args:
+      abstract_params: the tree to fill, ShapeDtypeStructs, with shardings where the arrays shall be spread.
+      use_ema: EMA weights, which must be there, or the raw ones.
+
+    Returns:
+      Parameters like `abstract_params`.
+    """
     path = Path(os.path.abspath(folder)) / "checkpoints" / str(step) / "state"
-    handler = ocp.PyTreeCheckpointHandler()
-    has_ema = bool(handler.metadata(epath.Path(path)).tree.get("ema_params"))
-    if use_ema and not has_ema:
-        raise UserError(f"--use_ema: the run {str(folder)!r} has no EMA weights (it was trained with training.use_ema=False)")
-    name = "ema_params" if (has_ema if use_ema is None else use_ema) else "params"
-    item = {name: abstract_params}
+    item = {"ema_params" if use_ema else "params": abstract_params}
     restore_args = jax.tree.map(_restore_arg, item)
-    with ocp.Checkpointer(handler) as checkpointer:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         restored = checkpointer.restore(path, ocp.args.PyTreeRestore(item, partial_restore=True, restore_args=restore_args))
-    return restored[name]
+    return restored["ema_params" if use_ema else "params"]
 
 
 def _restore_arg(leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:

@@ -36,7 +36,7 @@ def main(args):
     from mateconv_jax.inference.text_generator import TextGenerator
 
     compilation_cache.enable()
-    generator = TextGenerator.from_pretrained(args.model_path, use_ema=args.use_ema, dtype=args.dtype)
+    generator = TextGenerator.from_pretrained(args.model_path, args.tokenizer, args.use_ema, args.dtype)
     sys.stdout.reconfigure(encoding="utf-8" if args.json else None, errors="backslashreplace")
     try:
         if args.interactive:
@@ -137,11 +137,12 @@ def parse_args(argv):
     default = GenerationConfig()
     parser = argparse.ArgumentParser(
         prog="python -m mateconv_jax.sample",
-        usage="%(prog)s --model_path RUN [--prompt TEXT | --batch_file FILE | --interactive] [options]",
+        usage="%(prog)s --model_path MODEL [--prompt TEXT | --batch_file FILE | --interactive] [options]",
         description=__doc__,
     )
     add = parser.add_argument
-    add("--model_path", required=True, metavar="RUN", help="a run folder")
+    add("--model_path", required=True, metavar="MODEL", help="a run folder, a Hugging Face folder or a .pth file")
+    add("--tokenizer", metavar="DIR", help="the tokenizer to use (default: the model's own; a .pth file has none)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the computation; auto is "
         "bfloat16 on a GPU, float32 on the CPU (default)")  # fmt: skip
     add("--use_ema", action=argparse.BooleanOptionalAction, help="EMA weights (default: when the run has them)")

@@ -54,7 +54,7 @@ def tokenizer(run):
 def loss_of_transformers(run, use_ema, rows):
     """Nats a token over all real targets of the rows."""
     graph, abstract_params = abstract_model(ModelConfig.make(run_folder.read_config(run, "").model, "float32"))
-    params = run_folder.load_params(run, abstract_params, use_ema, "")
+    params = run_folder.load_params(run, run_folder.latest_step(run), abstract_params, use_ema)
     reference = llama.from_ours(nnx.merge(graph, params))
     all_rows = rows.read(np.arange(len(rows)))
     nats = tokens = 0
@@ -226,7 +226,7 @@ def test_data_that_do_not_fit(run, dataset_folder, demo_jsonl, tmp_path):
             evaluation.evaluate_run(arguments.pop("model_path", run), [str(path) for path in data], **arguments)
         assert "\n" not in str(error.value)
 
-    fails("--model_path: no run at", [dataset_folder], model_path=tmp_path / "none")
+    fails("--model_path: no model at", [dataset_folder], model_path=tmp_path / "none")
     fails("--data: no file at 'none.jsonl'", ["none.jsonl"])
     fails("--data: no file at 'none.bin'", ["none.bin"])
     fails("--data: no dataset at", [tmp_path])
@@ -238,11 +238,11 @@ def test_data_that_do_not_fit(run, dataset_folder, demo_jsonl, tmp_path):
     (tmp_path / "bad.jsonl").write_text("no JSON\n")
     fails(r"--data: no document .*bad\.jsonl:1: not JSON", [tmp_path / "bad.jsonl"])
     np.array([1, 5, 400, 2], np.uint16).tofile(tmp_path / "bad.bin")
-    fails(r"--data: .* has the token id 400 \(the run's tokenizer has 400\)", [tmp_path / "bad.bin"])
+    fails(r"--data: .* has the token id 400 \(the model's tokenizer has 400\)", [tmp_path / "bad.bin"])
     arguments = ["--input", str(demo_jsonl), "--num_workers=1", "--output"]
     prepare(prepare_args([*arguments, str(tmp_path / "other"), "--train_tokenizer", "--vocab_size=300", "--seq_len=32"]))
     fails(
-        r"--data: .* another tokenizer than the run's \(give the raw text, or prepare it with --tokenizer .*out/tokenizer\)",
+        r"--data: .* another tokenizer than the model's \(give the raw text, or prepare it with --tokenizer .*out/tokenizer\)",
         [tmp_path / "other"],
     )
     prepare(prepare_args([*arguments, str(tmp_path / "long"), "--tokenizer", str(run / "tokenizer"), "--seq_len=65"]))
@@ -254,7 +254,7 @@ def test_a_run_without_ema_has_raw_scores_only(run, dataset_folder, tiny_config)
     loop.train(config_lib.resolve(tiny_config))
     result = evaluation.evaluate_run(tiny_config.training.out_dir, [str(dataset_folder)])
     assert list(result["scores"]) == ["raw"]
-    with pytest.raises(UserError, match="--use_ema: the run .* has no EMA weights"):
+    with pytest.raises(UserError, match="--use_ema: .* has no EMA weights"):
         evaluation.evaluate_run(tiny_config.training.out_dir, [str(dataset_folder)], use_ema=True)
 
 

@@ -267,7 +267,7 @@ def test_dtype_and_ema_choose_the_weights(run, monkeypatch):
         (["--interactive", "--batch_size=3"], "--batch_size: only possible with --batch_file"),
         (["--batch_file=none.txt"], "--batch_file: cannot read 'none.txt' (No such file or directory)"),
         (["--prompt", "\udcff"], "--prompt: not UTF-8 (invalid start byte at byte 0)"),
-        (["--prompt=x"], "--model_path: no run at 'none'"),
+        (["--prompt=x"], "--model_path: no model at 'none'"),
     ],
 )
 def test_what_is_not_possible_is_said_in_one_line(arguments, message, capsys):

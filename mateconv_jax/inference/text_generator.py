@@ -10,7 +10,6 @@ import numpy as np
 from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
-from mateconv_jax import run_folder
 from mateconv_jax.data import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.inference import detokenizer
@@ -18,6 +17,7 @@ from mateconv_jax.inference.decode import SMALLEST_CACHE, SMALLEST_PROMPT, Decod
 from mateconv_jax.inference.detokenizer import Detokenizer
 from mateconv_jax.inference.generation_config import GenerationConfig
 from mateconv_jax.inference.sampling import Sampling
+from mateconv_jax.interop.kinds import open_model
 from mateconv_jax.model.transformer import ModelConfig, Transformer, abstract_model, make_kv_cache
 
 History = list[dict[str, str]]  # [{"role": "user", "content": ...}, ...]
@@ -48,37 +48,51 @@ class TextGenerator:
     generator.generate("中国", GenerationConfig(max_new_tokens=50))
 
     params: in the dtype of the computation; others of the same shapes may be put in their place. max_seq_len: the context.
+    tokenizer: None for those who only want `logits` of token ids.
     """
 
-    def __init__(self, model: Transformer, tokenizer: PreTrainedTokenizerFast):
-        self.tokenizer = tokenizer
+    def __init__(self, model: Transformer, tokenizer: PreTrainedTokenizerFast | None):
+        self._tokenizer = tokenizer
         self.max_seq_len = model.c.max_seq_len
         self._c = model.c
         self._graph, self.params = nnx.split(model)
-        self._decoder = Decoder(self._graph, tokenizer.eos_token_id, self._c.max_seq_len)
+        self._decoder = Decoder(self._graph, tokenizer.eos_token_id if tokenizer else -1, self._c.max_seq_len)
         self._all_logits = jax.jit(lambda params, tokens_BS: nnx.merge(self._graph, params)(tokens_BS).astype(jnp.float32))
         self._kept: tuple[nnx.State, list[int], DecodeState] | None = None  # of the last stream: weights, tokens, their cache
 
     @staticmethod
-    def from_pretrained(path: str | Path, use_ema: bool | None = None, dtype: str = "auto") -> "TextGenerator":
-        """From a run folder; only parameters are read from its newest checkpoint.
+    def from_pretrained(
+        path: str | Path,
+        tokenizer: str | Path | None = None,
+        use_ema: bool | None = None,
+        dtype: str = "auto",
+        n_heads: int | None = None,
+    ) -> "TextGenerator":
+        """From a run folder (its newest checkpoint), a Hugging Face folder or a .pth file; only parameters are read.
 
         Args:
-          use_ema: EMA weights or the raw ones; None takes EMA when the run has it.
+          tokenizer: a folder with the tokenizer to use; None: the model's own. A .pth file has none.
+          use_ema: EMA weights or the raw ones; None takes EMA where there are some.
           dtype: auto, float32, bfloat16 or float16, of the computation.
+          n_heads: of a .pth file, which does not say it; None: MateConv's or MiniMind's.
 
         Raises:
-          UserError: no run, no checkpoint or no tokenizer there; EMA weights asked for and not there.
+          UserError: no model there, or one that does not fit; EMA weights asked for and not there.
         """
-        key = "--model_path"
-        model = run_folder.read_config(path, key).model
-        model.attention = "auto"  # the backend it was trained with may not exist on this machine
-        c = ModelConfig.make(model, dtype)
+        model = open_model(path, "--model_path", tokenizer, n_heads)
+        model.config.model.attention = "auto"  # the backend it was trained with may not exist on this machine
+        c = ModelConfig.make(model.config.model, dtype)
         graph, abstract_params = abstract_model(c)
-        params = run_folder.load_params(path, abstract_params, use_ema, key)
         # Masters in fp32 would be read and cast again for every token.
-        params = jax.tree.map(lambda p: p.astype(c.dtype), params)
-        return TextGenerator(nnx.merge(graph, params), tokenizer_lib.load(Path(path) / "tokenizer", key))
+        abstract_params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, c.dtype), abstract_params)
+        return TextGenerator(nnx.merge(graph, model.params(abstract_params, use_ema)), model.tokenizer)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """Raises UserError where there is none."""
+        if self._tokenizer is None:
+            raise UserError("--tokenizer: the model has none, and text needs one (expected a folder with tokenizer.json)")
+        return self._tokenizer
 
     # ---- text -------------------------------------------------------------------------------------------------------
 

@@ -85,7 +85,7 @@ def _train(config: ConfigDict, signals: Signals) -> int:
 
     # ---- from where: own run folder > resume_from > init_from > scratch ---------------------------------------------
     folder = Path(training.out_dir)
-    differences = resume.check(folder, config)
+    differences = resume.check(folder, config, tokenizer)
     resume.make_folder(folder)
     with (
         logging_to(folder / "train.log"),
@@ -95,6 +95,7 @@ def _train(config: ConfigDict, signals: Signals) -> int:
         if distributed.is_first():
             run_folder.write_config(folder, config)
             tokenizer.save_pretrained(folder / "tokenizer")
+            run_folder.keep_data_statistics(folder, config.data.train_data_path)
         start_step = int(state.step)
         batches = training_batches(config, train_rows, start_step, mesh)
         log_header(config, model_config, abstract_params, train_rows, total_steps, flops_per_token, peak_flops, source)

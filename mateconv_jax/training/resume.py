@@ -5,9 +5,13 @@ from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerFast
 
 from mateconv_jax import run_folder
+from mateconv_jax.data.tokenizer import fingerprint
 from mateconv_jax.errors import UserError
+from mateconv_jax.interop.kinds import open_model
+from mateconv_jax.interop.model import Model
 from mateconv_jax.training import checkpoints as checkpoints_lib
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
 from mateconv_jax.training.train_state import TrainState
@@ -26,11 +30,11 @@ _FREE = {
 _SHAPES = {"training.use_ema", "training.optimizer_type", "training.dtype"}
 
 
-def check(folder: Path, config: ConfigDict) -> list[str]:
-    """Compare `config` with that of the run which it would go on with.
+def check(folder: Path, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Compare `config` with that of the run which it would go on with, or of the model whose weights it would start with.
 
     Returns:
-      "KEY: theirs, now ours" for each key that makes the continuation another than it would have been.
+      "KEY was theirs, now ours" for each key that makes the continuation another than it would have been.
 
     Raises:
       UserError: the run is of another model or optimizer, or there is one and training.resume forbids to use it.
@@ -44,9 +48,17 @@ def check(folder: Path, config: ConfigDict) -> list[str]:
         source, key = folder, "training.out_dir"
     elif training.resume_from:
         source, key = _run_of(training.resume_from), "training.resume_from"
+    elif training.init_from:
+        return _check_init_from(config, tokenizer)
     else:
         return []
     theirs = run_folder.read_config(source, key)
+    checkpoint = _checkpoint_of(str(folder) if key == "training.out_dir" else training.resume_from)
+    if not (checkpoint / "progress").is_dir():
+        raise UserError(
+            f"{key}: {str(source)!r} holds weights alone, and no training that could go on (start a new one with "
+            f"training.init_from={source})"
+        )
     differences = []
     for section in ("model", "data", "training"):  # how it is spread over devices may change
         for name, value in config[section].items():
@@ -88,10 +100,29 @@ def start(config: ConfigDict, checkpoints: Checkpoints, init, abstract: TrainSta
         return state, progress, f"step {int(state.step):,} of {path}"
     state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
     if training.init_from:
-        params = run_folder.load_params(training.init_from, abstract.params, None, "training.init_from")
+        params = _open_init_from(config).params(abstract.params)
         ema_params = None if state.ema_params is None else jax.tree.map(lambda x: x.copy(), params)
         return state.replace(params=params, ema_params=ema_params), Progress(), f"the weights of {training.init_from}"
     return state, Progress(), FROM_SCRATCH
+
+
+def _open_init_from(config: ConfigDict) -> Model:
+    return open_model(config.training.init_from, "training.init_from", n_heads=config.model.n_heads)
+
+
+def _check_init_from(config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    model = _open_init_from(config)
+    differences = []
+    for name, value in config.model.items():
+        path, there = f"model.{name}", model.config.model[name]
+        if there == value or path in _FREE or name in ("dropout", "multiple_of", "max_seq_len"):
+            continue
+        if name != "norm_eps" and not name.startswith("rope_"):
+            raise UserError(f"{path}: {value}, but the weights in {str(model.path)!r} have {there} (expected the same)")
+        differences.append(f"{path} was {there}, now {value}")
+    if model.tokenizer is not None and fingerprint(model.tokenizer) != fingerprint(tokenizer):
+        differences.append(f"the tokenizer of {model.path} is another than the data's: ids mean other texts")
+    return differences
 
 
 def make_folder(folder: Path) -> None:

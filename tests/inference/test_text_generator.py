@@ -338,7 +338,7 @@ def test_dtype_is_that_of_the_computation(run):
 def test_no_run_no_checkpoint_or_a_foreign_config_is_an_error(run, tmp_path):
     from pathlib import Path
 
-    with pytest.raises(UserError, match="--model_path: no run at"):
+    with pytest.raises(UserError, match="--model_path: no model at"):
         TextGenerator.from_pretrained(tmp_path / "none")
     path = Path(run) / "config.json"
     values = json.loads(path.read_text())

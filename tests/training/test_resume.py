@@ -74,7 +74,7 @@ def test_what_cannot_go_on(tiny_config, tmp_path, changes, message):
 def test_nothing_there_to_start_from(tiny_config, tmp_path):
     with pytest.raises(UserError, match=r"training\.resume_from: no run at"):
         train(tiny_config, tmp_path / "out", resume_from=str(tmp_path / "none"))
-    with pytest.raises(UserError, match=r"training\.init_from: no finished checkpoint"):
+    with pytest.raises(UserError, match=r"training\.init_from: no model at"):
         train(tiny_config, tmp_path / "out", init_from=str(tmp_path / "none"))
 
 

@@ -1,0 +1,42 @@
+"""Take a model elsewhere, or bring one in:
+
+python -m mateconv_jax.convert --from out --to exported           # a run folder, for transformers, vLLM, lm_eval …
+python -m mateconv_jax.convert --from pretrain.pth --to imported --to_kind run --tokenizer DIR
+"""
+
+import argparse
+import os
+import sys
+
+from mateconv_jax.errors import exit_code
+
+
+def main(args):
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a training may have the GPU's memory
+    from mateconv_jax.interop import kinds  # 3 s of imports from here on, after the command line is right
+
+    kinds.convert(args.source, args.target, args.to_kind, args.dtype, args.ema, args.tokenizer, args.n_heads)
+    print(f"{args.target}: {kinds.KINDS[kinds.kind_of(args.target, '--to')].words}, from {args.source}")
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        prog="python -m mateconv_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--from", dest="source", required=True, metavar="MODEL", help="a run folder, a Hugging Face folder (config.json and "
+        "safetensors) or a .pth file of PyTorch MateConv or MiniMind")  # fmt: skip
+    add("--to", dest="target", required=True, metavar="PATH", help="what to write; it must not exist. NAME.pth: a state dict; "
+        "else a folder")  # fmt: skip
+    add("--to_kind", choices=("run", "hf", "pth"), help="of what (default: for a folder, hf from a run and run from hf)")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="of the weights written (default: float32)")
+    add("--ema", action=argparse.BooleanOptionalAction, help="EMA weights (default: where there are some)")
+    add("--tokenizer", metavar="DIR", help="the tokenizer to put beside the weights (default: the model's own; a .pth file "
+        "has none)")  # fmt: skip
+    add("--n_heads", type=int, metavar="N", help="query heads of a .pth file, which does not say it (default: 16, as MateConv "
+        "has; 8 where the names are those of MiniMind from version 2 on)")  # fmt: skip
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, parse_args(sys.argv[1:])))

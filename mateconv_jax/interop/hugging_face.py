@@ -1,0 +1,118 @@
+"""Folders as transformers' save_pretrained writes them, and as vLLM, SGLang and lm_eval read them.
+
+config.json, generation_config.json
+model.safetensors, or model-00001-of-00002.safetensors … and model.safetensors.index.json
+tokenizer.json, tokenizer_config.json, chat_template.jinja
+README.md                          a model card
+"""
+
+import functools
+import json
+import math
+from pathlib import Path
+
+import huggingface_hub
+import jax
+import safetensors
+import safetensors.numpy
+from flax import nnx
+
+from mateconv_jax import files
+from mateconv_jax.data import tokenizer as tokenizer_lib
+from mateconv_jax.errors import UserError
+from mateconv_jax.inference.generation_config import GenerationConfig
+from mateconv_jax.interop import hf_config, model_card, names
+from mateconv_jax.interop.model import Model
+from mateconv_jax.interop.names import Tensor
+
+INDEX = "model.safetensors.index.json"
+
+
+def is_folder(path: Path) -> bool:
+    """config.json speaks of architectures, or there are weights as transformers writes them."""
+    config = path / "config.json"
+    return config.is_file() and (b'"architectures"' in config.read_bytes() or any(path.glob("*.safetensors")))
+
+
+def open_folder(path: Path, key: str, tokenizer: str | Path | None, n_heads: None) -> Model:
+    """Its tensors are read when they are asked for, array by array.
+
+    Raises:
+      UserError: an architecture or a setting that this model does not have; no safetensors there, or broken ones.
+    """
+    try:
+        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{key}: {path / 'config.json'} is not JSON ({error})") from error
+    tensors = _tensors(path, key)
+    has_qk_norm = any(name.endswith("self_attn.q_norm.weight") for name in tensors)
+    config = hf_config.from_hf(values, has_qk_norm, str(path / "config.json"))
+    has_tokenizer = tokenizer or (path / "tokenizer.json").is_file()
+    return Model(
+        path=path,
+        config=config,
+        tokenizer=tokenizer_lib.load(tokenizer or path, "--tokenizer" if tokenizer else key) if has_tokenizer else None,
+        has_ema=False,
+        step=None,
+        read=lambda abstract_params, _: names.from_hf(tensors, config.model, abstract_params, str(path)),
+    )
+
+
+def write_folder(path: Path, model: Model, params: nnx.State, max_shard_size: int | str = "5GB") -> None:
+    """What the module's docstring lists, in the parameters' dtype.
+
+    Args:
+      max_shard_size: of one file of weights.
+    """
+    tensors = names.to_hf(params, model.config.model)
+    dtype = jax.tree.leaves(params)[0].dtype
+    split = huggingface_hub.split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: math.prod(tensor.shape) * dtype.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for file_name, tensor_names in split.filename_to_tensors.items():
+        arrays = {name: tensors[name].read() for name in tensor_names}
+        safetensors.numpy.save_file(arrays, path / file_name, {"format": "pt"})
+    if split.is_sharded:
+        _write_json(path / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+
+    tokenizer = model.tokenizer
+    token_ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = hf_config.to_hf(model.config.model, dtype.name, token_ids)
+    _write_json(path / "config.json", config)
+    sampling = GenerationConfig()
+    sampling = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    _write_json(path / "generation_config.json", token_ids | sampling)
+    tokenizer.save_pretrained(path)
+    # transformers 5 writes a class of its own there, which version 4, and what still uses it, does not know.
+    settings = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    _write_json(path / "tokenizer_config.json", settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    files.write_text(path / "README.md", model_card.text(model, config["architectures"][0], path.name))
+
+
+def _write_json(path: Path, values: dict) -> None:
+    files.write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def _tensors(path: Path, key: str) -> dict[str, Tensor]:
+    """Of all weight files, not read yet."""
+    try:
+        if (path / INDEX).is_file():
+            weight_map = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            file_names = sorted(set(weight_map.values()))
+        else:
+            file_names = ["model.safetensors"]
+        tensors = {}
+        for file_name in file_names:
+            file = safetensors.safe_open(path / file_name, framework="np")
+            for name in file.keys():
+                shape = tuple(file.get_slice(name).get_shape())
+                tensors[name] = Tensor(shape, functools.partial(file.get_tensor, name))
+        return tensors
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+        reason = f"no {file_name}" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+        raise UserError(
+            f"{key}: cannot read the weights in {str(path)!r} ({reason}; expected model.safetensors, or {INDEX} and its files)"
+        ) from error

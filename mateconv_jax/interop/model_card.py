@@ -1,0 +1,129 @@
+"""README.md of an exported model: what it is, what it learned from, how well, and how to use it."""
+
+import json
+from pathlib import Path
+
+from mateconv_jax import run_folder
+from mateconv_jax.interop import names
+from mateconv_jax.interop.model import Model
+
+ABOUT = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+A language model of {n_parameters:,} parameters, written by MateConv-JAX.
+
+## Architecture
+
+A LLaMA-style decoder (in transformers `{architecture}`): {n_layers} layers of width {dim} with a SwiGLU of {hidden_dim};
+{n_heads} query and {n_kv_heads} key/value heads of {head_dim}{qk_norm}; rotary positions with base {rope_theta:g}{scaling};
+{vocab_size:,} tokens, the output layer {tied} to the embedding; a context of {max_seq_len:,} tokens.
+"""
+
+USE = """\
+## Use
+
+{bos_note}\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "{folder}"  # where this file lies
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+
+inputs = tokenizer({prompt}, return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0], skip_special_tokens=True))
+{chat}```
+
+Behind an OpenAI-compatible interface, with vLLM or SGLang:
+
+```bash
+vllm serve {folder}
+python -m sglang.launch_server --model-path {folder}
+```
+"""
+
+CHAT = """
+messages = [{"role": "user", "content": "你好"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+answer = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=100)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+
+
+def text(model: Model, architecture: str, folder: str) -> str:
+    """Markdown.
+
+    Args:
+      model: with a tokenizer. Of a run, its configuration, metrics and data statistics tell how it was trained.
+      architecture: transformers' class.
+      folder: the exported folder's name.
+    """
+    c, tokenizer = model.config.model, model.tokenizer
+    scaling = f", Llama 3's scaling by {c.rope_factor:g} from {c.rope_original_max_seq_len:,} positions on"
+    about = ABOUT.format(
+        **{key: value for key, value in c.items() if key not in ("qk_norm",)},
+        name=folder,
+        architecture=architecture,
+        n_parameters=names.n_parameters(c),
+        qk_norm=", each normed" if c.qk_norm else "",
+        scaling=scaling if c.rope_factor != 1 else "",
+        tied="tied" if c.tie_word_embeddings else "not tied",
+    )
+    bos = tokenizer.bos_token
+    use = USE.format(
+        folder=folder,
+        bos_note=f"A document begins with `{bos}`, and so must a prompt; the chat template writes it.\n\n" if bos else "",
+        prompt='tokenizer.bos_token + "中国"' if bos else '"中国"',
+        chat=CHAT if tokenizer.chat_template else "",
+    )
+    return "\n".join([about, *_training(model), use])
+
+
+def _training(model: Model) -> list[str]:
+    """What a run says about itself; nothing of a model from elsewhere, whose step is not known."""
+    if not model.step:
+        return []
+    config = model.config
+    rows_per_step = config.training.batch_size * config.training.accumulation_steps
+    n_tokens = model.step * rows_per_step * config.data.seq_len
+    lines = [
+        "## Training",
+        "",
+        f"- {n_tokens:,} tokens seen: {model.step:,} steps of {rows_per_step:,} rows of {config.data.seq_len:,} tokens",
+    ]
+    if (bits := _bits_per_byte(model.path / "metrics.jsonl", model.step)) is not None:
+        lines.append(f"- validation: {bits:.4f} bits per byte of text")
+    statistics = run_folder.read_data_statistics(model.path)
+    if statistics:
+        lines.append(
+            f"- data: {statistics['documents']:,} documents, {statistics['characters']:,} characters, "
+            f"{statistics['tokens']:,} tokens"
+        )
+        scripts = [f"{script} {share:.1%}" for script, share in _shares(statistics["characters_by_script"])]
+        lines += [f"- characters: {', '.join(scripts)}"] if scripts else []
+        if statistics["rejects"]:
+            lines.append("- left out: " + ", ".join(f"{n:,} ({rule})" for rule, n in statistics["rejects"].items()))
+    return [*lines, ""]
+
+
+def _shares(counts: dict[str, int]) -> list[tuple[str, float]]:
+    total = sum(counts.values())
+    return [(name, n / total) for name, n in counts.items() if n >= total / 1000]
+
+
+def _bits_per_byte(path: Path, step: int) -> float | None:
+    """Of the last evaluation up to `step`."""
+    found = None
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            metrics = json.loads(line)
+        except ValueError:  # the last one may be half written
+            continue
+        if metrics.get("step", step + 1) <= step:
+            found = metrics.get("val/bits_per_byte", found)
+    return found
