@@ -72,7 +72,7 @@ def evaluate_run(
     mesh = sharding.make_mesh()
     batch_size = _check_sizes(batch_size, max_batches, mesh)
     with opened(data, split, config, tokenizer) as (rows, described):
-        config.model.attention = "auto"  # the backend it was trained with may not exist on this machine
+        config.model.attention = config.model.experts = "auto"  # the backend it was trained with may not exist on this machine
         config.model.dropout = 0.0  # none here, and the faster backends have none
         graph, abstract_params = abstract_model(ModelConfig.make(config.model, dtype))
         abstract_params = jax.tree.map(

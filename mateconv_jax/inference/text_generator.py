@@ -80,7 +80,8 @@ class TextGenerator:
           UserError: no model there, or one that does not fit; EMA weights asked for and not there.
         """
         model = open_model(path, "--model_path", tokenizer, n_heads)
-        model.config.model.attention = "auto"  # the backend it was trained with may not exist on this machine
+        # The backends it was trained with may not exist on this machine, or not be its best.
+        model.config.model.update(dict(attention="auto", experts="auto"))
         c = ModelConfig.make(model.config.model, dtype)
         graph, abstract_params = abstract_model(c)
         # Masters in fp32 would be read and cast again for every token.

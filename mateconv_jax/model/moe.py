@@ -27,13 +27,15 @@ class Routing(NamedTuple):
 
 
 def choose_backend(name: str) -> str:
-    """The backend that serves `name` ('auto' or a backend's own name).
+    """The backend that serves `name` ('auto' or a backend's own name): two computations of one meaning.
 
-    dense: every expert computes every token, and weights of 0 leave out who was not chosen: E / K times the arithmetic that is
-    needed, in plain products. ragged: rows sorted by expert and jax.lax.ragged_dot, which could do with what is needed, but for
-    which XLA (jax 0.10.2 and 0.12, CPU and NVIDIA GPU) makes a masked product of each expert with all M rows: K times dense's
-    arithmetic. On an NVIDIA GPU, XLA_FLAGS=--xla_gpu_experimental_use_ragged_dot_fusion=true asks for cuDNN's grouped product
-    instead.
+    dense: every expert computes every token, and a weight of 0 leaves out who was not chosen: E / K times the arithmetic that
+    is needed, in plain products that any device and any mesh does well. ragged: rows sorted by expert and
+    jax.lax.ragged_dot, which is meant to do what is needed and no more. As XLA compiles it (jax 0.10.2 and 0.12, CPU and
+    NVIDIA GPU) it is a masked product of every expert with all M rows, K times dense's arithmetic: forward and backward of a
+    layer of configs/moe.py without the shared expert, 16,384 tokens on an H100: needed 0.43 TFLOP, dense 0.85 and 0.9 GB,
+    ragged 1.70 and 1.5 GB. So auto is dense; ragged waits for a compiler with a grouped product (on NVIDIA GPUs cuDNN 9.22's,
+    behind XLA_FLAGS=--xla_gpu_experimental_use_ragged_dot_fusion=true).
     """
     return "dense" if name == "auto" else name
 

@@ -20,7 +20,7 @@ FROM_SCRATCH = "from scratch"
 
 # Keys that may change while a run goes on exactly as it would have.
 _FREE = {
-    "model.attention", "data.num_workers", "data.tokenizer_path", "data.val_data_path", "training.out_dir",
+    "model.attention", "model.experts", "data.num_workers", "data.tokenizer_path", "data.val_data_path", "training.out_dir",
     "training.eval_interval", "training.eval_iters", "training.save_interval", "training.log_interval",
     "training.early_stopping", "training.patience", "training.keep_latest", "training.keep_every", "training.keep_best",
     "training.samples_interval", "training.sample_prompts", "training.max_bad_steps", "training.profile_step",

@@ -76,6 +76,7 @@ def test_entropy_and_load_at_their_ends():
     c, graph, params = make_layer(aux_loss_alpha=1.0)
     x_BSD = random_inputs((2, 8, c.dim)).at[..., 0].set(9.0)
 
+    @jax.jit
     def routing(gate_ED):
         params["gate_ED"] = nnx.Param(gate_ED)
         return nnx.merge(graph, params)(x_BSD)[1]
@@ -91,7 +92,8 @@ def test_half_precision_chooses_by_a_gate_in_float32():
     """Scores closer together than bfloat16 can tell."""
     c, graph, params = make_layer(dtype=jnp.dtype("bfloat16"), num_experts_per_tok=1, n_shared_experts=0)
     params["gate_ED"] = nnx.Param(jnp.ones((4, c.dim)) + 1e-4 * jnp.array([0.0, 2.0, 1.0, 3.0])[:, None])
-    out_BSD, routing = nnx.merge(graph, params)(jnp.ones((1, 5, c.dim), jnp.bfloat16))
+    apply = jax.jit(lambda x_BSD: nnx.merge(graph, params)(x_BSD))
+    out_BSD, routing = apply(jnp.ones((1, 5, c.dim), jnp.bfloat16))
     assert out_BSD.dtype == jnp.bfloat16 and routing.chosen_E.tolist() == [0, 0, 0, 5]
 
 
@@ -155,7 +157,7 @@ def test_a_row_does_not_depend_on_its_batch(experts):
 
 def test_the_experts_start_as_a_feed_forward_layer_does():
     c = llama.model_config(use_moe=True, n_layers=8, dim=128, hidden_dim=256)
-    mixture = MixtureOfExperts(c, nnx.Rngs(0))
+    mixture = nnx.jit(lambda: MixtureOfExperts(c, nnx.Rngs(0)))()
     w1_EFD, w3_EFD = mixture.w13_E2FD[...][:, 0], mixture.w13_E2FD[...][:, 1]
     for weights, deviation in [
         (w1_EFD, 0.02), (w3_EFD, 0.02 / 4), (mixture.w2_EDF[...], 0.02), (mixture.gate_ED[...], 1 / (3 * 128) ** 0.5),
@@ -169,6 +171,7 @@ def test_a_token_meets_its_own_experts_only():
     config = config_lib.default_config()
     config.model.use_moe = True
     c = ModelConfig.make(config_lib.resolve(config).model, "float32", "cpu")
+    assert c.experts == "dense"  # which auto is, for now
     layer, gates, rest = 3 * 512 * 1408, 8 * 4 * 512, 26_878_464 - 8 * 3 * 512 * 1408
     assert flops.parameters(c) == (rest + gates + 8 * 5 * layer, rest + gates + 8 * 3 * layer)
     norms = (2 * 8 + 1) * 512

@@ -82,6 +82,18 @@ def test_eight_devices_give_the_losses_of_one(config, one, tmp_path, flags):
     assert_same_losses(tmp_path / "out", one)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", ["dense", "ragged"])
+def test_a_mixture_of_experts_is_split_over_devices_and_learns_the_same(config, tmp_path, experts):
+    flags = ("--config.model.use_moe=True", f"--config.model.experts={experts}", "--config.training.dtype=float32")
+    start(config, tmp_path / "one", 1, flags).finish()
+    start(config, tmp_path / "eight", 8, (*flags, "--config.mesh.fsdp=4")).finish()
+    lines = zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "eight"), strict=True)
+    for one, eight in lines:
+        for key in ("train/loss", "train/auxiliary_loss", "val/loss", "experts/entropy", "experts/most_loaded"):
+            assert one.get(key) == pytest.approx(eight.get(key), abs=1e-5)
+
+
 def test_two_processes_give_the_losses_of_one_and_the_first_alone_writes(config, one, tmp_path):
     errors = [training.finish() for training in start_two(config, tmp_path / "out")]
     assert "devices: 8 x cpu, 1 rows each" in errors[0] and "devices:" not in errors[1]

@@ -134,7 +134,7 @@ def test_muon_orthogonalises_each_expert_by_itself_and_leaves_the_gate_to_adamw(
 
 def test_a_run_logs_its_experts_and_its_model_speaks(tiny_config, tmp_path):
     """With what could get in a mixture's way: dropout, remat, documents, accumulation, bfloat16."""
-    tiny_config.model.update(dict(use_moe=True, n_layers=1, dropout=0.1, n_routed_experts=3))
+    tiny_config.model.update(dict(use_moe=True, n_layers=1, dropout=0.1, n_routed_experts=3, experts="ragged"))
     options = dict(max_steps=3, accumulation_steps=2, remat="full", document_mask=True, dtype="bfloat16")
     assert train(tiny_config, tmp_path / "out", **options) == 0
     logged = [line for line in metrics_of(tmp_path / "out") if "train/loss" in line]
@@ -143,7 +143,7 @@ def test_a_run_logs_its_experts_and_its_model_speaks(tiny_config, tmp_path):
         assert 0 <= line["experts/least_loaded"] < 1 / 3 < line["experts/most_loaded"] <= 0.5
         assert 0 < line["experts/entropy"] < np.log(3)
     log = (tmp_path / "out" / "train.log").read_text()
-    [(total, active)] = re.findall(r"model: ([0-9,]+) parameters, of which a token meets ([0-9,]+); dense experts", log)
+    [(total, active)] = re.findall(r"model: ([0-9,]+) parameters, of which a token meets ([0-9,]+); ragged experts", log)
     expert = 3 * 32 * 128
     assert int(total.replace(",", "")) - int(active.replace(",", "")) == expert
 

@@ -325,7 +325,7 @@ def test_remat_changes_the_program_and_not_the_gradient(remat):
 def test_z_loss_adds_its_formula_to_the_objective_alone():
     graph, _, state = make()
     batch = one(random_batch(0))
-    loss, count, objective = summed_loss(graph, state.params, batch, LossOptions(z_loss=0.01))
+    loss, count, objective, _ = summed_loss(graph, state.params, batch, LossOptions(z_loss=0.01))
     logits = nnx.merge(graph, state.params)(batch["tokens"][:, :-1].astype(int))
     squares = jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2)
     assert float(loss) == float(summed_loss(graph, state.params, batch)[0])
