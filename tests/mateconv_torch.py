@@ -1,8 +1,12 @@
 """The outside reference for .pth files: PyTorch MateConv's model, written from its description, with its tensors' names."""
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from tests import moe_torch
 
 
 class RMSNorm(nn.Module):
@@ -39,22 +43,15 @@ class Attention(nn.Module):
         return self.wo(out.flatten(2))
 
 
-class FeedForward(nn.Module):
-    def __init__(self, dim, hidden_dim):
-        super().__init__()
-        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
-        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
-        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
-
-    def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
-
-
 class Block(nn.Module):
-    def __init__(self, dim, n_heads, n_kv_heads, hidden_dim, eps):
+    def __init__(self, dim, n_heads, n_kv_heads, hidden_dim, eps, experts):
         super().__init__()
         self.attention = Attention(dim, n_heads, n_kv_heads)
-        self.feed_forward = FeedForward(dim, hidden_dim)
+        if experts:
+            experts = SimpleNamespace(dim=dim, hidden_dim=hidden_dim, aux_loss_alpha=0.01, norm_topk_prob=True, **experts)
+            self.feed_forward = moe_torch.MixtureOfExperts(experts)
+        else:
+            self.feed_forward = moe_torch.FeedForward(dim, hidden_dim)
         self.attention_norm, self.ffn_norm = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
     def forward(self, x, turns_SN):
@@ -63,10 +60,23 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, dim=64, n_layers=2, n_heads=16, n_kv_heads=8, hidden_dim=192, vocab_size=96, eps=1e-5, max_seq_len=512):
+    """experts: {"n_routed_experts", "num_experts_per_tok", "n_shared_experts"}, or None."""
+
+    def __init__(
+        self,
+        dim=64,
+        n_layers=2,
+        n_heads=16,
+        n_kv_heads=8,
+        hidden_dim=192,
+        vocab_size=96,
+        eps=1e-5,
+        max_seq_len=512,
+        experts=None,
+    ):
         super().__init__()
         self.tok_embeddings = nn.Embedding(vocab_size, dim)
-        self.layers = nn.ModuleList(Block(dim, n_heads, n_kv_heads, hidden_dim, eps) for _ in range(n_layers))
+        self.layers = nn.ModuleList(Block(dim, n_heads, n_kv_heads, hidden_dim, eps, experts) for _ in range(n_layers))
         self.norm = RMSNorm(dim, eps)
         self.output = nn.Linear(dim, vocab_size, bias=False)
         self.tok_embeddings.weight = self.output.weight

@@ -11,16 +11,33 @@ from mateconv_jax.errors import UserError
 ARCHITECTURES = {
     "LlamaForCausalLM": dict(qk_norm=False, head_dim=None, tie_word_embeddings=False, max_seq_len=2048, norm_eps=1e-6),
     "Qwen3ForCausalLM": dict(qk_norm=True, head_dim=128, tie_word_embeddings=False, max_seq_len=32768, norm_eps=1e-6),
+    # Mixtures of experts. Qwen2's shared expert has a gate, which hugging_face.py opens half; ours has none.
+    "Qwen2MoeForCausalLM": dict(
+        qk_norm=False, head_dim=None, tie_word_embeddings=False, max_seq_len=32768, norm_eps=1e-6, use_moe=True,
+        n_routed_experts=60, num_experts_per_tok=4, n_shared_experts=1, norm_topk_prob=False, aux_loss_alpha=0.001,
+    ),
+    "Qwen3MoeForCausalLM": dict(
+        qk_norm=True, head_dim=None, tie_word_embeddings=False, max_seq_len=32768, norm_eps=1e-6, use_moe=True,
+        n_routed_experts=128, num_experts_per_tok=8, n_shared_experts=0, norm_topk_prob=False, aux_loss_alpha=0.001,
+    ),
     # Has Hugging Face's names too. Only its weights say whether it is of a version with norms of queries and keys.
     "MiniMindForCausalLM": dict(head_dim=None, tie_word_embeddings=True, max_seq_len=32768, norm_eps=1e-5, rope_theta=1e6),
-}
+}  # fmt: skip
 KEYS = {
     "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "hidden_dim": "intermediate_size",
     "vocab_size": "vocab_size", "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps",
     "tie_word_embeddings": "tie_word_embeddings",
 }  # fmt: skip
+MOE_KEYS = {
+    "hidden_dim": "moe_intermediate_size", "n_routed_experts": "num_experts", "num_experts_per_tok": "num_experts_per_tok",
+    "norm_topk_prob": "norm_topk_prob", "aux_loss_alpha": "router_aux_loss_coef",
+}  # fmt: skip
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+MODEL_TYPES = {
+    "LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3", "Qwen2MoeForCausalLM": "qwen2_moe",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}  # fmt: skip
 # Settings of which this model has only one.
 ONLY = {
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "pretraining_tp": 1,
@@ -48,7 +65,12 @@ def from_hf(values: dict, has_qk_norm: bool, source: str) -> ConfigDict:
         if values.get(key, only) != only:
             raise UserError(f"{source}: {key} is {values[key]!r} (expected {only!r}: this model has no other)")
     model = {"qk_norm": has_qk_norm, "n_kv_heads": values["num_attention_heads"]} | ARCHITECTURES[architecture]
-    model |= {ours: values[theirs] for ours, theirs in KEYS.items() if values.get(theirs) is not None}
+    if "num_local_experts" in values:  # transformers 5 writes this name
+        values = {"num_experts": values["num_local_experts"]} | values
+    keys = KEYS | (MOE_KEYS if "use_moe" in model else {})
+    model |= {ours: values[theirs] for ours, theirs in keys.items() if values.get(theirs) is not None}
+    if "use_moe" in model:
+        _check_experts(values, model, architecture, source)
     return configuration(model | _rope_from_hf(values, model, source), source)
 
 
@@ -64,6 +86,18 @@ def configuration(model: dict, source: str) -> ConfigDict:
         return config_lib.resolve(config)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
+
+
+def _check_experts(values: dict, model: dict, architecture: str, source: str) -> None:
+    only = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    if architecture == "Qwen2MoeForCausalLM":
+        only |= {"qkv_bias": False, "shared_expert_intermediate_size": model["hidden_dim"]}
+        values = {"qkv_bias": True} | values
+    if model["num_experts_per_tok"] == 1:
+        only["norm_topk_prob"] = False
+    for key, value in only.items():
+        if values.get(key) not in (None, value):
+            raise UserError(f"{source}: {key} is {values[key]!r} (expected {value!r}: this model has no other)")
 
 
 def _rope_from_hf(values: dict, model: dict, source: str) -> dict:
@@ -88,6 +122,22 @@ def _rope_from_hf(values: dict, model: dict, source: str) -> dict:
         ) from error
 
 
+def architecture(model: ConfigDict) -> str:
+    """transformers' class for config.model.
+
+    Raises:
+      UserError: there is none.
+    """
+    if not model.use_moe:
+        return "Qwen3ForCausalLM" if model.qk_norm else "LlamaForCausalLM"
+    if model.qk_norm == bool(model.n_shared_experts):
+        raise UserError(
+            f"--to_kind: transformers has no model with model.qk_norm {model.qk_norm} and model.n_shared_experts "
+            f"{model.n_shared_experts} (expected norms of queries and keys, or a shared expert)"
+        )
+    return "Qwen3MoeForCausalLM" if model.qk_norm else "Qwen2MoeForCausalLM"
+
+
 def to_hf(model: ConfigDict, dtype: str, token_ids: dict[str, int | None]) -> dict:
     """What config.json holds.
 
@@ -95,6 +145,9 @@ def to_hf(model: ConfigDict, dtype: str, token_ids: dict[str, int | None]) -> di
       model: config.model, resolved.
       dtype: of the tensors beside it: float32, float16 or bfloat16.
       token_ids: bos_token_id, eos_token_id and pad_token_id.
+
+    Raises:
+      UserError: transformers has no such model.
     """
     rope = {"rope_type": "default"}
     if model.rope_factor != 1:
@@ -106,13 +159,14 @@ def to_hf(model: ConfigDict, dtype: str, token_ids: dict[str, int | None]) -> di
             "original_max_position_embeddings": model.rope_original_max_seq_len,
         }
     return {
-        "architectures": ["Qwen3ForCausalLM" if model.qk_norm else "LlamaForCausalLM"],
-        "model_type": "qwen3" if model.qk_norm else "llama",
+        "architectures": [architecture(model)],
+        "model_type": MODEL_TYPES[architecture(model)],
         **{theirs: model[ours] for ours, theirs in KEYS.items()},
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
-        **({} if model.qk_norm else {"mlp_bias": False}),
+        **({"mlp_bias": False, "qkv_bias": False} if not model.qk_norm else {}),
+        **(_experts_to_hf(model) if model.use_moe else {}),
         "initializer_range": 0.02,
         "rope_theta": model.rope_theta,
         "rope_scaling": None if model.rope_factor == 1 else rope,
@@ -121,4 +175,14 @@ def to_hf(model: ConfigDict, dtype: str, token_ids: dict[str, int | None]) -> di
         **token_ids,
         "dtype": dtype,
         "torch_dtype": dtype,  # transformers 4
+    }
+
+
+def _experts_to_hf(model: ConfigDict) -> dict:
+    return {theirs: model[ours] for ours, theirs in MOE_KEYS.items()} | {
+        "norm_topk_prob": model.norm_topk_prob and model.num_experts_per_tok > 1,  # of one expert, ours is never normed
+        "shared_expert_intermediate_size": model.hidden_dim,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "output_router_logits": False,
     }

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import huggingface_hub
 import jax
+import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import nnx
@@ -25,6 +26,7 @@ from mateconv_jax.interop import hf_config, model_card, names
 from mateconv_jax.interop.model import Model
 from mateconv_jax.interop.names import Tensor
 
+SHARED_GATE, SHARED_LAST = "mlp.shared_expert_gate.weight", "mlp.shared_expert.down_proj.weight"
 INDEX = "model.safetensors.index.json"
 
 
@@ -44,7 +46,7 @@ def open_folder(path: Path, key: str, tokenizer: str | Path | None, n_heads: Non
         values = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{key}: {path / 'config.json'} is not JSON ({error})") from error
-    tensors = _tensors(path, key)
+    tensors = _without_shared_gates(_tensors(path, key), path)
     has_qk_norm = any(name.endswith("self_attn.q_norm.weight") for name in tensors)
     config = hf_config.from_hf(values, has_qk_norm, str(path / "config.json"))
     has_tokenizer = tokenizer or (path / "tokenizer.json").is_file()
@@ -64,7 +66,7 @@ def write_folder(path: Path, model: Model, params: nnx.State, max_shard_size: in
     Args:
       max_shard_size: of one file of weights.
     """
-    tensors = names.to_hf(params, model.config.model)
+    tensors = _with_shared_gates(names.to_hf(params, model.config.model))
     dtype = jax.tree.leaves(params)[0].dtype
     split = huggingface_hub.split_state_dict_into_shards_factory(
         tensors,
@@ -86,10 +88,38 @@ def write_folder(path: Path, model: Model, params: nnx.State, max_shard_size: in
     sampling = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     _write_json(path / "generation_config.json", token_ids | sampling)
     tokenizer.save_pretrained(path)
-    # transformers 5 writes a class of its own there, which version 4, and what still uses it, does not know.
+    # What transformers 5 writes there, version 4, and what still uses it, does not read; 5 reads this too.
     settings = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
-    _write_json(path / "tokenizer_config.json", settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    settings = {key: value for key, value in settings.items() if key not in ("backend", "is_local", "local_files_only")}
+    extra = settings.pop("extra_special_tokens", [])
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": extra}
+    _write_json(path / "tokenizer_config.json", settings)
     files.write_text(path / "README.md", model_card.text(model, config["architectures"][0], path.name))
+
+
+def _with_shared_gates(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A shared expert for Qwen2MoeForCausalLM, which multiplies its output by a sigmoid: of weights of 0 that is 1/2, and the
+    expert's last layer is written twice as large.
+    """
+    gated = dict(tensors)
+    for name, tensor in tensors.items():
+        if name.endswith(SHARED_LAST):
+            dim = tensor.shape[0]
+            gated[name] = Tensor(tensor.shape, lambda read=tensor.read: 2 * read())
+            gate = name.replace(SHARED_LAST, SHARED_GATE)
+            gated[gate] = Tensor((1, dim), lambda read=tensor.read, dim=dim: np.zeros((1, dim), read().dtype))
+    return gated
+
+
+def _without_shared_gates(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Raises UserError where a gate is not what `_with_shared_gates` makes."""
+    ours = {name: tensor for name, tensor in tensors.items() if not name.endswith(SHARED_GATE)}
+    for name in tensors.keys() - ours.keys():
+        last = name.replace(SHARED_GATE, SHARED_LAST)
+        if tensors[name].read().any() or last not in ours:
+            raise UserError(f"{path}: {name} is not 0 (expected 0: this model's shared expert has no gate)")
+        ours[last] = Tensor(ours[last].shape, lambda read=ours[last].read: read() / 2)
+    return ours
 
 
 def _write_json(path: Path, values: dict) -> None:

@@ -19,7 +19,7 @@ A language model of {n_parameters:,} parameters, written by MateConv-JAX.
 
 ## Architecture
 
-A LLaMA-style decoder (in transformers `{architecture}`): {n_layers} layers of width {dim} with a SwiGLU of {hidden_dim};
+A LLaMA-style decoder (in transformers `{architecture}`): {n_layers} layers of width {dim} with {feed_forward} {hidden_dim};
 {n_heads} query and {n_kv_heads} key/value heads of {head_dim}{qk_norm}; rotary positions with base {rope_theta:g}{scaling};
 {vocab_size:,} tokens, the output layer {tied} to the embedding; a context of {max_seq_len:,} tokens.
 """
@@ -65,11 +65,15 @@ def text(model: Model, architecture: str, folder: str) -> str:
     """
     c, tokenizer = model.config.model, model.tokenizer
     scaling = f", Llama 3's scaling by {c.rope_factor:g} from {c.rope_original_max_seq_len:,} positions on"
+    experts = (
+        f"{c.num_experts_per_tok} of {c.n_routed_experts} experts a token{' and a shared one' * c.n_shared_experts}, SwiGLUs of"
+    )
     about = ABOUT.format(
         **{key: value for key, value in c.items() if key not in ("qk_norm",)},
         name=folder,
         architecture=architecture,
         n_parameters=names.n_parameters(c),
+        feed_forward=experts if c.use_moe else "a SwiGLU of",
         qk_norm=", each normed" if c.qk_norm else "",
         scaling=scaling if c.rope_factor != 1 else "",
         tied="tied" if c.tie_word_embeddings else "not tied",

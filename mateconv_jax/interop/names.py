@@ -1,7 +1,8 @@
 """Our parameters under Hugging Face's names, which every other format is read into and written from.
 
-Names and shapes are those of transformers' LlamaForCausalLM and, with norms of queries and keys, Qwen3ForCausalLM. Their
-rotary pairs are ours, (j, j + N/2), and weights are (out, in) on both sides.
+Names and shapes are those of transformers' LlamaForCausalLM and, with norms of queries and keys, Qwen3ForCausalLM; those of a
+mixture of experts are Qwen2MoeForCausalLM's. Their rotary pairs are ours, (j, j + N/2), and weights are (out, in) on both
+sides.
 """
 
 import dataclasses
@@ -47,9 +48,23 @@ def parts(c) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
             ours[f"{block}.attention.q_norm.scale_D"] = [(f"{layer}.self_attn.q_norm.weight", (N,))]
             ours[f"{block}.attention.k_norm.scale_D"] = [(f"{layer}.self_attn.k_norm.weight", (N,))]
         ours[f"{block}.ffn_norm.scale_D"] = [(f"{layer}.post_attention_layernorm.weight", (D,))]
-        ours[f"{block}.feed_forward.w13_2FD"] = [(f"{layer}.mlp.{name}_proj.weight", (F, D)) for name in ("gate", "up")]
-        ours[f"{block}.feed_forward.w2_DF"] = [(f"{layer}.mlp.down_proj.weight", (D, F))]
+        if not c.use_moe:
+            ours |= _feed_forward(f"{block}.feed_forward", f"{layer}.mlp", D, F)
+            continue
+        experts = [f"{layer}.mlp.experts.{e}" for e in range(c.n_routed_experts)]
+        ours[f"{block}.feed_forward.gate_ED"] = [(f"{layer}.mlp.gate.weight", (len(experts), D))]
+        ours[f"{block}.feed_forward.w13_E2FD"] = [
+            (f"{expert}.{name}_proj.weight", (F, D)) for expert in experts for name in ("gate", "up")
+        ]
+        ours[f"{block}.feed_forward.w2_EDF"] = [(f"{expert}.down_proj.weight", (D, F)) for expert in experts]
+        if c.n_shared_experts:
+            ours |= _feed_forward(f"{block}.feed_forward.shared_experts", f"{layer}.mlp.shared_expert", D, F)
     return ours
+
+
+def _feed_forward(ours: str, theirs: str, D: int, F: int) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    w13 = [(f"{theirs}.{name}_proj.weight", (F, D)) for name in ("gate", "up")]
+    return {f"{ours}.w13_2FD": w13, f"{ours}.w2_DF": [(f"{theirs}.down_proj.weight", (D, F))]}
 
 
 def from_hf(tensors: dict[str, Tensor], c, abstract_params: nnx.State, source: str) -> nnx.State:

@@ -20,22 +20,12 @@ from mateconv_jax.interop import hf_config, names
 from mateconv_jax.interop.model import Model
 from mateconv_jax.interop.names import Tensor
 
-# {part of a name in MateConv: Hugging Face's}.
-NAMES = {
-    "tok_embeddings.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-    "attention_norm.weight": "input_layernorm.weight",
-    "attention.wq.weight": "self_attn.q_proj.weight",
-    "attention.wk.weight": "self_attn.k_proj.weight",
-    "attention.wv.weight": "self_attn.v_proj.weight",
-    "attention.wo.weight": "self_attn.o_proj.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "feed_forward.w1.weight": "mlp.gate_proj.weight",
-    "feed_forward.w3.weight": "mlp.up_proj.weight",
-    "feed_forward.w2.weight": "mlp.down_proj.weight",
-}
-HF_NAMES = {theirs: ours for ours, theirs in NAMES.items()}
+# {piece of a name in MateConv: of one in Hugging Face, "model." left out}.
+PIECES = {
+    "tok_embeddings": "embed_tokens", "output": "lm_head", "attention_norm": "input_layernorm", "attention": "self_attn",
+    "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj", "ffn_norm": "post_attention_layernorm",
+    "feed_forward": "mlp", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj", "shared_experts": "shared_expert",
+}  # fmt: skip
 TURNED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")  # by the rotary embedding
 # What a file does not say: of MateConv (and MiniMind 1), and of the MiniMinds with Hugging Face's names.
 MATECONV = dict(n_heads=16, rope_theta=1e4, norm_eps=1e-5, max_seq_len=512)
@@ -91,12 +81,14 @@ def write_pth(path: Path, model: Model, params: nnx.State) -> None:
     """
     torch = _torch(path)
     c = model.config.model
+    if c.use_moe and c.qk_norm:
+        raise UserError("--to: no .pth file (neither PyTorch MateConv nor MiniMind has experts and norms of queries and keys)")
     if c.rope_factor != 1:
         raise UserError(f"--to: no .pth file, model.rope_factor is {c.rope_factor} (PyTorch MateConv has no such scaling)")
     tensors = names.to_hf(params, c)
     if not c.qk_norm:
         turned = {name: _interleaved(t, c.head_dim) if name.endswith(TURNED) else t for name, t in tensors.items()}
-        tensors = {_renamed(name, HF_NAMES, "model.layers.", "layers."): tensor for name, tensor in turned.items()}
+        tensors = {_mateconv_name(name): tensor for name, tensor in turned.items()}
     state = {name: _to_torch(torch, tensor.read()) for name, tensor in tensors.items()}
     if c.tie_word_embeddings:  # PyTorch has both, as one
         embedding, output = ("model.embed_tokens", "lm_head") if c.qk_norm else ("tok_embeddings", "output")
@@ -145,18 +137,21 @@ def _state(checkpoint: dict, path: Path, key: str) -> tuple[dict[str, Tensor], b
             "model.embed_tokens.weight, or a model_state_dict with them)"
         )
     if not has_hf_names:
-        state = {_renamed(name, NAMES, "layers.", "model.layers."): value for name, value in state.items()}
+        state = {_hf_name(name): value for name, value in state.items()}
     return {
         name: Tensor(tuple(value.shape), functools.partial(_to_numpy, value)) for name, value in state.items()
     }, has_hf_names
 
 
-def _renamed(name: str, table: dict[str, str], layers: str, new_layers: str) -> str:
-    """A name that is in no table stays as it is, and is then said to be unknown."""
-    match = re.fullmatch(re.escape(layers) + r"(\d+)\.(.+)", name)
-    if match:
-        return f"{new_layers}{match[1]}.{table[match[2]]}" if match[2] in table else name
-    return table.get(name, name)
+def _hf_name(name: str) -> str:
+    """layers.0.attention.wq.weight to model.layers.0.self_attn.q_proj.weight."""
+    name = ".".join(PIECES.get(piece, piece) for piece in name.split("."))
+    return name if name.startswith("lm_head") else f"model.{name}"
+
+
+def _mateconv_name(name: str) -> str:
+    pieces = {theirs: ours for ours, theirs in PIECES.items()}
+    return ".".join(pieces.get(piece, piece) for piece in name.removeprefix("model.").split("."))
 
 
 def _configuration(state: dict[str, Tensor], has_hf_names: bool, n_heads: int | None, path: Path) -> ConfigDict:
@@ -179,6 +174,9 @@ def _configuration(state: dict[str, Tensor], has_hf_names: bool, n_heads: int | 
             f"--n_heads: {n_heads} does not fit {path}, whose queries have {q_rows} features and keys {k_rows} (expected the "
             "number of heads that the model was trained with)"
         )
+    gate = state.get("model.layers.0.mlp.gate.weight")
+    if gate is not None and has_hf_names:
+        raise UserError(f"{path}: a mixture of experts of MiniMind 3 is not possible (its one expert a token has the weight 1)")
     embedding, output = state["model.embed_tokens.weight"], state.get("lm_head.weight")
     layers = {int(match[1]) for name in state if (match := re.match(r"model\.layers\.(\d+)\.", name))}
     model = defaults | {
@@ -187,11 +185,14 @@ def _configuration(state: dict[str, Tensor], has_hf_names: bool, n_heads: int | 
         "n_heads": n_heads,
         "n_kv_heads": k_rows // head_dim,
         "head_dim": head_dim,
-        "hidden_dim": shape("mlp.gate_proj.weight"),
+        "hidden_dim": shape("mlp.gate_proj.weight" if gate is None else "mlp.experts.0.gate_proj.weight"),
         "vocab_size": embedding.shape[0],
         "qk_norm": qk_norm,
         "tie_word_embeddings": output is None or np.array_equal(output.read(), embedding.read()),
     }
+    if gate is not None:  # of whose experts a token takes 2, which no shape tells either
+        shared = "model.layers.0.mlp.shared_expert.gate_proj.weight" in state
+        model |= {"use_moe": True, "n_routed_experts": gate.shape[0], "n_shared_experts": int(shared)}
     return hf_config.configuration(model, str(path))
 
 

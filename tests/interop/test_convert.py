@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -322,3 +323,70 @@ def test_converting_does_not_import_tensorflow_nor_clu_nor_pytorch():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "False []", result.stderr
+
+
+# ---- in the ecosystem -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_lm_eval_scores_an_exported_folder_as_we_do(run, exported, tmp_path):
+    """A task of two questions; the log-likelihood of each answer after its question, <s> before it."""
+    questions = [
+        {"question": "法国的首都是", "choices": ["巴黎。", "北京。"], "answer": 0},
+        {"question": "小明今天早上去", "choices": ["公园。", "吃竹子。"], "answer": 0},
+    ]
+    lines = [json.dumps(question, ensure_ascii=False) + "\n" for question in questions]
+    (tmp_path / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
+    (tmp_path / "local.yaml").write_text(
+        f"task: local\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'questions.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\n"
+        "doc_to_target: '{{answer}}'\ntarget_delimiter: ''\nmetric_list: [{metric: acc}]\n"
+    )
+    command = ["-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={exported},dtype=float32,add_bos_token=True"]
+    command += ["--tasks", "local", "--include_path", str(tmp_path), "--device", "cpu", "--log_samples"]
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, *command, "--output_path", str(tmp_path / "out")], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    [path] = (tmp_path / "out").rglob("samples_local_*.jsonl")
+    samples = [json.loads(line) for line in path.read_text().splitlines()]
+    ours = TextGenerator.from_pretrained(run)
+    n_right = 0
+    for sample, question in zip(samples, questions, strict=True):
+        theirs = [float(response[0]) for response in sample["filtered_resps"]]
+        n_read = len(tokenizer_lib.encode(ours.tokenizer, [question["question"]])[0])
+        expected = [ours.score(question["question"] + choice)[1][n_read:].sum() for choice in question["choices"]]
+        np.testing.assert_allclose(theirs, expected, rtol=1e-4)
+        n_right += np.argmax(expected) == 0
+    [path] = (tmp_path / "out").rglob("results_*.json")
+    assert json.loads(path.read_text())["results"]["local"]["acc,none"] == n_right / 2
+
+
+@pytest.mark.slow
+def test_a_folder_is_read_onto_a_mesh_of_eight_devices(exported, dataset_folder, tmp_path):
+    """Split as training splits it; the evaluation's figures are those of one device."""
+    code = f"""
+import json, jax
+from mateconv_jax import config as config_lib, evaluation, sharding
+from mateconv_jax.interop import kinds
+from mateconv_jax.model.transformer import ModelConfig, abstract_model
+sharding.SMALLEST_SPLIT = 64
+config = config_lib.default_config()
+config.mesh.fsdp = 8
+mesh = sharding.make_mesh(config.mesh)
+model = kinds.open_model({str(exported)!r}, "x")
+_, abstract_params = abstract_model(ModelConfig.make(model.config.model, "float32"))
+params = model.params(sharding.with_shardings(mesh, abstract_params))
+shards = [leaf.addressable_shards for leaf in jax.tree.leaves(params)]
+assert all(len(s) == 8 for s in shards)
+print(json.dumps([sum(leaf.size for leaf in jax.tree.leaves(params)), sum(s[0].data.size for s in shards)]))
+print(json.dumps(evaluation.evaluate_run({str(exported)!r}, [{str(dataset_folder)!r}])["scores"]["raw"]))
+"""
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    (size, on_one_device), scores = map(json.loads, result.stdout.splitlines())
+    assert on_one_device < size / 6
+    expected = evaluation.evaluate_run(exported, [str(dataset_folder)])["scores"]["raw"]
+    assert scores["loss"] == pytest.approx(expected["loss"], rel=1e-6)

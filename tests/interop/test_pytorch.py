@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from mateconv_jax import TextGenerator
 from mateconv_jax.errors import UserError
@@ -82,6 +83,40 @@ def test_an_output_layer_of_its_own_is_kept(tmp_path):
     assert_same_logits(path, theirs)
 
 
+@pytest.mark.parametrize("n_shared_experts", [0, 1])
+def test_a_mixture_of_experts_gives_pytorchs_logits_and_comes_back(n_shared_experts, tmp_path):
+    experts = dict(n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=n_shared_experts)
+    theirs = mateconv_torch.random_model(hidden_dim=64, experts=experts)
+    path = saved(theirs.state_dict(), tmp_path)
+    assert_same_logits(path, theirs)
+    kinds.convert(path, tmp_path / "again.pth")
+    again, state = torch.load(tmp_path / "again.pth", weights_only=True), theirs.state_dict()
+    assert again.keys() == state.keys() - {"pos_cis"}
+    assert all(torch.equal(again[name], state[name]) for name in again)
+
+
+def test_minimind_with_hugging_faces_names_is_read_and_written(tmp_path):
+    """Its version 3 equals transformers' Qwen3, version 2 its Llama."""
+    shape = dict(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, intermediate_size=192, vocab_size=96,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    for kind, options in (("Qwen3", dict(head_dim=16, rms_norm_eps=1e-6)), ("Llama", dict(rms_norm_eps=1e-5))):
+        config = getattr(transformers, f"{kind}Config")(**shape, **options, initializer_range=0.1)
+        theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+        state = {name: weight.clone() for name, weight in theirs.state_dict().items()}
+        path = saved(state, tmp_path)
+        with torch.no_grad():
+            expected_BSV = theirs(torch.tensor(TOKENS_BS)).logits.numpy()
+        assert np.abs(expected_BSV).max() > 1
+        np.testing.assert_allclose(TextGenerator.from_pretrained(path).logits(TOKENS_BS), expected_BSV, atol=1e-4)
+        if kind == "Qwen3":  # the other one is written as MateConv's
+            kinds.convert(path, tmp_path / "again.pth")
+            again = torch.load(tmp_path / "again.pth", weights_only=True)
+            assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
+
+
 def test_another_number_of_heads_is_given(tmp_path):
     theirs = mateconv_torch.random_model(n_heads=4, n_kv_heads=2)
     path = saved(theirs.state_dict(), tmp_path)
@@ -138,7 +173,7 @@ def test_a_tensor_too_many_or_too_few_is_said(theirs, tmp_path):
     state = theirs.state_dict()
     read = lambda: TextGenerator.from_pretrained(saved(state, tmp_path))  # noqa: E731
     state["layers.0.attention.bias"] = torch.ones(3)
-    with pytest.raises(UserError, match="layers.0.attention.bias is not known"):
+    with pytest.raises(UserError, match="model.layers.0.self_attn.bias is not known"):
         read()
     del state["layers.0.attention.bias"], state["layers.1.feed_forward.w2.weight"]
     with pytest.raises(UserError, match="model.layers.1.mlp.down_proj.weight is missing"):
