@@ -80,10 +80,15 @@ def test_nothing_there_to_start_from(tiny_config, tmp_path):
 
 def test_a_key_that_makes_it_another_run_is_said(tiny_config, tmp_path):
     train(tiny_config, tmp_path / "out", max_steps=2)
-    tiny_config.data.shuffle = False
+    tiny_config.data.shuffle, tiny_config.model.aux_loss_alpha = False, 0.02
     train(tiny_config, tmp_path / "out", max_steps=3, learning_rate=2e-3, log_interval=2)
     log = (tmp_path / "out" / "train.log").read_text()
-    for said in ("data.shuffle was True, now False", "training.learning_rate was 0.01, now 0.002", "training.max_steps was 2"):
+    for said in (
+        "data.shuffle was True, now False",
+        "model.aux_loss_alpha was 0.01, now 0.02",
+        "training.learning_rate was 0.01, now 0.002",
+        "training.max_steps was 2",
+    ):
         assert f"not an exact continuation: {said}" in log
     assert "log_interval" not in log
 
