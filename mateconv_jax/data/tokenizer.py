@@ -131,11 +131,11 @@ def _han_pairs(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return first + 1, codes[first].astype(np.uint64) << np.uint64(32) | codes[first + 1]
 
 
-def load(folder: str | Path, key: str) -> PreTrainedTokenizerFast:
+def load(folder: str | Path, key: str, needs_begin: bool = True) -> PreTrainedTokenizerFast:
     """The tokenizer in `folder`. `key` names the flag or configuration key that gave the folder, for the error.
 
     Raises:
-      UserError: no tokenizer there, or one without `<s>` and `</s>`.
+      UserError: no tokenizer there, or one without `</s>`, or without `<s>`, which `needs_begin` (some models have none).
     """
     if not (Path(folder) / "tokenizer.json").is_file():
         raise UserError(f"{key}: no tokenizer at {str(folder)!r} (expected a folder with tokenizer.json)")
@@ -143,7 +143,7 @@ def load(folder: str | Path, key: str) -> PreTrainedTokenizerFast:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # the library raises bare Exception for a broken file
         raise UserError(f"{key}: cannot read the tokenizer at {str(folder)!r} ({error})") from error
-    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+    if needs_begin and tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise UserError(f"{key}: the tokenizer at {str(folder)!r} has no begin or no end token (expected <s> and </s>)")
     return tokenizer
 

@@ -198,14 +198,20 @@ class TextGenerator:
         self._check_length(len(self._document_ids(prompt)), name)
 
     def _document_ids(self, text: str) -> list[int]:
-        return [self.tokenizer.bos_token_id, *tokenizer_lib.encode(self.tokenizer, [text])[0]]
+        ids = tokenizer_lib.encode(self.tokenizer, [text])[0]
+        if self.tokenizer.bos_token_id is not None:  # some models from elsewhere, such as Qwen3, have none
+            return [self.tokenizer.bos_token_id, *ids]
+        if not ids:
+            raise UserError("prompt: empty, and this model's documents have no begin token (expected some text)")
+        return ids
 
     def _prompt_ids(self, prompt: str, config: GenerationConfig) -> list[int]:
         ids = self._document_ids(prompt)
         if config.truncate_prompt:  # room for the answer, but never less than half of the context for the prompt
             room = self._c.max_seq_len - max(1, min(config.max_new_tokens, self._c.max_seq_len // 2))
             if len(ids) > room:
-                ids = [ids[0], *ids[1 - room :]]
+                n_begin = int(self.tokenizer.bos_token_id is not None)
+                ids = ids[:n_begin] + ids[n_begin - room :]
         self._check_length(len(ids))
         return ids
 

@@ -19,11 +19,10 @@ import safetensors.numpy
 from flax import nnx
 
 from mateconv_jax import files
-from mateconv_jax.data import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.inference.generation_config import GenerationConfig
 from mateconv_jax.interop import hf_config, model_card, names
-from mateconv_jax.interop.model import Model
+from mateconv_jax.interop.model import Model, load_tokenizer
 from mateconv_jax.interop.names import Tensor
 
 SHARED_GATE, SHARED_LAST = "mlp.shared_expert_gate.weight", "mlp.shared_expert.down_proj.weight"
@@ -49,11 +48,10 @@ def open_folder(path: Path, key: str, tokenizer: str | Path | None, n_heads: Non
     tensors = _without_shared_gates(_tensors(path, key), path)
     has_qk_norm = any(name.endswith("self_attn.q_norm.weight") for name in tensors)
     config = hf_config.from_hf(values, has_qk_norm, str(path / "config.json"))
-    has_tokenizer = tokenizer or (path / "tokenizer.json").is_file()
     return Model(
         path=path,
         config=config,
-        tokenizer=tokenizer_lib.load(tokenizer or path, "--tokenizer" if tokenizer else key) if has_tokenizer else None,
+        tokenizer=load_tokenizer(tokenizer, path if (path / "tokenizer.json").is_file() else None, key),
         has_ema=False,
         step=None,
         read=lambda abstract_params, _: names.from_hf(tensors, config.model, abstract_params, str(path)),

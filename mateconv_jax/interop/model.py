@@ -8,6 +8,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
+from mateconv_jax.data import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 
 
@@ -39,3 +40,14 @@ class Model:
         if use_ema and not self.has_ema:
             raise UserError(f"--use_ema: {str(self.path)!r} has no EMA weights (a run has them with training.use_ema)")
         return self.read(abstract_params, self.has_ema if use_ema is None else use_ema)
+
+
+def load_tokenizer(given: str | Path | None, own: Path | None, key: str) -> PreTrainedTokenizerFast | None:
+    """The tokenizer in the folder that --tokenizer gave, or in the model's own, if it has one.
+
+    Raises:
+      UserError: no tokenizer there; `key` names the flag that gave the model.
+    """
+    if given is not None:
+        return tokenizer_lib.load(given, "--tokenizer", needs_begin=False)
+    return None if own is None else tokenizer_lib.load(own, key, needs_begin=False)

@@ -14,10 +14,9 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from mateconv_jax.data import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop import hf_config, names
-from mateconv_jax.interop.model import Model
+from mateconv_jax.interop.model import Model, load_tokenizer
 from mateconv_jax.interop.names import Tensor
 
 # {piece of a name in MateConv: of one in Hugging Face, "model." left out}.
@@ -66,7 +65,7 @@ def open_pth(path: Path, key: str, tokenizer: str | Path | None, n_heads: int | 
     return Model(
         path=path,
         config=config,
-        tokenizer=tokenizer_lib.load(tokenizer, "--tokenizer") if tokenizer else None,
+        tokenizer=load_tokenizer(tokenizer, None, key),
         has_ema=True in weights,
         step=None,
         read=lambda abstract_params, use_ema: names.from_hf(weights[use_ema], model, abstract_params, str(path)),

@@ -6,9 +6,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from mateconv_jax import run_folder
-from mateconv_jax.data import tokenizer as tokenizer_lib
 from mateconv_jax.interop import hugging_face
-from mateconv_jax.interop.model import Model
+from mateconv_jax.interop.model import Model, load_tokenizer
 
 
 def is_run(path: Path) -> bool:
@@ -22,7 +21,7 @@ def open_run(path: Path, key: str, tokenizer: str | Path | None, n_heads: None) 
     return Model(
         path=path,
         config=config,
-        tokenizer=tokenizer_lib.load(tokenizer or path / "tokenizer", "--tokenizer" if tokenizer else key),
+        tokenizer=load_tokenizer(tokenizer, path / "tokenizer", key),
         has_ema=config.training.use_ema,
         step=step,
         read=lambda abstract_params, use_ema: run_folder.load_params(path, step, abstract_params, use_ema),

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from mateconv_jax.training import loop
 from tests import mateconv_torch
 from tests.training.runs import metrics_of, train
 
+TOKENIZERS = Path(__file__).parents[3] / "shared" / "tokenizers"
 GREEDY = GenerationConfig(do_sample=False, max_new_tokens=24)
 PROMPTS = ["小明", "今天早上，老王去公园"]
 
@@ -234,6 +236,55 @@ def test_sample_and_evaluate_take_a_tokenizer(bare, dataset_folder, capsys):
     arguments = [*flags, "--data", str(dataset_folder), "--max_batches", "1", "--json"]
     assert exit_code(evaluate.main, evaluate.parse_args(arguments)) == 0
     assert json.loads(capsys.readouterr().out)["scores"]["raw"]["loss"] > 0
+
+
+def test_a_tokenizer_without_a_begin_token_will_do(bare, dataset_folder, tmp_path):
+    """As Qwen3's: a prompt is read as it is."""
+    tokenizer = tokenizer_lib.load(dataset_folder / "tokenizer", "")
+    tokenizer.bos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    generator = TextGenerator.from_pretrained(bare, tmp_path)
+    ids = tokenizer_lib.encode(tokenizer, ["小明去公园"])[0]
+    written = generator.generate("小明去公园", GREEDY)
+    assert written.n_prompt_tokens == len(ids)
+    first = generator.logits([ids])[0, -1].argmax()
+    assert written.token_ids[0] == first
+    cut = GenerationConfig(do_sample=False, max_new_tokens=24, truncate_prompt=True)
+    assert generator.generate("小明去公园" * 200, cut).n_prompt_tokens == 512 - 24
+    with pytest.raises(UserError, match="prompt: empty"):
+        generator.generate("", GREEDY)
+
+
+@pytest.mark.parametrize("name", ["mateconv", "minimind"])
+def test_tokenizers_that_users_have_come_through(name, tmp_path):
+    folder = TOKENIZERS / name
+    if not folder.exists():
+        pytest.skip("no such tokenizer on this machine")
+    torch.save(mateconv_torch.random_model(vocab_size=6400, dim=32).state_dict(), tmp_path / "model.pth")
+    kinds.convert(tmp_path / "model.pth", tmp_path / "hf", "hf", tokenizer=folder)
+    theirs, ours = (transformers.AutoTokenizer.from_pretrained(path) for path in (folder, tmp_path / "hf"))
+    text = "今天天气很好，<think>我们去公园。1234 Hello"
+    assert ours(text)["input_ids"] == theirs(text)["input_ids"] and sorted(ours.all_special_ids) == sorted(
+        theirs.all_special_ids
+    )
+    history = [{"role": "user", "content": "你好"}]
+    assert ours.apply_chat_template(history, tokenize=False) == theirs.apply_chat_template(history, tokenize=False)
+    generator = TextGenerator.from_pretrained(tmp_path / "hf")
+    assert generator.generate("中国", GREEDY) == TextGenerator.from_pretrained(tmp_path / "model.pth", folder).generate(
+        "中国", GREEDY
+    )
+
+
+def test_special_tokens_of_ones_own_are_written_as_transformers_4_reads_them(bare, dataset_folder, tmp_path):
+    tokenizer = tokenizer_lib.load(dataset_folder / "tokenizer", "")
+    tokenizer.add_special_tokens({"extra_special_tokens": [tokenizer.convert_ids_to_tokens(399)]})
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    kinds.convert(bare, tmp_path / "hf", "hf", tokenizer=tmp_path / "tokenizer")
+    settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in settings
+    assert settings["additional_special_tokens"] == [tokenizer.convert_ids_to_tokens(399)]
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert again.all_special_ids == tokenizer.all_special_ids
 
 
 # ---- what is wrong --------------------------------------------------------------------------------------------------
