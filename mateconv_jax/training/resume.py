@@ -66,7 +66,12 @@ def check(folder: Path, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) 
             if there == value or path in _FREE:
                 continue
             half = "float16" in (there, value)  # which alone has a loss scale
-            if section == "model" and name not in ("dropout", "aux_loss_alpha") or path in _SHAPES and (path != "training.dtype" or half):
+            if (
+                section == "model"
+                and name not in ("dropout", "aux_loss_alpha")
+                or path in _SHAPES
+                and (path != "training.dtype" or half)
+            ):
                 raise UserError(
                     f"{path}: {value}, but the run in {str(source)!r} has {there} (expected the same, or another "
                     "training.out_dir)"

@@ -90,7 +90,10 @@ def test_an_exported_folder_loads_in_transformers_with_equal_logits_and_greedy_t
 
 def test_ema_weights_are_exported_unless_the_raw_ones_are_asked_for(run, exported, tmp_path):
     kinds.convert(run, tmp_path / "raw", use_ema=False)
-    assert_equal(params_of(exported), params_of(run, use_ema=True))
+    kinds.convert(run, tmp_path / "run", "run")
+    assert not kinds.open_model(tmp_path / "run", "x").has_ema and kinds.open_model(tmp_path / "run", "x").step == 6
+    for folder in (exported, tmp_path / "run"):
+        assert_equal(params_of(folder), params_of(run, use_ema=True))
     assert_equal(params_of(tmp_path / "raw"), params_of(run, use_ema=False))
     difference = jax.tree.map(lambda a, b: np.abs(a - b).max(), params_of(exported), params_of(tmp_path / "raw"))
     assert max(jax.tree.leaves(difference)) > 1e-3

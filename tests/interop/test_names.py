@@ -1,5 +1,7 @@
 """Our parameters under Hugging Face's names: the same logits as transformers', both ways."""
 
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,6 +101,25 @@ def test_parameters_take_the_dtype_and_the_sharding_that_is_asked_for():
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=sharding), abstract_model(c)[1])
     params = names.from_hf(names.to_hf(random_params(c)[1], c), c, wanted, "ours")
     assert all(leaf.dtype == jnp.bfloat16 and leaf.sharding == sharding for leaf in jax.tree.leaves(params))
+
+
+def test_the_host_holds_one_tensor_of_the_file_at_a_time():
+    c = llama.model_config()
+    read, alive = [], []
+
+    def counted(name, tensor):
+        def read_one():
+            assert not any(reference() is not None for reference in alive)
+            array = tensor.read().copy()
+            read.append(name)
+            alive.append(weakref.ref(array))
+            return array
+
+        return Tensor(tensor.shape, read_one)
+
+    tensors = {name: counted(name, tensor) for name, tensor in names.to_hf(random_params(c)[1], c).items()}
+    names.from_hf(tensors, c, abstract_model(c)[1], "x")
+    assert sorted(read) == sorted(tensors)
 
 
 @pytest.mark.parametrize(

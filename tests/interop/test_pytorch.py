@@ -98,11 +98,14 @@ def test_a_mixture_of_experts_gives_pytorchs_logits_and_comes_back(n_shared_expe
 def test_minimind_with_hugging_faces_names_is_read_and_written(tmp_path):
     """Its version 3 equals transformers' Qwen3, version 2 its Llama."""
     shape = dict(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, intermediate_size=192, vocab_size=96,
+        hidden_size=64, num_hidden_layers=2, num_key_value_heads=4, intermediate_size=192, vocab_size=96,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
-    for kind, options in (("Qwen3", dict(head_dim=16, rms_norm_eps=1e-6)), ("Llama", dict(rms_norm_eps=1e-5))):
+    for kind, options in (
+        ("Qwen3", dict(num_attention_heads=4, head_dim=16, rms_norm_eps=1e-6)),
+        ("Llama", dict(num_attention_heads=8, rms_norm_eps=1e-5)),
+    ):
         config = getattr(transformers, f"{kind}Config")(**shape, **options, initializer_range=0.1)
         theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
         state = {name: weight.clone() for name, weight in theirs.state_dict().items()}
