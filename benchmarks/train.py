@@ -1,0 +1,148 @@
+"""The training step beside PyTorch's, same weights, same batch:  python -m benchmarks.train [--repeat 5]
+
+Ours is what `train` runs: make_train_step with the configured optimizer, in float32 on the CPU. PyTorch's is transformers'
+LlamaForCausalLM with clip_grad_norm_ and fused AdamW, as it is (eager) and through torch.compile. They take turns, one step
+each, and the best of --repeat turns counts, in wall-clock and in processor seconds: on a machine that others use too, only the
+ratios mean something. Prints a table, a row for each combination of sizes, and ends in one JSON line. Needs
+requirements-dev.txt (PyTorch).
+"""
+
+import argparse
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from mateconv_jax import config as config_lib
+from mateconv_jax.model import flops
+from mateconv_jax.model.transformer import ModelConfig, Transformer, abstract_model
+from mateconv_jax.training import optimizer, train_state
+from mateconv_jax.training.step import make_train_step
+from tests import llama
+
+WEIGHTS_SEED = 1
+
+
+def main(args):
+    table = Table("batch", "length", "layers", "", "tokens/s", "seconds", "processor s", "GFLOP/s", "ours / theirs")
+    peak = product_rate()
+    report = {"product_gflops": round(peak / 1e9, 1), "cases": []}
+    for B, S, n_layers in ((b, s, n) for b in args.batch_sizes for s in args.seq_lens for n in args.n_layers):
+        config = config_lib.default_config()
+        config.model.n_layers, config.model.max_seq_len, config.data.seq_len = n_layers, S, S
+        config = config_lib.resolve(config)
+        c = ModelConfig.make(config.model, "float32")
+        tokens_BS1 = np.random.default_rng(0).integers(3, c.vocab_size, (B, S + 1))
+        steps = {"ours": our_step(config, c, tokens_BS1)}
+        steps |= {f"PyTorch, {peer}": their_step(config, c, tokens_BS1, peer == "compile") for peer in args.peers}
+        times, losses = race(steps, args.repeat)
+        flops_per_step = flops.training_flops_per_token(c, S) * B * S
+        case = {"batch_size": B, "seq_len": S, "n_layers": n_layers}
+        for name, (seconds, processor_seconds) in times.items():
+            ratio = "" if name == "ours" else f"{seconds / times['ours'][0]:.2f} ({processor_seconds / times['ours'][1]:.2f})"
+            table.add_row(
+                str(B), str(S), str(n_layers), name, f"{B * S / seconds:,.0f}", f"{seconds:.2f}", f"{processor_seconds:.2f}",
+                f"{flops_per_step / seconds / 1e9:.0f}", ratio,
+            )  # fmt: skip
+            case[name] = {"tokens_per_s": round(B * S / seconds, 1), "processor_s": round(processor_seconds, 3)}
+        case["loss_difference"] = max(abs(losses["ours"] - loss) for loss in losses.values())
+        theirs = [seconds for name, (seconds, _) in times.items() if name != "ours"]
+        case["ratio"] = round(min(theirs) / times["ours"][0], 3) if theirs else None
+        case["share_of_limit"] = round(flops_per_step / peak / times["ours"][0], 3)
+        report["cases"].append(case)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"ours / theirs: of tokens/s, and in brackets of processor seconds. One product of 4,096 x 512 by 512 x 2,816 runs at "
+        f"{report['product_gflops']} GFLOP/s: at that rate a step would take share_of_limit of its time."
+    )
+    print(json.dumps(report))
+
+
+def our_step(config, c: ModelConfig, tokens_BS1):
+    """A function that makes one step and returns the loss before it."""
+    training = config.training
+    tx, schedule = optimizer.make_optimizer(training, c), optimizer.make_schedule(training, total_steps=1000)
+    state = jax.jit(lambda: train_state.init(c, tx, WEIGHTS_SEED, training.use_ema))()
+    batch = {
+        "tokens": jnp.asarray(tokens_BS1[None], jnp.uint16),
+        "length": jnp.full((1, len(tokens_BS1)), tokens_BS1.shape[1], jnp.int32),
+    }
+    compiled = make_train_step(abstract_model(c)[0], tx, schedule, training).lower(state, batch).compile()
+
+    def step() -> float:
+        nonlocal state
+        state, metrics = compiled(state, batch)
+        jax.block_until_ready(state)
+        return float(metrics["train/loss"])
+
+    return step
+
+
+def their_step(config, c: ModelConfig, tokens_BS1, compile: bool):
+    training = config.training
+    model = llama.from_ours(Transformer(c, nnx.Rngs(WEIGHTS_SEED))).train()
+    model.config.use_cache = False
+    schedule = optimizer.make_schedule(training, total_steps=1000)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    norms = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, betas=(training.beta1, training.beta2), fused=True)
+    inputs_BS, targets_BS = torch.tensor(tokens_BS1[:, :-1]), torch.tensor(tokens_BS1[:, 1:])
+    run = torch.compile(model) if compile else model
+    done = 0
+
+    def step() -> float:
+        nonlocal done
+        for group in adamw.param_groups:
+            group["lr"] = float(schedule(done))
+        loss = run(input_ids=inputs_BS, labels=targets_BS, shift_labels=targets_BS).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), training.grad_clip)
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
+        done += 1
+        return loss.item()
+
+    return step
+
+
+def race(steps, repeat: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Best (wall-clock, processor) seconds of each, taking turns, and each one's last loss. Two turns before that do not count:
+    in the first, programs are compiled; in the second, memory is found.
+    """
+    times, losses = {name: [] for name in steps}, {}
+    for _ in range(repeat + 2):
+        for name, step in steps.items():
+            start, processor_start = time.perf_counter(), time.process_time()
+            losses[name] = step()
+            times[name].append((time.perf_counter() - start, time.process_time() - processor_start))
+    return {name: np.min(turns[2:], axis=0).tolist() for name, turns in times.items()}, losses
+
+
+def product_rate() -> float:
+    """FLOP/s of one large matrix product."""
+    x, w = jnp.ones((4096, 512)), jnp.ones((512, 2816))
+    product = jax.jit(lambda x, w: x @ w)
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        product(x, w).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * x.size * w.shape[1] / min(times)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8])
+    parser.add_argument("--seq_lens", type=int, nargs="+", default=[512])
+    parser.add_argument("--n_layers", type=int, nargs="+", default=[8])
+    parser.add_argument("--peers", nargs="*", choices=("eager", "compile"), default=["eager", "compile"])
+    main(parser.parse_args())
