@@ -8,8 +8,10 @@ from mateconv_jax.errors import UserError
 from mateconv_jax.model import attention
 
 
-@pytest.mark.parametrize("S", [1, 63, 64, 130])
-def test_blocked_attention_and_its_gradient_equal_pytorch(S):
+@pytest.mark.parametrize("S, turn", [(1, attention.TURN), (64, attention.TURN), (63, 1), (130, 1)])
+def test_blocked_attention_and_its_gradient_equal_pytorch(S, turn, monkeypatch):
+    """All key/value heads at once, and one at a time."""
+    monkeypatch.setattr(attention, "TURN", turn)
     keys = jax.random.split(jax.random.key(S), 4)
     q, d_out = (2 * jax.random.normal(key, (2, S, 6, 8)) for key in keys[:2])
     k, v = (2 * jax.random.normal(key, (2, S, 3, 8)) for key in keys[2:])
