@@ -31,6 +31,7 @@ def test_both_readmes_show_the_same_commands_and_code():
 # The long ones are made short where only their length is.
 SHORTER = {
     "configs/base.py": " --config.training.max_steps=2 --config.training.batch_size=2 --config.training.eval_iters=1",
+    "configs/moe.py": " --config.training.max_steps=2 --config.training.batch_size=2 --config.training.eval_iters=1",
     "runs/demo8": " --config.training.max_steps=2",
 }
 
