@@ -21,11 +21,12 @@ from flax import nnx
 from mateconv_jax import files
 from mateconv_jax.errors import UserError
 from mateconv_jax.inference.generation_config import GenerationConfig
-from mateconv_jax.interop import hf_config, model_card, names
+from mateconv_jax.interop import hf_config, model_card, names, pytorch
 from mateconv_jax.interop.model import Model, load_tokenizer
 from mateconv_jax.interop.names import Tensor
 
 SHARED_GATE, SHARED_LAST = "mlp.shared_expert_gate.weight", "mlp.shared_expert.down_proj.weight"
+PYTORCH = "pytorch_model.bin"  # as MiniMind's own scripts write; read only
 INDEX = "model.safetensors.index.json"
 
 
@@ -126,6 +127,8 @@ def _write_json(path: Path, values: dict) -> None:
 
 def _tensors(path: Path, key: str) -> dict[str, Tensor]:
     """Of all weight files, not read yet."""
+    if (path / PYTORCH).is_file() and not any(path.glob("*.safetensors")):
+        return pytorch.read_tensors(path / PYTORCH, key)
     try:
         if (path / INDEX).is_file():
             weight_map = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]

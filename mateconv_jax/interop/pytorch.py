@@ -95,6 +95,15 @@ def write_pth(path: Path, model: Model, params: nnx.State) -> None:
     torch.save(state, path)
 
 
+def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
+    """The tensors of a file that holds nothing but a state dict, by its names.
+
+    Raises:
+      UserError: no PyTorch; a file that holds other than tensors and plain values.
+    """
+    return _lazy(_load(path, key))
+
+
 # ---- reading ------------------------------------------------------------------------------------------------------
 
 
@@ -125,9 +134,8 @@ def _load(path: Path, key: str) -> dict:
 
 def _state(checkpoint: dict, path: Path, key: str) -> tuple[dict[str, Tensor], bool]:
     """The tensors by Hugging Face's names, rotary pairs as they are, and whether the file has those names."""
-    state = checkpoint.get("model_state_dict", checkpoint)
-    state = {name: value for name, value in state.items() if hasattr(value, "dim") and not name.endswith(names.BUFFERS)}
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}
+    state = checkpoint["model_state_dict"] if isinstance(checkpoint.get("model_state_dict"), dict) else checkpoint
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in _lazy(state).items()}
     has_hf_names = "model.embed_tokens.weight" in state
     if not has_hf_names and "tok_embeddings.weight" not in state:
         some = ", ".join(map(str, list(checkpoint)[:3])) or "nothing"
@@ -136,10 +144,17 @@ def _state(checkpoint: dict, path: Path, key: str) -> tuple[dict[str, Tensor], b
             "model.embed_tokens.weight, or a model_state_dict with them)"
         )
     if not has_hf_names:
-        state = {_hf_name(name): value for name, value in state.items()}
+        state = {_hf_name(name): tensor for name, tensor in state.items()}
+    return state, has_hf_names
+
+
+def _lazy(state: dict) -> dict[str, Tensor]:
+    """What of a state dict is a weight."""
     return {
-        name: Tensor(tuple(value.shape), functools.partial(_to_numpy, value)) for name, value in state.items()
-    }, has_hf_names
+        name: Tensor(tuple(value.shape), functools.partial(_to_numpy, value))
+        for name, value in state.items()
+        if isinstance(name, str) and hasattr(value, "dim") and not name.endswith(names.BUFFERS)
+    }
 
 
 def _hf_name(name: str) -> str:

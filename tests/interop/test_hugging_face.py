@@ -1,5 +1,7 @@
 """Exported folders of every architecture: transformers' logits, and bit-identical when read back."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -32,7 +34,6 @@ def write(folder, tokenizer, **changes):
     """A random model, peaked enough, as a folder; its config and parameters."""
     shape = dict(dim=64, n_layers=2, n_heads=8, n_kv_heads=4, hidden_dim=96, vocab_size=400, max_seq_len=128)
     config = hf_config.configuration(shape | changes, "x")
-    config.model.dropout = 0.0
     params = jax.jit(lambda: init_params(ModelConfig.make(config.model, "float32"), 0))()
     keys = iter(jax.random.split(jax.random.key(1), 1000))
     params = jax.tree.map(lambda p: 4 * p if p.ndim > 1 else p + 0.3 * jax.random.normal(next(keys), p.shape), params)
@@ -81,6 +82,23 @@ def test_a_gate_of_the_shared_expert_is_said(tokenizer, tmp_path):
     safetensors.numpy.save_file(tensors, path)
     with pytest.raises(UserError, match="layers.1.mlp.shared_expert_gate.weight is not 0"):
         kinds.open_model(tmp_path / "x", "--from")
+
+
+@pytest.mark.parametrize("changes", [dict(qk_norm=True, norm_eps=1e-6), dict(norm_eps=1e-5)], ids=["version 3", "version 2"])
+def test_a_folder_of_minimind_itself_is_read(changes, tokenizer, tmp_path):
+    """Its own class of model, with weights in pytorch_model.bin."""
+    folder = tmp_path / "minimind"
+    config, params = write(folder, tokenizer, rope_theta=1e6, **changes)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    torch.save(theirs.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    values = json.loads((folder / "config.json").read_text())
+    values |= {"architectures": ["MiniMindForCausalLM"], "model_type": "minimind", "use_moe": False, "rope_scaling": None}
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in values.items() if key != "rope_parameters"}))
+    model = kinds.open_model(folder, "x")
+    back = model.params(jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params))
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+    assert model.config.model == config.model
 
 
 def test_the_current_minimind_is_qwen3_of_63912192_parameters():
