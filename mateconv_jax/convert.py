@@ -15,8 +15,12 @@ def main(args):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a training may have the GPU's memory
     from mateconv_jax.interop import kinds  # 3 s of imports from here on, after the command line is right
 
-    kinds.convert(args.source, args.target, args.to_kind, args.dtype, args.ema, args.tokenizer, args.n_heads)
-    print(f"{args.target}: {kinds.KINDS[kinds.kind_of(args.target, '--to')].words}, from {args.source}")
+    model = kinds.convert(args.source, args.target, args.to_kind, args.dtype, args.ema, args.tokenizer, args.n_heads)
+    from_kind, to_kind = kinds.kind_of(args.source, "--from"), kinds.kind_of(args.target, "--to")
+    print(f"{args.target}: {kinds.KINDS[to_kind].words}, from {args.source}")
+    if "pth" in (from_kind, to_kind):
+        unsaid = [f"{key} {model.config.model[key]}" for key in kinds.pytorch.unsaid(model.config.model)]
+        print(f"a .pth file does not say: {', '.join(unsaid)}")
 
 
 def parse_args(argv):

@@ -32,6 +32,11 @@ MINIMIND = dict(n_heads=8, rope_theta=1e6, norm_eps=1e-5, max_seq_len=32768)
 MINIMIND_QK_NORM = MINIMIND | dict(norm_eps=1e-6)
 
 
+def unsaid(model: ConfigDict) -> list[str]:
+    """The keys of config.model that shape the computation and that no .pth file holds."""
+    return [*MATECONV, *(("num_experts_per_tok", "norm_topk_prob") if model.use_moe else ())]
+
+
 def is_pth(path: Path) -> bool:
     """A file as torch.save writes it: a zip archive, or a pickle in old ones."""
     if not path.is_file():

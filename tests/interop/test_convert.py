@@ -166,6 +166,13 @@ def test_a_run_comes_back_from_pytorch_bit_for_bit(base_tiny_config, run, tmp_pa
     assert (model.n_heads, model.n_kv_heads, model.rope_theta, model.norm_eps) == (4, 2, 10_000, 1e-5)
 
 
+def test_what_a_pth_file_does_not_say_is_said(run, tmp_path, capsys):
+    convert.main(convert.parse_args(["--from", str(run), "--to", str(tmp_path / "model.pth")]))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{tmp_path / 'model.pth'}: a .pth file, from {run}"
+    assert said[1] == "a .pth file does not say: n_heads 4, rope_theta 50000.0, norm_eps 1e-06, max_seq_len 64"
+
+
 def test_every_kind_is_evaluated_and_trained_from(base_tiny_config, run, exported, dataset_folder, tmp_path):
     pth = tmp_path / "model.pth"
     kinds.convert(run, pth)
