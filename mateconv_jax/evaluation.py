@@ -44,7 +44,7 @@ def evaluate_run(
     """Score a model on text, on all devices.
 
     Args:
-      model_path: a run folder, of which the newest checkpoint counts, a Hugging Face folder or a .pth file.
+      model_path: a run folder, of which the newest checkpoint counts, a Hugging Face folder, a .pth or a .gguf file.
       data: a dataset folder; a flat .bin file; or raw files, as `sources.find` takes them, which are tokenised into a
         temporary folder ($TMPDIR) with the model's tokenizer: rows as long as the run's, or as its context up to 512.
       split: of a dataset folder; None: validation.

@@ -68,7 +68,7 @@ class TextGenerator:
         dtype: str = "auto",
         n_heads: int | None = None,
     ) -> "TextGenerator":
-        """From a run folder (its newest checkpoint), a Hugging Face folder or a .pth file; only parameters are read.
+        """From a run folder (its newest checkpoint), a Hugging Face folder, a .pth or a .gguf file; only parameters are read.
 
         Args:
           tokenizer: a folder with the tokenizer to use; None: the model's own. A .pth file has none.

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from mateconv_jax.errors import UserError
-from mateconv_jax.interop import hugging_face, pytorch, run
+from mateconv_jax.interop import gguf_file, hugging_face, pytorch, run
 from mateconv_jax.interop.model import Model
 from mateconv_jax.model.transformer import ModelConfig, abstract_model
 
@@ -20,20 +21,26 @@ from mateconv_jax.model.transformer import ModelConfig, abstract_model
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """words: what it is. is_here: whether a path holds one. open: (path, key, tokenizer folder, number of heads) to a Model.
-    write: (path, Model, parameters) for a path that does not exist, or an empty folder. suffixes: of a file; a folder has none.
+    write: (path, Model, parameters) for a path that does not exist, or an empty folder. dtypes: of the weights written.
+    suffixes: of a file; a folder has none.
     """
 
     words: str
     is_here: Callable[[Path], bool]
     open: Callable[[Path, str, str | Path | None, int | None], Model]
     write: Callable[[Path, Model, nnx.State], None]
+    dtypes: tuple[str, ...]
     suffixes: tuple[str, ...] = ()
 
 
+FLOATS = ("float32", "float16", "bfloat16")
 KINDS = {
-    "run": Kind("a run folder", run.is_run, run.open_run, run.write_run),
-    "hf": Kind("a Hugging Face folder", hugging_face.is_folder, hugging_face.open_folder, hugging_face.write_folder),
-    "pth": Kind("a .pth file", pytorch.is_pth, pytorch.open_pth, pytorch.write_pth, (".pth", ".pt")),
+    "run": Kind("a run folder", run.is_run, run.open_run, run.write_run, ("float32",)),
+    "hf": Kind("a Hugging Face folder", hugging_face.is_folder, hugging_face.open_folder, hugging_face.write_folder, FLOATS),
+    "pth": Kind("a .pth file", pytorch.is_pth, pytorch.open_pth, pytorch.write_pth, FLOATS, (".pth", ".pt")),
+    "gguf": Kind(
+        "a .gguf file", gguf_file.is_gguf, gguf_file.open_gguf, gguf_file.write_gguf, tuple(gguf_file.DTYPES), (".gguf",)
+    ),
 }
 *_FIRST, _LAST = (kind.words for kind in KINDS.values())
 EXPECTED = f"{', '.join(_FIRST)} or {_LAST}"
@@ -76,7 +83,7 @@ def convert(
     source: str | Path,
     target: str | Path,
     to_kind: str | None = None,
-    dtype: str | None = None,
+    dtype: str = "float32",
     use_ema: bool | None = None,
     tokenizer: str | Path | None = None,
     n_heads: int | None = None,
@@ -85,7 +92,7 @@ def convert(
 
     Args:
       to_kind: one of KINDS; None: as a file's suffix says, and as a folder the other one of "run" and "hf".
-      dtype: of what is written: float32 (as None), float16 or bfloat16.
+      dtype: of the weights written, one of the kind's `dtypes`.
       use_ema: EMA weights or the raw ones; None takes EMA where there are some.
       tokenizer, n_heads: see `open_model`.
 
@@ -107,8 +114,8 @@ def convert(
         raise UserError(f"--to: {str(target)!r} exists (expected a new name)")
     if n_heads is not None and from_kind != "pth":
         raise UserError(f"--n_heads: not possible with --from {str(source)!r}, which says it (expected it with a .pth file)")
-    if dtype is not None and to_kind == "run":
-        raise UserError("--dtype: not possible with a run folder, whose weights are float32")
+    if dtype not in kind.dtypes:
+        raise UserError(f"--dtype: {dtype} is not possible with {kind.words} (expected {' or '.join(kind.dtypes)})")
     if tokenizer is not None and to_kind == "pth":
         raise UserError("--tokenizer: not possible with a .pth file, which holds none")
     model = open_model(source, "--from", tokenizer, n_heads)
@@ -120,13 +127,16 @@ def convert(
     model_config = model.config.model.copy_and_resolve_references()
     model_config.attention = "auto"  # the backend it was trained with may not exist on this machine
     _, abstract_params = abstract_model(ModelConfig.make(model_config, "float32"))
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype or "float32")), abstract_params)
+    # A .gguf file's writer rounds by itself: norms it does not, and q8_0 has blocks.
+    read_dtype = jnp.dtype("float32" if to_kind == "gguf" else dtype)
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, read_dtype), abstract_params)
     with np.errstate(over="ignore"):
         params = model.params(wanted, use_ema)
-    if dtype == "float16" and not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
+    if read_dtype == jnp.float16 and not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
         raise UserError("--dtype: float16 has no number as large as one of the weights (expected bfloat16 or float32)")
+    write = functools.partial(kind.write, dtype=dtype) if to_kind == "gguf" else kind.write
     with _aside(target, is_folder=not kind.suffixes) as path:
-        kind.write(path, model, params)
+        write(path, model, params)
     return model
 
 

@@ -173,16 +173,29 @@ def test_what_a_pth_file_does_not_say_is_said(run, tmp_path, capsys):
     assert said[1] == "a .pth file does not say: n_heads 4, rope_theta 50000.0, norm_eps 1e-06, max_seq_len 64"
 
 
+def test_a_run_comes_back_from_gguf_bit_for_bit(run, tmp_path):
+    assert convert.main(convert.parse_args(["--from", str(run), "--to", str(tmp_path / "model.gguf")])) is None
+    kinds.convert(tmp_path / "model.gguf", tmp_path / "again", "run")
+    assert_equal(params_of(tmp_path / "again"), params_of(run, use_ema=True))
+    ours, theirs = (run_folder.read_config(folder, "").model.to_dict() for folder in (run, tmp_path / "again"))
+    assert ours == theirs
+    assert tokenizer_lib.fingerprint(tokenizer_lib.load(tmp_path / "again" / "tokenizer", "")) == tokenizer_lib.fingerprint(
+        tokenizer_lib.load(run / "tokenizer", "")
+    )
+
+
 def test_every_kind_is_evaluated_and_trained_from(base_tiny_config, run, exported, dataset_folder, tmp_path):
-    pth = tmp_path / "model.pth"
-    kinds.convert(run, pth)
+    pth, gguf = tmp_path / "model.pth", tmp_path / "model.gguf"
+    for path in (pth, gguf):
+        kinds.convert(run, path)
     expected = evaluation.evaluate_run(run, [str(dataset_folder)], use_ema=True)["scores"]["ema"]
-    result = evaluation.evaluate_run(exported, [str(dataset_folder)])
-    assert result["scores"]["raw"] == expected and result["step"] is None
+    for path in (exported, gguf):
+        result = evaluation.evaluate_run(path, [str(dataset_folder)])
+        assert result["scores"]["raw"] == expected and result["step"] is None
     config = copy.deepcopy(base_tiny_config)
     config.model.update(dict(rope_theta=5e4, norm_eps=1e-6))
     frozen = dict(max_steps=1, learning_rate=1e-12, min_lr=0.0, eval_interval=1, eval_iters=100)
-    for number, source in enumerate((exported, pth)):
+    for number, source in enumerate((exported, pth, gguf)):
         train(config, tmp_path / str(number), init_from=str(source), **frozen)
         assert metrics_of(tmp_path / str(number))[-1]["val/loss"] == pytest.approx(expected["loss"], abs=1e-5)
     log = (tmp_path / "1" / "train.log").read_text()
@@ -303,11 +316,14 @@ def test_special_tokens_of_ones_own_are_written_as_transformers_4_reads_them(bar
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--from", "none", "--to", "x"], "--from: no model at 'none' (expected a run folder, a Hugging Face folder or a .pth file)"),
+        (["--from", "none", "--to", "x"], "--from: no model at 'none' (expected a run folder, a Hugging Face folder, a .pth file or a .gguf file)"),
         (["--from", "EXPORTED", "--to", "RUN"], "exists (expected a new name)"),
         (["--from", "RUN", "--to", "x.pth", "--to_kind", "hf"], "--to: 'x.pth' is not the name of a Hugging Face folder"),
         (["--from", "RUN", "--to", "x", "--to_kind", "pth"], "--to: 'x' is not the name of a .pth file (expected one that ends in .pth)"),
-        (["--from", "RUN", "--to", "x", "--to_kind", "run", "--dtype", "bfloat16"], "--dtype: not possible with a run folder"),
+        (["--from", "RUN", "--to", "x", "--to_kind", "run", "--dtype", "bfloat16"], "--dtype: bfloat16 is not possible with a run folder"),
+        (["--from", "RUN", "--to", "x", "--dtype", "q8_0"], "--dtype: q8_0 is not possible with a Hugging Face folder (expected float32"),
+        (["--from", "RUN", "--to", "x", "--to_kind", "gguf"], "--to: 'x' is not the name of a .gguf file (expected one that ends in .gguf)"),
+        (["--from", "BARE", "--to", "x.gguf"], "--tokenizer: missing"),
         (["--from", "RUN", "--to", "x", "--n_heads", "3"], "--n_heads: not possible with --from"),
         (["--from", "RUN", "--to", "x.pth", "--tokenizer", "DIR"], "--tokenizer: not possible with a .pth file"),
         (["--from", "BARE", "--to", "x"], "--to_kind: missing (expected run or hf: 'x' could be a folder of either)"),
@@ -335,13 +351,15 @@ def test_a_tokenizer_with_more_tokens_than_the_model_does_not_fit(dataset_folder
         TextGenerator.from_pretrained(tmp_path / "small.pth", dataset_folder / "tokenizer")
 
 
-def test_a_weight_too_large_for_float16_is_said(tmp_path):
-    model = mateconv_torch.random_model()
+def test_a_weight_too_large_for_float16_is_said(dataset_folder, tmp_path):
+    model = mateconv_torch.random_model(vocab_size=400)
     with torch.no_grad():
-        model.norm.weight[3] = 1e6
+        model.tok_embeddings.weight[0, 3] = 1e6
     torch.save(model.state_dict(), tmp_path / "large.pth")
     with pytest.raises(UserError, match="--dtype: float16"):
         kinds.convert(tmp_path / "large.pth", tmp_path / "half.pth", dtype="float16")
+    with pytest.raises(UserError, match="--dtype: float16"):  # half-written
+        kinds.convert(tmp_path / "large.pth", tmp_path / "half.gguf", None, "float16", None, dataset_folder / "tokenizer")
     assert files_in(tmp_path) == ["large.pth"]
 
 
