@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
 from tokenizers import pre_tokenizers
 
 from mateconv_jax import GenerationConfig, TextGenerator
@@ -20,7 +21,7 @@ from mateconv_jax.data import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop import gguf_file, hf_config, kinds
 from mateconv_jax.interop.model import Model
-from mateconv_jax.model.transformer import ModelConfig, abstract_model
+from mateconv_jax.model.transformer import ModelConfig, Transformer, abstract_model
 from tests import llama
 from tests.interop.test_names import MODELS, random_params
 
@@ -114,10 +115,10 @@ def test_a_tokenizer_comes_back_and_llama_cpp_splits_text_as_it_does(split_digit
 PROMPTS = ["长江是", "1987年，", "It's"]
 
 
-def random_model(name: str):
+def random_model(name: str) -> Transformer:
     """With an output layer of its own: tied to random embeddings, it goes round in circles."""
     c = llama.model_config(vocab_size=400, max_seq_len=64, **MODELS[name] | {"tie_word_embeddings": False})
-    return c, random_params(c)[1]
+    return nnx.merge(*random_params(c))
 
 
 def log_prob_errors(generator: TextGenerator, llama_cpp: LlamaCpp, prompt: str, answer: list[int]) -> list[float]:
@@ -134,8 +135,9 @@ def log_prob_errors(generator: TextGenerator, llama_cpp: LlamaCpp, prompt: str, 
 
 @pytest.mark.parametrize("name", ["llama, a free head_dim, untied", "llama 3", "qwen3, a free head_dim, untied"])
 def test_llama_cpp_writes_the_same_text(name, tokenizer, tmp_path):
-    path = write(tmp_path / "x.gguf", *random_model(name), tokenizer)
-    generator, llama_cpp = TextGenerator.from_pretrained(path), LlamaCpp(path)
+    model = random_model(name)
+    path = write(tmp_path / "x.gguf", model.c, nnx.state(model), tokenizer)
+    generator, llama_cpp = TextGenerator(model, tokenizer), LlamaCpp(path)
     answers = [generator.generate(prompt, GREEDY).token_ids for prompt in PROMPTS]
     assert [llama_cpp.generate(prompt) for prompt in PROMPTS] == answers
     errors = [
@@ -152,7 +154,8 @@ def test_llama_cpp_writes_the_same_text(name, tokenizer, tmp_path):
 @pytest.mark.parametrize("dtype, tolerance, bits", [("float16", 0.005, 16), ("q8_0", 0.1, 8.5)])
 def test_llama_cpp_runs_smaller_numbers(dtype, tolerance, bits, tokenizer, tmp_path):
     """It rounds activations too, to the same type."""
-    c, params = random_model("llama, a free head_dim, untied")
+    model = random_model("llama, a free head_dim, untied")
+    c, params = model.c, nnx.state(model)
     path = write(tmp_path / "x.gguf", c, params, tokenizer, dtype)
     n_bytes = path.stat().st_size - write(tmp_path / "y.gguf", c, params, tokenizer).stat().st_size
     n_matrices = sum(p.size for p in jax.tree.leaves(params) if p.ndim > 1)
