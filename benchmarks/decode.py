@@ -1,13 +1,16 @@
-"""Decoding beside transformers' generate, same weights, same sampling:  python -m benchmarks.decode [--repeat 5]
+"""Decoding beside transformers' generate and llama.cpp, same weights:  python -m benchmarks.decode [--repeat 5]
 
-The base model with random weights, fp32 on the CPU; the two take turns, and the best of --repeat turns counts. Prints a table
-and ends in one JSON line. Needs requirements-dev.txt (PyTorch).
+The base model with random weights, fp32 on the CPU (of llama.cpp Q8_0 too); they take turns, and the best of --repeat turns
+counts. Prints tables and ends in one JSON line. Needs requirements-dev.txt (PyTorch, xllamacpp).
 """
 
 import argparse
 import functools
 import json
+import os
+import tempfile
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from mateconv_jax import config as config_lib
+from mateconv_jax.data import tokenizer as tokenizer_lib
 from mateconv_jax.inference.decode import Decoder, DecodeState, bucket
 from mateconv_jax.inference.generation_config import GenerationConfig
 from mateconv_jax.inference.sampling import Sampling
+from mateconv_jax.interop import gguf_file
+from mateconv_jax.interop.model import Model
 from mateconv_jax.model.transformer import ModelConfig, Transformer, make_kv_cache
 from tests import llama
 
@@ -28,22 +34,23 @@ PROMPT = 16
 
 
 def main(args):
-    c = ModelConfig.make(config_lib.resolve(config_lib.default_config()).model, "float32")
+    config = config_lib.resolve(config_lib.default_config())
+    c = ModelConfig.make(config.model, "float32")
     model = Transformer(c, nnx.Rngs(0))
     graph, params = nnx.split(model)
     decoder = Decoder(graph, -1, c.max_seq_len)  # no token ends an answer
     peer = llama.from_ours(model)
     sampled = GenerationConfig(temperature=0.8, top_k=50, top_p=0.9)
-    cases = [(B, name, config) for B in args.batch_sizes for name, config in (("sampled", sampled), ("greedy", GREEDY))]
+    cases = [(B, name, how) for B in args.batch_sizes for name, how in (("sampled", sampled), ("greedy", GREEDY))]
 
     console, report = Console(), {"limit_tokens_per_s_at_batch_1": round(memory_limit(params), 1)}
     table = Table("batch", "", "tokens/s", "transformers", "ratio", "KV cache MB", title=f"{PROMPT} + {args.new_tokens} tokens")
-    for B, name, config in cases:
+    for B, name, how in cases:
         tokens_BS = np.random.default_rng(B).integers(3, c.vocab_size, (B, PROMPT), np.int32)
         ours, theirs = race(
-            functools.partial(generate, decoder, params, c, tokens_BS, config, args.new_tokens),
-            functools.partial(generate_peer, peer, tokens_BS, config, args.new_tokens),
-            args.repeat,
+            functools.partial(generate, decoder, params, c, tokens_BS, how, args.new_tokens),
+            functools.partial(generate_peer, peer, tokens_BS, how, args.new_tokens),
+            repeat=args.repeat,
         )
         rates = [B * args.new_tokens / seconds for seconds in (ours, theirs)]
         T = bucket(PROMPT + args.new_tokens, c.max_seq_len, 64)
@@ -51,6 +58,22 @@ def main(args):
         table.add_row(str(B), name, f"{rates[0]:,.0f}", f"{rates[1]:,.0f}", f"{rates[0] / rates[1]:.2f}", f"{megabytes:.1f}")
         report[f"{name}_{B}"] = {"tokens_per_s": round(rates[0], 1), "ratio": round(rates[0] / rates[1], 3)}
     console.print(table)
+
+    beside = Table("", "tokens/s", "ratio", title="greedy at batch 1, beside llama.cpp")
+    with tempfile.TemporaryDirectory() as folder:
+        servers = llama_cpp_servers(Path(folder), config, params)
+        tokens_1S = np.random.default_rng(1).integers(3, c.vocab_size, (1, PROMPT), np.int32)
+        ours, *theirs = race(
+            functools.partial(generate, decoder, params, c, tokens_1S, GREEDY, args.new_tokens),
+            *(functools.partial(generate_llama_cpp, server, tokens_1S, args.new_tokens) for server in servers.values()),
+            repeat=args.repeat,
+        )
+    beside.add_row("ours, float32", f"{args.new_tokens / ours:,.0f}", "")
+    for dtype, seconds in zip(servers, theirs, strict=True):
+        rate = args.new_tokens / seconds
+        beside.add_row(f"llama.cpp, {dtype}", f"{rate:,.0f}", f"{seconds / ours:.2f}")
+        report[f"llama_cpp_{dtype}"] = {"tokens_per_s": round(rate, 1), "ratio": round(seconds / ours, 3)}
+    console.print(beside)
 
     lengths = Table("tokens before", "tokens/s at batch 1", title="against the cache's length")
     for n in args.lengths:
@@ -73,12 +96,12 @@ def main(args):
 GREEDY = GenerationConfig(do_sample=False)
 
 
-def race(ours, theirs, repeat: int) -> list[float]:
+def race(*functions, repeat: int) -> list[float]:
     """Best seconds of each, taking turns; a turn before that, to compile, does not count."""
     times = []
     for _ in range(repeat + 1):
         turn = []
-        for function in (ours, theirs):
+        for function in functions:
             start = time.perf_counter()
             function()
             turn.append(time.perf_counter() - start)
@@ -112,6 +135,33 @@ def generate_peer(peer, tokens_BS, config, new_tokens) -> None:
             **(options if config.do_sample else dict(do_sample=False)),
         )  # fmt: skip
     assert out.shape[1] == PROMPT + new_tokens
+
+
+def llama_cpp_servers(folder: Path, config, params) -> dict:
+    """{dtype: llama.cpp with our weights in its own format}; none where it is not installed."""
+    try:
+        import xllamacpp
+    except ImportError:
+        print("llama.cpp is left out (pip install xllamacpp)")
+        return {}
+    print(f"llama.cpp: {xllamacpp.get_system_info().strip(' |')}")
+    tokenizer = tokenizer_lib.train(["长江是中国最长的河流。"] * 5, 280)  # the other ids are unused to llama.cpp
+    servers = {}
+    for dtype in ("float32", "q8_0"):
+        path = folder / f"{dtype}.gguf"
+        gguf_file.write_gguf(path, Model(path, config, tokenizer, False, None, None), params, dtype)
+        options = xllamacpp.CommonParams()
+        options.model.path, options.n_ctx, options.verbosity = str(path), config.model.max_seq_len, -1
+        options.cpuparams.n_threads = os.cpu_count()
+        servers[dtype] = xllamacpp.Server(options)
+    return servers
+
+
+def generate_llama_cpp(server, tokens_1S, new_tokens) -> None:
+    out = server.handle_completions(
+        dict(prompt=tokens_1S[0].tolist(), max_tokens=new_tokens, temperature=0, ignore_eos=True, cache_prompt=False)
+    )
+    assert out["usage"]["prompt_tokens"] == PROMPT and out["usage"]["completion_tokens"] == new_tokens
 
 
 def rate_at(decoder, params, c, n: int, repeat: int) -> float:

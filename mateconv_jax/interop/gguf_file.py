@@ -330,6 +330,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, 
     bpe = backend["model"]
     if bpe["type"] != "BPE" or bpe["byte_fallback"] or backend["decoder"]["type"] != "ByteLevel":
         raise UserError(f"--to: no .gguf file, it has no place for this tokenizer, a {bpe['type']} (expected a byte-level BPE)")
+    if not bpe["merges"]:
+        raise UserError("--to: no .gguf file, the tokenizer merges nothing, and llama.cpp takes none like that")
     splitting = _splitting(tokenizer.backend_tokenizer)
     known = {}
     for name, (normalizer, pre_tokenizer, ignore_merges) in PRE_TOKENIZERS.items():

@@ -276,6 +276,7 @@ def test_what_llama_cpp_has_not_is_not_written(tokenizer, dataset_folder, tmp_pa
 
     assert "model.rope_factor is 8.0" in error(dict(qk_norm=True, rope_factor=8.0, rope_original_max_seq_len=64))
     assert "q8_0 takes rows of 32 numbers; those of blk.0.ffn_down.weight have 200" in error(dict(hidden_dim=200), "q8_0")
+    assert "the tokenizer merges nothing" in error({}, tokenizer=tokenizer_lib.train(["中国"], 260))
     other = tokenizer_lib.load(dataset_folder / "tokenizer", "")
     other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     assert "llama.cpp has no name for how this tokenizer splits text" in error({}, tokenizer=other)
