@@ -19,10 +19,9 @@ from ml_collections import ConfigDict
 from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mateconv_jax.data import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop import hf_config, names
-from mateconv_jax.interop.model import Model
+from mateconv_jax.interop.model import Model, load_tokenizer
 from mateconv_jax.interop.names import Tensor
 from mateconv_jax.model.transformer import rope_frequencies
 
@@ -34,7 +33,6 @@ DTYPES = {
     "bfloat16": (Type.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (Type.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
-TURNED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")  # by the rotary embedding
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's rope scaling: what each pair's frequency is divided by, (N/2,)
 # Of which a file does not say the settings; these are Llama 3.1's and 3.2's.
 LLAMA3 = dict(rope_low_freq_factor=1.0, rope_high_freq_factor=4.0, rope_original_max_seq_len=8192)
@@ -84,7 +82,7 @@ def open_gguf(path: Path, key: str, tokenizer: str | Path | None, _: int | None)
     return Model(
         path=path,
         config=config,
-        tokenizer=tokenizer_lib.load(tokenizer, "--tokenizer") if tokenizer else _read_tokenizer(file),
+        tokenizer=load_tokenizer(tokenizer, None, key) if tokenizer else _read_tokenizer(file),
         has_ema=False,
         step=None,
         read=lambda abstract_params, _: names.from_hf(_tensors(file, config.model), config.model, abstract_params, str(path)),
@@ -197,7 +195,9 @@ def _tensors(file: _File, c: ConfigDict) -> dict[str, Tensor]:
     for name in file.tensors:
         hf_name, tensor = hf_names.get(name, name), Tensor(file.shape(name), functools.partial(file.read, name))
         if name != ROPE_FACTORS:
-            tensors[hf_name] = _half_split(tensor, c.head_dim) if hf_name.endswith(TURNED) and not c.qk_norm else tensor
+            tensors[hf_name] = (
+                names.half_split(tensor, c.head_dim) if hf_name.endswith(names.TURNED) and not c.qk_norm else tensor
+            )
     return tensors
 
 
@@ -205,20 +205,6 @@ def _gguf_names(c: ConfigDict) -> dict[str, str]:
     """{Hugging Face's name: GGUF's}"""
     table = gguf.get_tensor_name_map(ARCHITECTURES["qwen3" if c.qk_norm else "llama"], c.n_layers)
     return {name: table.get_name(name, (".weight",)) for parts in names.parts(c).values() for name, _ in parts}
-
-
-def _half_split(tensor: Tensor, head_dim: int) -> Tensor:
-    """Rows (2j, 2j + 1) of each head to (j, j + N/2)."""
-    return Tensor(tensor.shape, lambda: _swap(tensor.read(), (-1, head_dim // 2, 2)))
-
-
-def _interleaved(tensor: Tensor, head_dim: int) -> Tensor:
-    """Rows (j, j + N/2) of each head to (2j, 2j + 1)."""
-    return Tensor(tensor.shape, lambda: _swap(tensor.read(), (-1, 2, head_dim // 2)))
-
-
-def _swap(w_OD: np.ndarray, split: tuple[int, int, int]) -> np.ndarray:
-    return w_OD.reshape(*split, w_OD.shape[-1]).swapaxes(1, 2).reshape(w_OD.shape)
 
 
 def _read_tokenizer(file: _File) -> PreTrainedTokenizerFast | None:
@@ -241,8 +227,11 @@ def _read_tokenizer(file: _File) -> PreTrainedTokenizerFast | None:
         special = {f"{key}_token": tokens[i] for key, i in ids.items() if i is not None}
     except Exception as error:  # the library raises bare Exception for merges of unknown tokens
         raise UserError(f"{file.path}: cannot read the tokenizer ({error}; give another with --tokenizer)") from error
-    if "bos_token" not in special or "eos_token" not in special:
-        raise UserError(f"{file.path}: the tokenizer has no begin or no end token (give another with --tokenizer)")
+    if "eos_token" not in special:
+        raise UserError(f"{file.path}: the tokenizer has no end token (give another with --tokenizer)")
+    # Where documents do not begin with it, as SmolLM2's and Qwen3's, it is none. Of Llama 3's files some do not say so.
+    if not file.get("tokenizer.ggml.add_bos_token", name == "llama-bpe"):
+        special.pop("bos_token", None)
     bpe.normalizer, bpe.pre_tokenizer, bpe.decoder = normalizer, pre_tokenizer, tokenizers.decoders.ByteLevel()
     added = {}
     for kind in (CONTROL, USER_DEFINED):
@@ -298,7 +287,7 @@ def write_gguf(path: Path, model: Model, params: nnx.State, dtype: str) -> None:
 
     gguf_names = _gguf_names(c)
     tensors = {
-        gguf_names[name]: _interleaved(tensor, c.head_dim) if name.endswith(TURNED) and not c.qk_norm else tensor
+        gguf_names[name]: names.interleaved(tensor, c.head_dim) if name.endswith(names.TURNED) and not c.qk_norm else tensor
         for name, tensor in names.to_hf(params, c).items()
     }
     if c.rope_factor != 1:
@@ -355,7 +344,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, 
     for key, theirs in SPECIAL.items():
         if (i := getattr(tokenizer, f"{key}_token_id")) is not None:
             writer.add_uint32(f"tokenizer.ggml.{theirs}_token_id", i)
-    writer.add_add_bos_token(True)  # a document starts with it, and so does a prompt
+    writer.add_add_bos_token(tokenizer.bos_token_id is not None)  # a document starts with it, and so does a prompt
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
 

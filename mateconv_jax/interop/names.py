@@ -17,6 +17,7 @@ from mateconv_jax.errors import UserError
 
 # Buffers that files hold beside the weights, and that a model computes.
 BUFFERS = ("rotary_emb.inv_freq", "pos_cis", "freqs_cis", "freqs_cos", "freqs_sin", "attn.mask", "attention.mask")
+TURNED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")  # by the rotary embedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +135,20 @@ def check(tensors: dict[str, Tensor], ours: dict[str, list[tuple[str, tuple[int,
             f"{source}: lm_head.weight is not the embedding, although the configuration ties them (expected "
             "tie_word_embeddings false, or no lm_head.weight)"
         )
+
+
+def half_split(tensor: Tensor, head_dim: int) -> Tensor:
+    """Rows (2j, 2j + 1) of each head, as PyTorch MateConv and llama.cpp pair them, to (j, j + N/2)."""
+    return Tensor(tensor.shape, lambda: _swap(tensor.read(), (-1, head_dim // 2, 2)))
+
+
+def interleaved(tensor: Tensor, head_dim: int) -> Tensor:
+    """Rows (j, j + N/2) of each head to (2j, 2j + 1)."""
+    return Tensor(tensor.shape, lambda: _swap(tensor.read(), (-1, 2, head_dim // 2)))
+
+
+def _swap(w_OD: np.ndarray, split: tuple[int, int, int]) -> np.ndarray:
+    return w_OD.reshape(*split, w_OD.shape[-1]).swapaxes(1, 2).reshape(w_OD.shape)
 
 
 def n_parameters(c) -> int:

@@ -25,7 +25,6 @@ PIECES = {
     "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj", "ffn_norm": "post_attention_layernorm",
     "feed_forward": "mlp", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj", "shared_experts": "shared_expert",
 }  # fmt: skip
-TURNED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")  # by the rotary embedding
 # What a file does not say: of MateConv (and MiniMind 1), and of the MiniMinds with Hugging Face's names.
 MATECONV = dict(n_heads=16, rope_theta=1e4, norm_eps=1e-5, max_seq_len=512)
 MINIMIND = dict(n_heads=8, rope_theta=1e6, norm_eps=1e-5, max_seq_len=32768)
@@ -65,8 +64,8 @@ def open_pth(path: Path, key: str, tokenizer: str | Path | None, n_heads: int | 
     model = config.model
     for tensors in weights.values():
         for name in tensors if not has_hf_names else ():
-            if name.endswith(TURNED):
-                tensors[name] = _half_split(tensors[name], model.head_dim)
+            if name.endswith(names.TURNED):
+                tensors[name] = names.half_split(tensors[name], model.head_dim)
     return Model(
         path=path,
         config=config,
@@ -91,7 +90,7 @@ def write_pth(path: Path, model: Model, params: nnx.State) -> None:
         raise UserError(f"--to: no .pth file, model.rope_factor is {c.rope_factor} (PyTorch MateConv has no such scaling)")
     tensors = names.to_hf(params, c)
     if not c.qk_norm:
-        turned = {name: _interleaved(t, c.head_dim) if name.endswith(TURNED) else t for name, t in tensors.items()}
+        turned = {name: names.interleaved(t, c.head_dim) if name.endswith(names.TURNED) else t for name, t in tensors.items()}
         tensors = {_mateconv_name(name): tensor for name, tensor in turned.items()}
     state = {name: _to_torch(torch, tensor.read()) for name, tensor in tensors.items()}
     if c.tie_word_embeddings:  # PyTorch has both, as one
@@ -216,20 +215,6 @@ def _configuration(state: dict[str, Tensor], has_hf_names: bool, n_heads: int | 
 
 
 # ---- arrays -------------------------------------------------------------------------------------------------------
-
-
-def _half_split(tensor: Tensor, head_dim: int) -> Tensor:
-    """Rows (2j, 2j + 1) of each head to (j, j + N/2)."""
-    return Tensor(tensor.shape, lambda: _swap(tensor.read(), (-1, head_dim // 2, 2)))
-
-
-def _interleaved(tensor: Tensor, head_dim: int) -> Tensor:
-    """Rows (j, j + N/2) of each head to (2j, 2j + 1)."""
-    return Tensor(tensor.shape, lambda: _swap(tensor.read(), (-1, 2, head_dim // 2)))
-
-
-def _swap(w_OD: np.ndarray, split: tuple[int, int, int]) -> np.ndarray:
-    return w_OD.reshape(*split, w_OD.shape[-1]).swapaxes(1, 2).reshape(w_OD.shape)
 
 
 def _to_numpy(tensor) -> np.ndarray:

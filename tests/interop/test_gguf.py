@@ -118,6 +118,18 @@ def test_a_tokenizer_comes_back_and_llama_cpp_splits_text_as_it_does(name, tmp_p
     assert llama_cpp.tokens("<s><think>长江</s>", parse_special=True) == tokenizer.encode("<s><think>长江</s>")
 
 
+@pytest.mark.parametrize("begin", ["<s>", None])
+def test_a_document_begins_with_a_control_token_or_not(begin, dataset_folder, tmp_path):
+    tokenizer = tokenizer_lib.load(dataset_folder / "tokenizer", "")
+    tokenizer.bos_token = begin
+    c = llama.model_config(vocab_size=400)
+    path = write(tmp_path / "x.gguf", c, random_params(c)[1], tokenizer)
+    generator = TextGenerator.from_pretrained(path)
+    assert generator.tokenizer.bos_token == begin
+    ids = [1][: begin is not None] + tokenizer_lib.encode(tokenizer, ["长江"])[0]
+    assert LlamaCpp(path).tokens("长江", add_special=True) == generator._document_ids("长江") == ids
+
+
 PROMPTS = ["长江是", "1987年，", "It's"]
 
 
@@ -231,7 +243,7 @@ def add(name: str, tensor: np.ndarray):
         (add("rope_freqs.weight", np.full(4, 2, np.float32)), "rope_freqs.weight is not Llama 3's scaling"),
         (put("tokenizer.ggml.merges", ["长 江"]), "cannot read the tokenizer"),
         (put("tokenizer.ggml.eos_token_id", 400), "cannot read the tokenizer"),
-        (drop("tokenizer.ggml.bos_token_id"), "no begin or no end token"),
+        (drop("tokenizer.ggml.eos_token_id"), "the tokenizer has no end token"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_said(change, message, small, tmp_path):
@@ -308,6 +320,7 @@ def smollm2(smollm2_path):
 def test_a_pretrained_model_knows_the_capital_of_france(smollm2):
     answer = smollm2.generate("The capital of France is", GenerationConfig(do_sample=False, max_new_tokens=24))
     assert answer.startswith(" Paris.")
+    assert answer.n_prompt_tokens == 5  # its documents begin with no control token
     chat = smollm2.chat([{"role": "user", "content": "What is the capital of France?"}], GREEDY)
     assert (chat, chat.finish_reason) == ("The capital of France is Paris.", "eos")
 

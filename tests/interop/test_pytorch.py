@@ -9,7 +9,8 @@ import transformers
 
 from mateconv_jax import TextGenerator
 from mateconv_jax.errors import UserError
-from mateconv_jax.interop import kinds, pytorch
+from mateconv_jax.interop import kinds, names
+from mateconv_jax.interop.names import Tensor
 from tests import mateconv_torch
 
 TOKENS_BS = np.random.default_rng(0).integers(0, 96, (2, 60))
@@ -192,4 +193,6 @@ def test_without_pytorch_the_package_is_named(theirs, tmp_path, monkeypatch):
 
 def test_rows_are_permuted_within_each_head():
     w_OD = np.arange(8)[:, None] * np.ones((1, 3))  # two heads of 4
-    assert pytorch._swap(w_OD, (-1, 2, 2))[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    turned = names.interleaved(Tensor(w_OD.shape, lambda: w_OD), 4)
+    assert turned.read()[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert np.array_equal(names.half_split(turned, 4).read(), w_OD)
