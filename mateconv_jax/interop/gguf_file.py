@@ -68,7 +68,7 @@ def is_gguf(path: Path) -> bool:
 # ---- reading ------------------------------------------------------------------------------------------------------
 
 
-def open_gguf(path: Path, key: str, tokenizer: str | Path | None, _: int | None) -> Model:
+def open_gguf(path: Path, key: str, tokenizer: str | Path | None, n_heads: None) -> Model:
     """Its tensors are read, and dequantised to float32, when they are asked for, array by array.
 
     A tokenizer of another kind than ours, SentencePiece for one, is not read: a line on standard error says so, and
@@ -257,12 +257,12 @@ def write_gguf(path: Path, model: Model, params: nnx.State, dtype: str) -> None:
       dtype: of matrices, one of DTYPES.
 
     Raises:
-      UserError: what llama.cpp has not: the tokenizer's way of splitting text, Llama 3's rope scaling together with norms of
-        queries and keys; rows that q8_0 cannot have.
+      UserError: a mixture of experts; what llama.cpp has not: the tokenizer's way of splitting text, Llama 3's rope scaling
+        together with norms of queries and keys; rows that q8_0 cannot have.
     """
     c, tokenizer = model.config.model, model.tokenizer
     if c.use_moe:
-        raise UserError("--to: no .gguf file, model.use_moe is True (llama.cpp has no architecture like it)")
+        raise UserError("--to: no .gguf file, model.use_moe is True (expected False: write a Hugging Face folder)")
     if c.qk_norm and c.rope_factor != 1:
         raise UserError(f"--to: no .gguf file, model.rope_factor is {c.rope_factor} (llama.cpp's qwen3 has no such scaling)")
     matrix_type, file_type = DTYPES[dtype]

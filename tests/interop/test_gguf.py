@@ -68,7 +68,8 @@ def tokenizer(dataset_folder):
 
 
 def config_of(c: ModelConfig):
-    values = {key: value for key, value in vars(c).items() if key in hf_config.KEYS or "rope" in key or key == "qk_norm"}
+    keys = [*hf_config.KEYS, *(key for key in vars(c) if "rope" in key), "qk_norm", "use_moe"]
+    values = {key: getattr(c, key) for key in keys}
     return hf_config.configuration(values, "test")
 
 
@@ -293,6 +294,7 @@ def test_what_llama_cpp_has_not_is_not_written(tokenizer, dataset_folder, tmp_pa
         return str(caught.value)
 
     assert "model.rope_factor is 8.0" in error(dict(qk_norm=True, rope_factor=8.0, rope_original_max_seq_len=64))
+    assert "model.use_moe is True" in error(dict(use_moe=True))
     assert "q8_0 takes rows of 32 numbers; those of blk.0.ffn_down.weight have 200" in error(dict(hidden_dim=200), "q8_0")
     assert "the tokenizer merges nothing" in error({}, tokenizer=tokenizer_lib.train(["中国"], 260))
     other = tokenizer_lib.load(dataset_folder / "tokenizer", "")
