@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import random
 import re
 import unicodedata
@@ -26,6 +27,7 @@ from mateconv_jax.model.transformer import ModelConfig, Transformer, abstract_mo
 from tests import llama
 from tests.interop.test_names import MODELS, random_params
 
+SHARED = Path(os.environ.get("MATECONV_SHARED", Path(__file__).parents[3] / "shared")) / "tokenizers"
 GREEDY = GenerationConfig(do_sample=False, max_new_tokens=40)
 DIALOGUE = [{"role": "user", "content": "长江在哪里？"}]
 
@@ -117,6 +119,21 @@ def test_a_tokenizer_comes_back_and_llama_cpp_splits_text_as_it_does(name, tmp_p
     ours = tokenizer_lib.encode(tokenizer, texts)
     assert [llama_cpp.tokens(text) for text in texts] == ours
     assert llama_cpp.tokens("<s><think>长江</s>", parse_special=True) == tokenizer.encode("<s><think>长江</s>")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the tokenizers that users have are not here")
+@pytest.mark.parametrize("name", ["mateconv", "minimind"])
+def test_the_tokenizers_of_pytorch_mateconv_and_minimind_go_to_llama_cpp(name, tmp_path):
+    tokenizer = tokenizer_lib.load(SHARED / name, "")
+    c = llama.model_config(vocab_size=6400)
+    path = write(tmp_path / "x.gguf", c, random_params(c)[1], tokenizer)
+    assert tokenizer_lib.fingerprint(kinds.open_model(path, "").tokenizer) == tokenizer_lib.fingerprint(tokenizer)
+    llama_cpp = LlamaCpp(path)
+    texts = ["长江全长6300公里，流域面积180万平方公里。\n", "Hello,  world!  It's 20℃…", "“你好”——他说：《红楼梦》"]
+    assert [llama_cpp.tokens(text) for text in texts] == tokenizer_lib.encode(tokenizer, texts)
+    prompt = llama_cpp.post("/apply-template", messages=DIALOGUE)["prompt"]
+    theirs = llama_cpp.tokens(prompt, add_special=True, parse_special=True)
+    assert theirs == tokenizer_lib.encode_chat(tokenizer, DIALOGUE, add_generation_prompt=True)
 
 
 @pytest.mark.parametrize("begin", ["<s>", None])
