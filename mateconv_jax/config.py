@@ -85,6 +85,7 @@ def default_config() -> ConfigDict:
     config.training.document_mask = False  # attention within a document only, positions restarting
     config.training.remat = "none"  # none | full | dots: compute again in the backward pass, for memory
     config.training.dtype = "auto"  # auto | float32 | bfloat16 | float16, of the computation; parameters are float32
+    config.training.grad_allreduce_dtype = "float32"  # in which gradients are summed over devices: float32 | bfloat16
     config.training.use_ema = False
     config.training.ema_decay = 0.9999
     config.training.ema_warmup = True  # a smaller decay in the first steps: (1 + step) / (10 + step)
@@ -162,6 +163,7 @@ _CHECKS = {
     "training.weight_decay": _NOT_NEGATIVE,
     "training.grad_clip": _NOT_NEGATIVE,
     "training.dtype": _one_of("auto", "float32", "bfloat16", "float16"),
+    "training.grad_allreduce_dtype": _one_of("float32", "bfloat16"),
     "training.ema_decay": _FRACTION,
     **{f"training.{key}": (durations.EXPECTED, durations.is_duration) for key in (
         "eval_interval", "save_interval", "log_interval", "samples_interval")},

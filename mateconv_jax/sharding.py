@@ -5,6 +5,7 @@ Rajbhandari et al., 2020), which XLA gathers where a layer needs them.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -16,25 +17,25 @@ from mateconv_jax.errors import UserError
 SMALLEST_SPLIT = 2**14  # elements; a smaller array is whole on every device, a gather would cost more than it saves
 
 
-def make_mesh(mesh: ConfigDict | None = None) -> Mesh:
-    """All devices of all processes on the axes `data` and `fsdp`; config.mesh, -1 of one of them: what remains.
+def make_mesh(mesh: ConfigDict | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Devices (None: all of all processes) on the axes `data` and `fsdp`; config.mesh, -1 of one of them: what remains.
 
     Raises:
       UserError: the axes do not make up the devices.
     """
     data, fsdp = (-1, 1) if mesh is None else (mesh.data, mesh.fsdp)
-    devices = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     if data == -1 and fsdp > 0:
-        data = devices // fsdp
+        data = count // fsdp
     elif fsdp == -1 and data > 0:
-        fsdp = devices // data
-    if data * fsdp != devices or data < 1:
+        fsdp = count // data
+    if data * fsdp != count or data < 1:
         raise UserError(
-            f"mesh.data, mesh.fsdp: {data} x {fsdp} are not the {devices} devices there are (expected factors of {devices}, of "
+            f"mesh.data, mesh.fsdp: {data} x {fsdp} are not the {count} devices there are (expected factors of {count}, of "
             "which one may be -1)"
         )
     # Auto: with jax.make_mesh's default, Explicit, indexing a replicated table by sharded tokens is a type error.
-    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def batch(mesh: Mesh, rows_axis: int = 0) -> NamedSharding:
@@ -54,8 +55,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def with_shardings(mesh: Mesh, tree):
-    """A tree of shapes, each with its sharding: every large array is split over `fsdp`, along its longest axis that this
-    divides.
+    """A tree of shapes, each with its sharding: every large array is split over `fsdp`, along the first axis that this divides
+    (along a later one, gathering would transpose it).
     """
     fsdp = mesh.shape["fsdp"]
 
@@ -64,8 +65,7 @@ def with_shardings(mesh: Mesh, tree):
         if fsdp == 1 or not axes or np.prod(x.shape) < SMALLEST_SPLIT:
             sharding = replicated(mesh)
         else:
-            longest = max(axes, key=lambda axis: x.shape[axis])
-            sharding = NamedSharding(mesh, PartitionSpec(*[None] * longest, "fsdp"))
+            sharding = NamedSharding(mesh, PartitionSpec(*[None] * axes[0], "fsdp"))
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return jax.tree.map(rule, tree)

@@ -5,6 +5,7 @@ N head_dim, F feed-forward, V vocabulary. Weights are (out, in), as PyTorch keep
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -100,9 +101,33 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x_BSD):
-        x32 = x_BSD.astype(jnp.float32)
-        x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
-        return x32.astype(x_BSD.dtype) * self.scale_D[...].astype(x_BSD.dtype)
+        return _rms_norm(x_BSD, self.scale_D[...], self.eps)
+
+
+# With a gradient of its own: XLA's derivative of rsqrt keeps the mean too, and takes two kernels more for each norm.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rms_norm(x_BSD, scale_D, eps: float):
+    return _rms_norm_forward(x_BSD, scale_D, eps)[0]
+
+
+def _rms_norm_forward(x_BSD, scale_D, eps: float):
+    x32 = x_BSD.astype(jnp.float32)
+    factor_BS = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1) + eps)
+    normed_BSD = (x32 * factor_BS[..., None]).astype(x_BSD.dtype)
+    return normed_BSD * scale_D.astype(x_BSD.dtype), (x_BSD, scale_D, factor_BS)
+
+
+def _rms_norm_backward(eps, saved, g_BSD):
+    x_BSD, scale_D, factor_BS = saved
+    normed_BSD = x_BSD.astype(jnp.float32) * factor_BS[..., None]
+    g_scale_D = jnp.sum(g_BSD * normed_BSD, axis=range(x_BSD.ndim - 1))
+    g_normed_BSD = g_BSD * scale_D.astype(jnp.float32)
+    along_BS = jnp.mean(g_normed_BSD * normed_BSD, axis=-1)
+    g_x_BSD = factor_BS[..., None] * (g_normed_BSD - along_BS[..., None] * normed_BSD)
+    return g_x_BSD.astype(x_BSD.dtype), g_scale_D
+
+
+_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def rope_frequencies(c: ModelConfig) -> np.ndarray:
@@ -199,6 +224,19 @@ REMAT_POLICIES = {
 }
 
 
+@jax.custom_vjp
+def gradients_together(args):
+    """`args`, whose gradients are all computed before any of them is used.
+
+    On a GPU, XLA would put the weights' off to the end of the backward pass, and keep for them all that was computed again: the
+    base model would take 3.10 GB with full remat, 2.90 without, and now takes 1.15.
+    """
+    return args
+
+
+gradients_together.defvjp(lambda args: (args, None), lambda _, g: (jax.lax.optimization_barrier(g),))
+
+
 class Transformer(nnx.Module):
     """Parameters are fp32; the computation is in `c.dtype`. Layers are unrolled, each with its own arrays: scanned over
     stacked weights, cached decoding on the CPU was 1.6 to 4 times slower.
@@ -245,6 +283,7 @@ class Transformer(nnx.Module):
 
             if remat != "none":
                 run = jax.checkpoint(run, policy=REMAT_POLICIES[remat])
+                params, x_BSD = gradients_together((params, x_BSD))
             x_BSD, routing = run(params, x_BSD, key)
             routings.append(routing)
         return self._logits(self.norm(x_BSD)), jax.tree.map(lambda *layers: jnp.stack(layers), *routings)
@@ -273,7 +312,8 @@ class Transformer(nnx.Module):
         return self._logits(x_BD), tuple(new_cache)
 
     def _embed(self, tokens_BS):
-        return self.embedding_VD[...].astype(self.c.dtype)[tokens_BS]
+        # fp32 rows: so that the gradients of a frequent token add up in fp32.
+        return self.embedding_VD[...].astype(jnp.float32)[tokens_BS].astype(self.c.dtype)
 
     def _logits(self, x):
         output_VD = self.embedding_VD if self.output_VD is None else self.output_VD

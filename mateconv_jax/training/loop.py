@@ -109,8 +109,10 @@ def _train(config: ConfigDict, signals: Signals) -> int:
         mfu_per_token = flops_per_token / (peak_flops * jax.device_count()) if peak_flops else None
         bytes_per_token_V = token_bytes.bytes_per_token(tokenizer)
         evaluated = progress.evaluated_step == start_step
+        paths = jax.tree.leaves_with_path(abstract_params)
+        leaf_names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
         with Metrics(
-            folder, start_step, evaluated, total_steps, tokens_per_step, log_interval, mfu_per_token, config.wandb,
+            folder, leaf_names, start_step, evaluated, total_steps, tokens_per_step, log_interval, mfu_per_token, config.wandb,
             training.profile_step,
         ) as metrics:  # fmt: skip
 

@@ -84,6 +84,7 @@ class Metrics:
     def __init__(
         self,
         folder: Path,
+        leaf_names: list[str],
         start_step: int,
         evaluated: bool,
         total_steps: int,
@@ -93,7 +94,7 @@ class Metrics:
         wandb: ConfigDict | None = None,
         profile_step: int | None = None,
     ):
-        """mfu_per_token: what one token a second is of all devices' peak; None: not known."""
+        """leaf_names: of leaf_norms. mfu_per_token: what one token a second is of all devices' peak; None: not known."""
         self._board = self._log = self._jsonl = self._wandb = None
         if distributed.is_first():
             if wandb is not None and wandb.enable:
@@ -111,6 +112,7 @@ class Metrics:
             disable=not (sys.stderr.isatty() and distributed.is_first()),
         )
         self._postfix: dict[str, str] = {}
+        self._leaf_names = leaf_names
         self._tokens_per_step = tokens_per_step
         self._mfu_per_token = mfu_per_token
         self._log_interval = log_interval
@@ -160,8 +162,7 @@ class Metrics:
             self._write_step(step, on_device)
         if not in_a_row:
             return None
-        leaves = jax.tree.leaves_with_path(jax.device_get(on_device["leaf_norms"]))
-        norms = {jax.tree_util.keystr(path, simple=True, separator="."): float(norm) for path, norm in leaves}
+        norms = dict(zip(self._leaf_names, jax.device_get(on_device["leaf_norms"]).tolist(), strict=True))
         return BadStep(step, in_a_row, float(on_device["train/loss"]), norms)
 
     def _write_step(self, step: int, on_device: dict[str, jax.Array]) -> None:

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers, muon
 
 from mateconv_jax.model.transformer import ModelConfig
+from mateconv_jax.training import norms
 
 
 def make_schedule(training: ConfigDict, total_steps: int) -> optax.Schedule:
@@ -76,7 +77,17 @@ def make_optimizer(training: ConfigDict, c: ModelConfig) -> optax.GradientTransf
                 consistent_rms=0.2,
             )
             tx = on_parts(optax.partition({"muon": hidden, "adamw": adamw}, muon_labels), c)
-    return optax.chain(optax.clip_by_global_norm(training.grad_clip), tx) if training.grad_clip else tx
+    return optax.chain(clip(training.grad_clip), tx) if training.grad_clip else tx
+
+
+def clip(max_norm: float) -> optax.GradientTransformation:
+    """optax.clip_by_global_norm, with the norm that the step has computed already."""
+
+    def update(grads, _):
+        factor = jnp.minimum(1, max_norm / norms.global_norm(grads))
+        return jax.tree.map(lambda g: factor * g, grads)
+
+    return optax.stateless(update)
 
 
 def is_matrix(params):

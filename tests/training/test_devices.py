@@ -153,7 +153,7 @@ def test_what_is_split_over_fsdp(monkeypatch):
     tree = [np.zeros((512, 2, 1408), np.float32), np.zeros((6400, 512)), np.zeros((512,)), np.int32(0), np.zeros((1001, 999))]
     specs = sharding.with_shardings(Mesh(8), tree)
     whole = PartitionSpec()
-    assert specs == [PartitionSpec(None, None, "fsdp"), PartitionSpec("fsdp"), whole, whole, whole]
+    assert specs == [PartitionSpec("fsdp"), PartitionSpec("fsdp"), whole, whole, whole]
     assert sharding.with_shardings(Mesh(1), tree) == [whole] * 5
 
 
