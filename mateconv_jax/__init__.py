@@ -1,10 +1,19 @@
 """Pretrain a small Chinese language model in JAX and talk to it."""
 
+import logging
 import os
+from importlib.util import find_spec
 
 # Said before the libraries are imported: TensorFlow only writes TensorBoard's files here, and PyTorch is not missing.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+# XLA's CUDA compiler without the rest of jax's CUDA libraries is there for `plan`. jax would try to compute with it, and print
+# a traceback.
+if find_spec("jax_plugins") and find_spec("jax_plugins.xla_cuda13"):
+    if not any(map(find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        logging.getLogger("jax_plugins.xla_cuda13").setLevel(logging.ERROR)  # says what it misses
 
 __all__ = ["DataProcessor", "GenerationConfig", "TextGenerator"]
 

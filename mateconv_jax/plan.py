@@ -1,0 +1,50 @@
+"""What a run will need and how fast it can be:  python -m mateconv_jax.plan --config=configs/base.py --gpu=h100 --devices=8
+
+Compiles the run's programs for those GPUs on a machine that has none, and reads them. Needs jax-cuda13-pjrt of jax's version.
+"""
+
+import argparse
+import json
+import sys
+
+from mateconv_jax import config as config_lib
+from mateconv_jax.errors import exit_code
+
+
+def main(argv):
+    args, rest = parse_args(argv[1:])
+    sys.argv = [argv[0], *rest]  # config_flags reads overrides from there
+    config = config_lib.resolve(config_lib.from_command_line(sys.argv))
+    from rich.console import Console  # 2 s of imports from here on, after the command line is right
+
+    from mateconv_jax.planning.plan import Where, make_plan
+    from mateconv_jax.planning.tables import print_plan
+
+    where = Where.here() if args.gpu == "this" else Where.named(args.gpu, args.devices, args.hosts)
+    plan = make_plan(config, where, args.dollars_per_gpu_hour, not args.quick, lambda text: print(text, file=sys.stderr))
+    if args.json:
+        print(json.dumps(plan))
+    else:
+        print_plan(plan, Console())
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        prog="python -m mateconv_jax.plan",
+        usage="%(prog)s --config=FILE --gpu=NAME [--devices=N] [options] [--config.section.key=value …]",
+        description=__doc__,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--gpu", required=True, metavar="NAME", help="a100, a100-40, h100, h200, b200, l4, 4090; or this: the devices that are "
+        "here, on which the step is also measured")  # fmt: skip
+    add("--devices", type=int, default=1, metavar="N", help="GPUs in all (default: 1)")
+    add("--hosts", type=int, default=1, metavar="N", help="machines that they are in (default: 1)")
+    add("--dollars_per_gpu_hour", type=float, metavar="X", help="say what the run costs")
+    add("--quick", action="store_true", help="only the training step: no search for the largest batch, no decoding")
+    add("--json", action="store_true", help="print one JSON object: bytes, seconds, FLOPs")
+    return parser.parse_known_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, sys.argv))

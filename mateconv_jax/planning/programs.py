@@ -1,0 +1,147 @@
+"""The programs of a run, compiled for given devices: the training step, a prefill, decoding."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from mateconv_jax import sharding
+from mateconv_jax.inference.decode import Decoder, DecodeState
+from mateconv_jax.inference.generation_config import GenerationConfig
+from mateconv_jax.inference.sampling import Sampling
+from mateconv_jax.model.transformer import ModelConfig, abstract_model, make_kv_cache
+from mateconv_jax.planning.hlo_report import HloReport, read
+from mateconv_jax.training import optimizer, train_state
+from mateconv_jax.training.step import LossOptions, make_train_step
+
+EOS, BOS = 2, 1  # ids that the programs are compiled with; which they are changes nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program and what is known of it. arguments: bytes a device of each argument, by name. peak: bytes a device of
+    everything at once, as far as XLA plans it; donated: bytes of the arguments that results take the place of.
+    """
+
+    compiled: jax.stages.Compiled
+    report: HloReport
+    arguments: dict[str, int]
+    peak: int
+    donated: int
+
+    @staticmethod
+    def compile(lowered: jax.stages.Lowered, arguments: dict) -> "Program":
+        compiled = lowered.compile()
+        memory = compiled.memory_analysis()
+        everything = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        everything += memory.output_size_in_bytes - memory.alias_size_in_bytes
+        # On the CPU it holds the arguments alone.
+        peak = memory.peak_memory_in_bytes if memory.peak_memory_in_bytes > memory.temp_size_in_bytes else everything
+        sizes = {name: _bytes_of_a_device(tree) for name, tree in arguments.items()}
+        return Program(compiled, read(compiled.as_text()), sizes, peak, memory.alias_size_in_bytes)
+
+
+def _bytes_of_a_device(tree) -> int:
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingStep:
+    """The jitted step, what makes its first state, and shapes with shardings of what it takes."""
+
+    step: Callable
+    init: Callable[[], train_state.TrainState]
+    state: train_state.TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+    def compile(self) -> Program:
+        state = self.state
+        parts = {
+            "parameters": state.params,
+            "EMA": state.ema_params,
+            "optimizer": state.opt_state,
+            "batch": self.batch,
+        }
+        return Program.compile(self.step.lower(state, self.batch), parts)
+
+    def measure(self, compiled: jax.stages.Compiled, seconds: float = 5.0) -> float:
+        """Seconds a step, run for about so long with random tokens; the mean, after two that do not count."""
+        state = jax.jit(self.init, out_shardings=jax.tree.map(lambda x: x.sharding, self.state))()
+        random = np.random.default_rng(0)
+        values = {
+            "tokens": random.integers(0, 256, self.batch["tokens"].shape, np.uint16),
+            "length": np.full(self.batch["length"].shape, self.batch["tokens"].shape[-1], np.int32),
+        }
+        batch = {name: jax.device_put(value, self.batch[name].sharding) for name, value in values.items()}
+        for warm in (True, False):
+            steps, begin = 0, time.perf_counter()
+            while steps < 2 or not warm and steps < 1000 and time.perf_counter() - begin < seconds:
+                state, metrics = compiled(state, batch)
+                steps += 1
+                if steps % 10 == 0:  # at most so many are under way
+                    jax.block_until_ready(metrics)
+            jax.block_until_ready(metrics)
+        return (time.perf_counter() - begin) / steps
+
+
+def training_step(config: ConfigDict, c: ModelConfig, devices, steps: int) -> TrainingStep:
+    """The step that `mateconv_jax.train` would run with this (resolved) config on these devices.
+
+    Raises:
+      UserError: the mesh or the batch does not fit them.
+    """
+    training = config.training
+    mesh = sharding.make_mesh(config.mesh, devices)
+    sharding.check_batch_size(training.batch_size, mesh)
+    tx = optimizer.make_optimizer(training, c)
+    graph, _ = abstract_model(c)
+    init = functools.partial(train_state.init, c, tx, training.seed, training.use_ema)
+    state = sharding.with_shardings(mesh, jax.eval_shape(init))
+    options = LossOptions(BOS if training.document_mask else None, training.z_loss, training.remat)
+    step = make_train_step(graph, tx, optimizer.make_schedule(training, steps), training, options, state)
+    rows = training.accumulation_steps, training.batch_size
+    spread = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.batch(mesh, 1))
+    batch = {"tokens": spread((*rows, config.data.seq_len + 1), jnp.uint16), "length": spread(rows, jnp.int32)}
+    return TrainingStep(step, init, state, batch)
+
+
+def prefill(c: ModelConfig, device: jax.Device, batch: int) -> Program:
+    """Reading `batch` whole contexts, on one device."""
+    decoder, params, state = _decoder(c, device, batch)
+    start = _on(device, jax.ShapeDtypeStruct((), jnp.int32))
+    lowered = decoder.prefill.lower(params, state, start, S=c.max_seq_len)
+    return Program.compile(lowered, {"parameters": params, "cache": state.kv_cache})
+
+
+def decode_loop(c: ModelConfig, device: jax.Device, batch: int, config=GenerationConfig()) -> Program:
+    """Decoding `batch` rows over a full cache, tokens chosen as `config` says: a loop, whose turn is a token."""
+    decoder, params, state = _decoder(c, device, batch)
+    sampling = _on(device, jax.eval_shape(lambda: Sampling.make(config, jnp.zeros(batch, jnp.int32), c.vocab_size)))
+    max_steps = _on(device, jax.ShapeDtypeStruct((), jnp.int32))
+    lowered = decoder.loop.lower(params, state, sampling, max_steps)
+    return Program.compile(lowered, {"parameters": params, "cache": state.kv_cache})
+
+
+def _decoder(c: ModelConfig, device: jax.Device, B: int):
+    """A decoder, and shapes of parameters in the dtype of the computation and of a state."""
+    graph, params = abstract_model(c)
+    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, c.dtype), params)
+
+    def empty():
+        zeros_B = jnp.zeros(B, jnp.int32)
+        return DecodeState(
+            tokens_BT=jnp.zeros((B, c.max_seq_len), jnp.int32), length_B=zeros_B, prompt_length_B=zeros_B, remaining_B=zeros_B,
+            finished_B=jnp.zeros(B, bool), kv_cache=make_kv_cache(c, B, c.max_seq_len),
+        )  # fmt: skip
+
+    return Decoder(graph, EOS, c.max_seq_len), _on(device, params), _on(device, jax.eval_shape(empty))
+
+
+def _on(device: jax.Device, tree):
+    whole = jax.sharding.SingleDeviceSharding(device)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)

@@ -1,0 +1,142 @@
+"""GPUs by name, and devices of that kind to compile for on a machine that has none."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import jax
+from jax.experimental import topologies
+
+from mateconv_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What the vendor's data sheet and tuning guide say of one GPU; peaks are dense, of both directions' traffic one counts.
+
+    device_kind: as jax names it. compute_capability: also decides what cuDNN offers. cores: streaming multiprocessors.
+    lanes: fp32 units of one. clock: GHz. memory, l2: bytes. bandwidth: of its memory, bytes/s. shared, shared_most: bytes of
+    shared memory a core and at most a block. half, single: FLOP/s of bfloat16 and of float32 products (as TF32). link: bytes/s
+    to the GPUs of its host. network: bytes/s a GPU to other hosts, as the vendor's own servers are built.
+    """
+
+    device_kind: str
+    compute_capability: tuple[int, int]
+    cores: int
+    lanes: int
+    clock: float
+    memory: int
+    l2: int
+    bandwidth: float
+    shared: int
+    shared_most: int
+    half: float
+    single: float
+    link: float
+    network: float
+
+
+GiB, MiB, KiB = 2**30, 2**20, 2**10
+_AMPERE = dict(
+    compute_capability=(8, 0), cores=108, lanes=64, clock=1.41, l2=40 * MiB, shared=164 * KiB, shared_most=163 * KiB,
+    half=312e12, single=156e12, link=300e9, network=25e9,
+)  # fmt: skip
+_HOPPER = dict(
+    compute_capability=(9, 0), cores=132, lanes=128, clock=1.98, l2=50 * MiB, shared=228 * KiB, shared_most=227 * KiB,
+    half=989e12, single=495e12, link=450e9, network=50e9,
+)  # fmt: skip
+_ADA = dict(compute_capability=(8, 9), lanes=128, shared=100 * KiB, shared_most=99 * KiB, link=32e9, network=3e9)
+GPUS = {
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", memory=80 * GiB, bandwidth=2.039e12, **_AMPERE),
+    "a100-40": Gpu("NVIDIA A100-SXM4-40GB", memory=40 * GiB, bandwidth=1.555e12, **_AMPERE),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", memory=80 * GiB, bandwidth=3.352e12, **_HOPPER),
+    "h200": Gpu("NVIDIA H200", memory=140 * GiB, bandwidth=4.8e12, **_HOPPER),
+    "b200": Gpu(
+        "NVIDIA B200", memory=178 * GiB, bandwidth=7.7e12, compute_capability=(10, 0), cores=148, lanes=128, clock=1.965,
+        l2=126 * MiB, shared=228 * KiB, shared_most=227 * KiB, half=2250e12, single=1125e12, link=900e9, network=50e9,
+    ),
+    "l4": Gpu(
+        "NVIDIA L4", memory=22 * GiB, bandwidth=300e9, cores=58, clock=2.04, l2=48 * MiB, half=121e12, single=60e12, **_ADA,
+    ),
+    "4090": Gpu(
+        "NVIDIA GeForce RTX 4090", memory=24 * GiB, bandwidth=1.008e12, cores=128, clock=2.52, l2=72 * MiB, half=165e12,
+        single=82.6e12, **_ADA,
+    ),
+}  # fmt: skip
+
+CUDA, CUDNN = "major: 12 minor: 8 patch: 0", (9, 10)  # of the imaginary machine
+
+
+def by_name(name: str) -> Gpu:
+    """Raises UserError for a name that is not in GPUS."""
+    if name not in GPUS:
+        raise UserError(f"--gpu: {name!r} is not known (expected one of {', '.join(GPUS)}, or this)")
+    return GPUS[name]
+
+
+def by_device_kind(device_kind: str) -> Gpu | None:
+    """The GPU that jax calls so, as "NVIDIA H100 80GB HBM3"; None where we have no figures of it."""
+    return next((gpu for gpu in GPUS.values() if gpu.device_kind == device_kind), None)
+
+
+def devices(gpu: Gpu, count: int, hosts: int = 1) -> list[jax.Device]:
+    """`count` imaginary GPUs on `hosts` machines: enough to lower and compile for, not to run on.
+
+    Raises:
+      UserError: XLA's CUDA compiler is not installed, or count cannot be spread over hosts.
+    """
+    if count < 1 or hosts < 1 or count % hosts:
+        raise UserError(f"--devices: {count} GPUs cannot be spread over {hosts} hosts (expected a multiple of --hosts)")
+    if not any(find_spec(f"jax_plugins.xla_cuda{cuda}") for cuda in (13, 12) if find_spec("jax_plugins")):
+        raise UserError(f"--gpu: XLA's CUDA compiler is not installed (pip install jax-cuda13-pjrt=={jax.__version__})")
+    topology = topologies.get_topology_desc(
+        "planned", platform="cuda", target_config=_target_config(gpu), topology=f"1x{hosts}x{count // hosts}"
+    )
+    return topology.devices
+
+
+def _target_config(gpu: Gpu) -> str:
+    """XLA's GpuTargetConfigProto, as text."""
+    major, minor = gpu.compute_capability
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_block: {48 * KiB} shared_memory_per_core: {gpu.shared} shared_memory_per_block_optin: {gpu.shared_most}
+  threads_per_core_limit: {1536 if gpu.compute_capability == (8, 9) else 2048}
+  core_count: {gpu.cores} fpus_per_core: {gpu.lanes} clock_rate_ghz: {gpu.clock}
+  block_dim_limit_x: {2**31 - 1} block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {gpu.bandwidth:.0f} l2_cache_size: {gpu.l2} device_memory_size: {gpu.memory}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+runtime_version {{ {CUDA} }}
+dnn_version_info {{ major: {CUDNN[0]} minor: {CUDNN[1]} }}
+device_description_str: "{gpu.device_kind}"
+"""
+
+
+@contextlib.contextmanager
+def tracing_for(gpu: Gpu) -> Iterator[None]:
+    """Inside, jax.nn.dot_product_attention(implementation="cudnn") can be traced: it asks this process's own device for its
+    compute capability and cuDNN, and here `gpu` answers (jax 0.10 to 0.12).
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    def as_tuple(capability: str):
+        return tuple(map(int, capability.split(".")))
+
+    answers = {
+        "check_cudnn_version": lambda: CUDNN[0] * 10_000 + CUDNN[1] * 100,
+        "check_compute_capability": lambda capability: gpu.compute_capability >= as_tuple(capability),
+        "is_cuda_compute_capability_equal": lambda capability: gpu.compute_capability == as_tuple(capability),
+    }
+    asked = {name: getattr(fused, name) for name in answers}
+    for name, answer in answers.items():
+        setattr(fused, name, answer)
+    try:
+        yield
+    finally:
+        for name, function in asked.items():
+            setattr(fused, name, function)
