@@ -124,7 +124,7 @@ def _rms_norm_backward(eps, saved, g_BSD):
     g_normed_BSD = g_BSD * scale_D.astype(jnp.float32)
     along_BS = jnp.mean(g_normed_BSD * normed_BSD, axis=-1)
     g_x_BSD = factor_BS[..., None] * (g_normed_BSD - along_BS[..., None] * normed_BSD)
-    return g_x_BSD.astype(x_BSD.dtype), g_scale_D
+    return g_x_BSD.astype(x_BSD.dtype), g_scale_D.astype(scale_D.dtype)
 
 
 _rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
