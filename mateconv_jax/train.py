@@ -7,6 +7,10 @@ from mateconv_jax.errors import exit_code
 
 
 def main(argv):
+    if {"--help", "-h"} & set(argv):
+        print(f"{__doc__}\n\n--config.SECTION.KEY=VALUE changes a key. All of them (mateconv_jax/config.py says more):\n")
+        print(config_lib.default_config())
+        return 0
     config = config_lib.resolve(config_lib.from_command_line(argv))
     from mateconv_jax import compilation_cache, distributed  # 6 s of imports, after the command line is known to be right
 

@@ -144,10 +144,15 @@ def rope_frequencies(c: ModelConfig) -> np.ndarray:
     return frequency_n.astype(np.float32)
 
 
-def rope_angles(c: ModelConfig, positions_BS):
-    """(cosine, sine) of each position's angles, fp32 (B, S, 1, N/2): made once for all layers."""
-    angle_BS1n = positions_BS[..., None, None] * rope_frequencies(c)
-    return jnp.cos(angle_BS1n), jnp.sin(angle_BS1n)
+def rope_angles(c: ModelConfig, length: int, positions_BS=None):
+    """(cosine, sine) of each position's angles, fp32 (B, S, 1, N/2), out of a table of `length`; None: of all, B = 1.
+
+    A table made by numpy: XLA would fuse its own cosines into every loop that reads them and make them anew for each head and
+    layer; on the CPU the loop that rotates a layer's queries took 10 times as long.
+    """
+    angle_Tn = np.arange(length, dtype=np.float32)[:, None] * rope_frequencies(c)
+    tables = jnp.asarray(np.cos(angle_Tn)), jnp.asarray(np.sin(angle_Tn))
+    return tuple(table_Tn[None, :, None] if positions_BS is None else table_Tn[positions_BS][:, :, None] for table_Tn in tables)
 
 
 def rope(x_BSHN, angles):
@@ -266,11 +271,12 @@ class Transformer(nnx.Module):
 
     def logits_and_routing(self, tokens_BS, documents_BS=None, dropout_key=None, remat: str = "none", is_real_BS=None):
         """(logits as above; moe.Routing of the tokens where is_real_BS, each array (L, ...), or None: no experts)."""
-        positions_BS = jnp.arange(tokens_BS.shape[1])[None]
+        positions_BS = None  # 0, 1, 2 …
         if documents_BS is not None:
+            positions_BS = jnp.arange(tokens_BS.shape[1])[None]
             is_first_BS = jnp.diff(documents_BS, axis=1, prepend=documents_BS[:, :1] - 1) != 0
             positions_BS = positions_BS - jax.lax.cummax(jnp.where(is_first_BS, positions_BS, 0), axis=1)
-        angles = rope_angles(self.c, positions_BS)
+        angles = rope_angles(self.c, tokens_BS.shape[1], positions_BS)
         keys = [None] * (self.c.n_layers + 1) if dropout_key is None else jax.random.split(dropout_key, self.c.n_layers + 1)
         x_BSD = attention.dropout(self._embed(tokens_BS), self.c.dropout, keys[-1])
         routings = []
@@ -302,7 +308,7 @@ class Transformer(nnx.Module):
           (logits_BV after each row's last token, in the compute dtype; the cache with the tokens in it)
         """
         positions_BS = start_B[:, None] + jnp.arange(tokens_BS.shape[1])
-        angles = rope_angles(self.c, positions_BS)
+        angles = rope_angles(self.c, kv_cache[0][0].shape[3], positions_BS)
         x_BSD = self._embed(tokens_BS)
         new_cache = []
         for block, layer_cache in zip(self.blocks, kv_cache, strict=True):

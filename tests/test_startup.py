@@ -1,0 +1,76 @@
+"""What each command imports, and what it must not: TensorFlow costs 4 s, PyTorch 3, transformers and Orbax 1 each."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests import llama
+
+HEAVY = (
+    "apache_beam clu datasets flax grain jax matplotlib orbax pandas prompt_toolkit scipy sklearn tensorflow tensorflow_datasets "
+    "torch transformers wandb"
+).split()
+RUN = """
+import atexit, os, runpy, sys
+names, own_stdout = {names}, os.dup(1)
+atexit.register(lambda: os.write(own_stdout, " ".join(["\\nimported:", *(n for n in names if n in sys.modules)]).encode()))
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
+MODEL = "flax jax orbax transformers"  # what a command needs that reads a model
+PREPARE = "matplotlib tensorflow_datasets transformers"  # for its figures, the metadata, the tokenizer
+# Arguments of a command; what it may import of HEAVY; how it ends.
+BUDGETS = [
+    ("train --help", "", 0),
+    ("train --config=configs/base.py --config.training.batchsize=3", "", 2),
+    ("prepare --help", "", 0),
+    ("prepare --input none.jsonl --output x --train_tokenizer", "", 2),
+    ("prepare --input {jsonl} --output {tmp}/data --train_tokenizer --vocab_size 400 --num_workers 1", PREPARE, 0),
+    ("tokenizer --help", "transformers", 0),
+    ("sample --help", "", 0),
+    ("sample --model_path={model} --temperature=0", "", 2),
+    ("sample --model_path={model} --prompt=x --max_new_tokens=2 --dtype=float32", MODEL, 0),
+    ("evaluate --help", "", 0),
+    ("convert --help", "", 0),
+    ("convert --from {model} --to {tmp}/run", MODEL, 0),
+    ("report --help", "", 0),
+    ("data.demo --help", "", 0),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(dataset_folder, tmp_path_factory):
+    """A Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("model") / "hf"
+    shutil.copytree(dataset_folder / "tokenizer", folder)
+    llama.from_ours(llama.peaked_model(64)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("command, allowed, code", BUDGETS)
+def test_a_command_imports_no_more_than_it_needs(command, allowed, code, model, demo_jsonl, tmp_path):
+    name, *arguments = command.format(model=model, jsonl=demo_jsonl, tmp=tmp_path).split()
+    result = subprocess.run(
+        [sys.executable, "-c", RUN.format(names=HEAVY), f"mateconv_jax.{name}", *arguments], capture_output=True, text=True,
+        env=os.environ, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == code, result.stderr
+    imported = result.stdout.rpartition("imported:")[2].split()
+    assert set(imported) <= set(allowed.split()), f"imported {imported}"
+
+
+def test_training_imports_no_pytorch():
+    """A training that finds no data, which it looks for when everything is imported."""
+    code = RUN.format(names=[*HEAVY, "mateconv_jax"])
+    result = subprocess.run(
+        [sys.executable, "-c", code, "mateconv_jax.train", "--config=configs/base.py"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    imported = result.stdout.rpartition("imported:")[2].split()
+    assert "tensorflow" in imported  # clu's; no other command's
+    assert not {"torch", "wandb", "apache_beam", "datasets", "prompt_toolkit"} & set(imported), imported
