@@ -1,9 +1,10 @@
 """How long each command takes to start:  python -m benchmarks.startup [--repeat 3]
 
-Imports: `python -m mateconv_jax.NAME` up to its end with --help, and the modules behind it, which it imports once its command line
-is right, by themselves. The first step: `train --config=CONFIG` for one step of 8 rows, with its evaluation and checkpoint, and
-the first text: `sample` of that run, each with an empty compilation cache and again with what the first start left there. The
-best of --repeat counts. Prints two tables and ends in one JSON line. Needs the quickstart's data/demo, or --config and --data.
+Imports: `python -m mateconv_jax.NAME` up to its end with --help, and the modules behind it, which it imports once its command
+line is right, by themselves. The first step: `train --config=CONFIG` for one step of 8 rows, with its evaluation and
+checkpoint, and the first text: `sample` of that run, each with an empty compilation cache and again with what the first start
+left there. The best of --repeat counts. Prints two tables and ends in one JSON line. Needs the quickstart's data/demo, or
+--config and --data.
 """
 
 import argparse

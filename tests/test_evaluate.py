@@ -169,7 +169,8 @@ def test_documents_see_only_themselves_where_they_did_in_training(run, dataset_f
     config = json.loads((run / "config.json").read_text())
     config["training"]["document_mask"] = True
     (masked / "config.json").write_text(json.dumps(config))
-    assert abs(evaluation.evaluate_run(masked, [str(dataset_folder)], use_ema=False)["scores"]["raw"]["loss"] - plain) > 1e-3
+    loss = evaluation.evaluate_run(masked, [str(dataset_folder)], use_ema=False)["scores"]["raw"]["loss"]
+    assert abs(loss - plain) > 1e-4  # without the mask 0
 
 
 def command(*arguments, devices=1):

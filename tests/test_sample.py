@@ -198,7 +198,7 @@ def test_explicit_options_go_over_a_preset(name):
 def test_how_options_change_the_text(generator, write):
     text = write("--prompt=小明", *SAMPLED)
     stop = generator.generate("小明", CONFIG)[3]
-    for arguments in (["--seed=4"], [f"--stop={stop}"], ["--temperature=9"]):
+    for arguments in (["--seed=4"], [f"--stop={stop}"], ["--temperature=0.1"]):
         assert write("--prompt=小明", *SAMPLED, *arguments) != text
     assert write("--prompt=小明", *SAMPLED, "--no_cache") == text
 
