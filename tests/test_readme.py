@@ -29,10 +29,13 @@ def test_both_readmes_show_the_same_commands_and_code():
 
 
 # The long ones are made short where only their length is.
+TWO_STEPS = " --config.training.max_steps=2 --config.training.batch_size=2 --config.training.eval_iters=1"
 SHORTER = {
-    "configs/base.py": " --config.training.max_steps=2 --config.training.batch_size=2 --config.training.eval_iters=1",
-    "configs/moe.py": " --config.training.max_steps=2 --config.training.batch_size=2 --config.training.eval_iters=1",
+    "train --config=configs/base.py": TWO_STEPS,
+    "train --config=configs/moe.py": TWO_STEPS,
+    "launch/train_node.sh": TWO_STEPS,
     "runs/demo8": " --config.training.max_steps=2",
+    "mateconv_jax.plan": " --quick",
 }
 
 
