@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# All benchmarks at modest settings, one after the other, about an hour on two CPU cores; each prints its table and ends in one
+# JSON line, which is also kept in OUT. Needs requirements-dev.txt and the quickstart's data/demo.jsonl and data/demo.
+#   bash benchmarks/all.sh [OUT, default benchmarks/results.jsonl]
+source "$(dirname "$0")/../launch/venv.sh"
+out=${1:-benchmarks/results.jsonl}
+: > "$out"
+
+benchmark() { # NAME ARGUMENTS …
+  local printed
+  printf '\n==== python -m benchmarks.%s\n' "$*"
+  printed=$("$PYTHON" -m "benchmarks.$1" "${@:2}" | tee /dev/stderr) # set -e: the first that fails ends it all
+  printf '{"command": "python -m benchmarks.%s", "result": %s}\n' "$*" "$(tail -n 1 <<< "$printed")" >> "$out"
+}
+
+benchmark startup
+benchmark input_pipeline --seconds 5
+benchmark prepare --input data/demo.jsonl --tokenizer data/demo/tokenizer --repeat 2
+benchmark decode --batch_sizes 1 16 --repeat 3
+benchmark train
+benchmark train --batch_sizes 1 2 4 16 --peers compile --repeat 3
+benchmark train --batch_sizes 4 --seq_lens 128 256 1024 --peers compile --repeat 3
+benchmark train --n_layers 2 4 16 --peers compile --repeat 3
