@@ -24,6 +24,7 @@ BEHIND = {  # what a command imports when its command line is right
     "sample": "mateconv_jax.inference.text_generator",
     "evaluate": "mateconv_jax.evaluation",
     "convert": "mateconv_jax.interop.kinds",
+    "plan": "mateconv_jax.planning.plan",
     "prepare": "mateconv_jax.data.statistics_plot",
     "tokenizer": "mateconv_jax.data.tokenizer_report",
     "report": "mateconv_jax.training.report_page",

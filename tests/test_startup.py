@@ -36,6 +36,8 @@ BUDGETS = [
     ("evaluate --help", "", 0),
     ("convert --help", "", 0),
     ("convert --from {model} --to {tmp}/run", MODEL, 0),
+    ("plan --help", "", 0),
+    ("plan --config=configs/base.py --gpu=none", "flax jax", 2),
     ("report --help", "", 0),
     ("data.demo --help", "", 0),
 ]  # fmt: skip
@@ -62,15 +64,13 @@ def test_a_command_imports_no_more_than_it_needs(command, allowed, code, model, 
     assert set(imported) <= set(allowed.split()), f"imported {imported}"
 
 
-def test_training_imports_no_pytorch():
-    """A training that finds no data, which it looks for when everything is imported."""
-    code = RUN.format(names=[*HEAVY, "mateconv_jax"])
+def test_training_without_data_says_so_and_imported_no_pytorch():
+    """It looks for the data when everything is imported."""
     result = subprocess.run(
-        [sys.executable, "-c", code, "mateconv_jax.train", "--config=configs/base.py"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    imported = result.stdout.rpartition("imported:")[2].split()
+        [sys.executable, "-c", RUN.format(names=HEAVY), "mateconv_jax.train", "--config=configs/base.py"], capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 2 and "data.train_data_path: missing" in result.stderr.splitlines()[-1]
+    imported = set(result.stdout.rpartition("imported:")[2].split())
     assert "tensorflow" in imported  # clu's; no other command's
-    assert not {"torch", "wandb", "apache_beam", "datasets", "prompt_toolkit"} & set(imported), imported
+    assert not {"torch", "wandb", "apache_beam", "datasets", "prompt_toolkit"} & imported, imported
