@@ -84,7 +84,7 @@ def make_plan(
         return _cudnn_errors(c, step.compile)
 
     if not where.is_here:
-        with target.tracing_for(where.gpu):
+        with target.compiling_for(where.gpu):
             return _plan(config, c, where, compile_step, steps, length, dollars_per_gpu_hour, search, say)
     return _plan(config, c, where, compile_step, steps, length, dollars_per_gpu_hour, search, say)
 

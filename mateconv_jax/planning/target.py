@@ -118,9 +118,11 @@ device_description_str: "{gpu.device_kind}"
 
 
 @contextlib.contextmanager
-def tracing_for(gpu: Gpu) -> Iterator[None]:
-    """Inside, jax.nn.dot_product_attention(implementation="cudnn") can be traced: it asks this process's own device for its
-    compute capability and cuDNN, and here `gpu` answers (jax 0.10 to 0.12).
+def compiling_for(gpu: Gpu) -> Iterator[None]:
+    """Inside, programs for `gpu` can be traced and compiled (jax 0.10 to 0.12).
+
+    jax.nn.dot_product_attention(implementation="cudnn") asks this process's own device for its compute capability and cuDNN:
+    here `gpu` answers. And nothing is kept in the compilation cache, which could not read it again.
     """
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
@@ -133,10 +135,13 @@ def tracing_for(gpu: Gpu) -> Iterator[None]:
         "is_cuda_compute_capability_equal": lambda capability: gpu.compute_capability == as_tuple(capability),
     }
     asked = {name: getattr(fused, name) for name in answers}
+    kept_from = jax.config.jax_persistent_cache_min_compile_time_secs
     for name, answer in answers.items():
         setattr(fused, name, answer)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
     try:
         yield
     finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", kept_from)
         for name, function in asked.items():
             setattr(fused, name, function)

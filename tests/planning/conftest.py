@@ -21,7 +21,7 @@ def base_config(model=(), **training):
 
 def compile_step(config, gpu="h100", devices=8, hosts=1):
     config = config_lib.resolve(config)
-    with target.tracing_for(target.GPUS[gpu]):
+    with target.compiling_for(target.GPUS[gpu]):
         c = ModelConfig.make(config.model, config.training.dtype, "gpu")
         return programs.training_step(config, c, target.devices(target.GPUS[gpu], devices, hosts), 1000).compile()
 

@@ -68,7 +68,7 @@ def test_launches(base_step):
 
 def test_decoding_writes_into_its_cache():
     c = model_config()
-    with target.tracing_for(target.GPUS["h100"]):
+    with target.compiling_for(target.GPUS["h100"]):
         loop = programs.decode_loop(c, target.devices(target.GPUS["h100"], 1)[0], batch=16)
     assert loop.donated >= loop.arguments["cache"] == 16 * 512 * 8 * 32 * 2 * 2 * 8
     layer = loop.arguments["cache"] / 16
@@ -111,8 +111,11 @@ def test_fsdp_splits_the_state_and_exchanges_asynchronously(base_step):
     assert {"all-gather", "reduce-scatter"} <= {c.opcode for c in exchanges} and all(c.is_async for c in exchanges)
     assert not any(c.opcode == "all-to-all" for c in step.report.collectives)
     assert sum(c.bytes for c in exchanges if c.opcode == "reduce-scatter") == pytest.approx(4 * PARAMETERS, rel=0.01)
-    assert sum(c.bytes for c in exchanges if c.opcode == "all-gather") == pytest.approx(2 * PARAMETERS / 8, rel=0.01)
-    assert step.peak < 2.6e9
+    gathered = [c.bytes for c in exchanges if c.opcode == "all-gather" and c.dtypes == ("bf16",)]
+    assert sum(gathered) == pytest.approx(2 * PARAMETERS / 8, rel=0.01)  # of its own part, once for both passes
+    assert step.peak < 2.65e9
+    # Gradients go out in parts while the backward pass goes on (mateconv_jax/xla_flags.py): without, they wait for 0.2 ms.
+    assert roofline(step.report, target.GPUS["h100"], 8, 1).network < 0.1e-3
 
 
 @pytest.mark.slow
