@@ -43,6 +43,8 @@ class LlamaCpp:
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._server = xllamacpp.Server(params)
+        # Taken down before its loop runs, it may wait for ever; this answer comes from the loop, /tokenize does not.
+        self.post("/completion", prompt=[1], n_predict=1)
 
     def post(self, where: str, **body) -> dict:
         request = urllib.request.Request(
