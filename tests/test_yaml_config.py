@@ -127,7 +127,7 @@ def test_a_batch_size_is_said_to_be_global(load, capsys):
         ("training:\n  batchsize: 3\n", r"config\.yaml: training\.batchsize: unknown key \(did you mean training\.batch_size\?\)"),
         ("data:\n  max_length: 3\n", r"config\.yaml: data\.max_length: unknown key \(did you mean data\.seq_len\?\)"),
         ("data:\n  max_seq_len: 3\n", r"config\.yaml: data\.max_seq_len: unknown key \(did you mean data\.seq_len\?\)"),
-        ("model:\n  use_moe: false\n", r"config\.yaml: model\.use_moe: unknown key"),
+        ("model:\n  flash_attn: true\n", r"config\.yaml: model\.flash_attn: unknown key"),
         ("training:\n  on: 3\n", r"config\.yaml: training\.True: unknown key"),
         ("training:\n  batch_size: many\n", r"config\.yaml: training\.batch_size: 'many' does not fit \(expected a whole number, such as 32\)"),
         ("training:\n  batch_size: 1.5\n", r"training\.batch_size: 1\.5 does not fit"),

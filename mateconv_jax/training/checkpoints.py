@@ -54,7 +54,11 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._folder / "checkpoints", options=options)
         self._best = None
         if keep_best:
-            options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
+            # Two saves of one step at once would else meet at one barrier, where there are several processes.
+            barriers = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix="best")
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=1, cleanup_tmp_directories=True, multiprocessing_options=barriers
+            )
             self._best = ocp.CheckpointManager(self._folder / "best", options=options)
 
     def __enter__(self):
