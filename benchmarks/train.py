@@ -60,7 +60,7 @@ def main(args):
     console.print(table)
     console.print(
         f"ours / theirs: of tokens/s, and in brackets of processor seconds. One product of 4,096 x 512 by 512 x 2,816 runs at "
-        f"{report['product_gflops']} GFLOP/s: at that rate a step would take share_of_limit of its time."
+        f"{report['product_gflops']} GFLOP/s; at that rate the last step would take {case['share_of_limit']:.0%} of its time."
     )
     print(json.dumps(report))
 

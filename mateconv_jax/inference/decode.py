@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mateconv_jax import xla_flags
 from mateconv_jax.inference.sampling import Sampling, next_tokens
-from mateconv_jax.model.transformer import KVCache, resize_kv_cache
+from mateconv_jax.model.transformer import KVCache, ModelConfig, resize_kv_cache
 
 # Prompt and cache lengths are rounded up to a power of two from these on (at most the model's maximum), so that a chat
 # compiles a handful of programs. The cache grows bucket by bucket: attending over an empty cache is what decoding costs
@@ -49,12 +50,13 @@ class DecodeState:
 class Decoder:
     """The compiled functions of one model. Each donates the state that it is given."""
 
-    def __init__(self, graph: nnx.GraphDef, eos_id: int, max_seq_len: int):
-        self._graph, self._eos_id, self._max_seq_len = graph, eos_id, max_seq_len
-        self.prefill = jax.jit(self._prefill, static_argnames="S", donate_argnames="state")
+    def __init__(self, graph: nnx.GraphDef, c: ModelConfig, eos_id: int):
+        self._graph, self._eos_id, self._max_seq_len = graph, eos_id, c.max_seq_len
+        options = xla_flags.compiler_options(c.platform)
+        self.prefill = jax.jit(self._prefill, static_argnames="S", donate_argnames="state", compiler_options=options)
         self.spread = jax.jit(self._spread, static_argnames="n")
         self.append = jax.jit(self._append, donate_argnames="state")
-        self.loop = jax.jit(self._loop, donate_argnames="state")
+        self.loop = jax.jit(self._loop, donate_argnames="state", compiler_options=options)
         self.resize = jax.jit(self._resize, static_argnames="length")
 
     def run(

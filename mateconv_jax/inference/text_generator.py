@@ -56,7 +56,7 @@ class TextGenerator:
         self.max_seq_len = model.c.max_seq_len
         self._c = model.c
         self._graph, self.params = nnx.split(model)
-        self._decoder = Decoder(self._graph, tokenizer.eos_token_id if tokenizer else -1, self._c.max_seq_len)
+        self._decoder = Decoder(self._graph, self._c, tokenizer.eos_token_id if tokenizer else -1)
         self._all_logits = jax.jit(lambda params, tokens_BS: nnx.merge(self._graph, params)(tokens_BS).astype(jnp.float32))
         self._kept: tuple[nnx.State, list[int], DecodeState] | None = None  # of the last stream: weights, tokens, their cache
 

@@ -151,8 +151,9 @@ def test_data_sheets_agree_with_the_peaks_of_mfu():
 
 
 def test_xla_flags_are_the_users_first(monkeypatch):
-    [(flag, _)] = xla_flags.GPU.items()
-    monkeypatch.setenv("XLA_FLAGS", "--xla_other=1")
-    assert xla_flags.compiler_options("gpu") == xla_flags.GPU and xla_flags.compiler_options("cpu") == {}
-    monkeypatch.setenv("XLA_FLAGS", f"--{flag}=1")
-    assert xla_flags.compiler_options("gpu") == {}
+    for platform, options in xla_flags.OPTIONS.items():
+        [(flag, _)] = options.items()
+        monkeypatch.setenv("XLA_FLAGS", "--xla_other=1")
+        assert xla_flags.compiler_options(platform) == options
+        monkeypatch.setenv("XLA_FLAGS", f"--{flag}=1")
+        assert xla_flags.compiler_options(platform) == {}
