@@ -21,3 +21,4 @@ benchmark train
 benchmark train --batch_sizes 1 2 4 16 --peers compile --repeat 3
 benchmark train --batch_sizes 4 --seq_lens 128 256 1024 --peers compile --repeat 3
 benchmark train --n_layers 2 4 16 --peers compile --repeat 3
+benchmark plan_matrix # needs jax-cuda13-pjrt, which launch/test.sh installs
