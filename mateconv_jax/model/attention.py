@@ -58,7 +58,9 @@ def causal_attention(q_BSHN, k_BSKN, v_BSKN, backend: str, documents_BS=None, dr
         mask_B1SS = None if documents_BS is None else (documents_BS[:, :, None] == documents_BS[:, None])[:, None]
         return jax.nn.dot_product_attention(q_BSHN, k_BSKN, v_BSKN, mask=mask_B1SS, is_causal=True, implementation="cudnn")
     if backend == "blocked":
-        return _blocked_attention(q_BSHN, k_BSKN, v_BSKN, documents_BS)
+        # In fp32: XLA's CPU backend has no such products of halves (bfloat16: "Unsupported element type for DotThunk").
+        q_BSHN32, k_BSKN32, v_BSKN32 = (x.astype(jnp.float32) for x in (q_BSHN, k_BSKN, v_BSKN))
+        return _blocked_attention(q_BSHN32, k_BSKN32, v_BSKN32, documents_BS).astype(q_BSHN.dtype)
     if backend == "xla":
         positions_S = jnp.arange(q_BSHN.shape[1])
         seen_BST = (positions_S[:, None] >= positions_S)[None]
@@ -151,8 +153,8 @@ def _blocked_forward(q_ICGSN, k_ICSN, v_ICSN, documents_CS):
             highest = scores_CTGS.max(1, keepdims=True)
             weights_CTGS = jnp.exp(scores_CTGS - highest)
             total = weights_CTGS.sum(1, keepdims=True)
-            out_CNGS = _dot("CNT,CTGS->CNGS", v_CNS[..., : block.stop], weights_CTGS.astype(q_CGSN.dtype))
-            outs.append((out_CNGS / total).astype(q_CGSN.dtype))
+            out_CNGS = _dot("CNT,CTGS->CNGS", v_CNS[..., : block.stop], weights_CTGS)
+            outs.append(out_CNGS / total)
             log_sums.append(highest + jnp.log(total))
         return jnp.concatenate(outs, -1), jnp.concatenate(log_sums, -1)
 
@@ -163,22 +165,21 @@ def _blocked_forward(q_ICGSN, k_ICSN, v_ICSN, documents_CS):
 
 def _blocked_backward(saved, d_out_ICGSN):
     q_ICGSN, k_ICSN, v_ICSN, documents_CS, out_ICNGS, log_sum_IC1GS = saved
-    dtype = q_ICGSN.dtype
 
     def turn(inputs):
         q_CGSN, k_CSN, v_CSN, out_CNGS, log_sum_C1GS, d_out_CGSN = inputs
         k_CNS = k_CSN.transpose(0, 2, 1)
-        delta_C1GS = jnp.sum(d_out_CGSN.transpose(0, 3, 1, 2).astype(jnp.float32) * out_CNGS, 1, keepdims=True)
-        d_qs, d_k_CSN, d_v_CSN = [], jnp.zeros(k_CSN.shape, jnp.float32), jnp.zeros(v_CSN.shape, jnp.float32)
+        delta_C1GS = jnp.sum(d_out_CGSN.transpose(0, 3, 1, 2) * out_CNGS, 1, keepdims=True)
+        d_qs, d_k_CSN, d_v_CSN = [], jnp.zeros_like(k_CSN), jnp.zeros_like(v_CSN)
         for block in _blocks(q_CGSN.shape[2]):
             before = slice(block.stop)
             weights_CTGS = jnp.exp(_block_scores(q_CGSN, k_CSN, documents_CS, block) - log_sum_C1GS[..., block])
             d_weights_CTGS = _dot("CTN,CGSN->CTGS", v_CSN[:, before], d_out_CGSN[:, :, block])
-            d_scores_CTGS = (weights_CTGS * (d_weights_CTGS - delta_C1GS[..., block])).astype(dtype)
-            d_qs.append(_dot("CNT,CTGS->CNGS", k_CNS[..., before], d_scores_CTGS).astype(dtype))
+            d_scores_CTGS = weights_CTGS * (d_weights_CTGS - delta_C1GS[..., block])
+            d_qs.append(_dot("CNT,CTGS->CNGS", k_CNS[..., before], d_scores_CTGS))
             d_k_CSN = d_k_CSN.at[:, before].add(_dot("CTGS,CGSN->CTN", d_scores_CTGS, q_CGSN[:, :, block]))
-            d_v_CSN = d_v_CSN.at[:, before].add(_dot("CTGS,CGSN->CTN", weights_CTGS.astype(dtype), d_out_CGSN[:, :, block]))
-        return jnp.concatenate(d_qs, -1), d_k_CSN.astype(dtype), d_v_CSN.astype(dtype)
+            d_v_CSN = d_v_CSN.at[:, before].add(_dot("CTGS,CGSN->CTN", weights_CTGS, d_out_CGSN[:, :, block]))
+        return jnp.concatenate(d_qs, -1), d_k_CSN, d_v_CSN
 
     inputs = q_ICGSN, k_ICSN, v_ICSN, out_ICNGS, log_sum_IC1GS, d_out_ICGSN
     d_q_ICNGS, d_k_ICSN, d_v_ICSN = jax.lax.map(turn, inputs)

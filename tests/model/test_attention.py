@@ -27,6 +27,21 @@ def test_blocked_attention_and_its_gradient_equal_pytorch(S, turn, monkeypatch):
             np.testing.assert_allclose(ours, reference.grad.numpy(), atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_blocked_attention_and_its_gradient_of_halves_are_those_of_float32_rounded(dtype):
+    q, k, v, d_out = (jax.random.normal(key, (2, 70, 4, 8)).astype(dtype) for key in jax.random.split(jax.random.key(0), 4))
+
+    @jax.jit
+    def gradients(q, k, v, d_out):
+        out, pull_back = jax.vjp(lambda *qkv: attention.causal_attention(*qkv, "blocked"), q, k, v)
+        return out, *pull_back(d_out)
+
+    halves = gradients(q, k, v, d_out)
+    for half, full in zip(halves, gradients(*(x.astype(jnp.float32) for x in (q, k, v, d_out))), strict=True):
+        assert half.dtype == dtype
+        np.testing.assert_array_equal(half, full.astype(dtype))
+
+
 def test_auto_takes_the_fastest_backend_of_the_device():
     choose = attention.choose_backend
     assert choose("auto", "gpu", jnp.dtype("bfloat16")) == "cudnn"
