@@ -108,7 +108,7 @@ def default_config() -> ConfigDict:
     config.training.profile_step = placeholder(int)  # from here on 5 steps are traced, for TensorBoard's profiler
     config.training.resume = "auto"  # auto: go on with the run in out_dir, if there is one | never: refuse to
     config.training.resume_from = placeholder(str)  # RUN or RUN/checkpoints/STEP to go on from in a new out_dir
-    config.training.init_from = placeholder(str)  # a run, Hugging Face folder or .pth file whose weights come first
+    config.training.init_from = placeholder(str)  # a run, Hugging Face folder, .pth or .gguf file to take weights from
 
     config.wandb = ConfigDict()
     config.wandb.enable = False  # needs: pip install wandb
