@@ -16,6 +16,7 @@ benchmark() { # NAME ARGUMENTS …
 benchmark startup
 benchmark input_pipeline --seconds 5
 benchmark prepare --input data/demo.jsonl --tokenizer data/demo/tokenizer --repeat 2
+benchmark checkpoint
 benchmark decode --batch_sizes 1 16 --repeat 3
 benchmark train
 benchmark train --batch_sizes 1 2 4 16 --peers compile --repeat 3
