@@ -19,7 +19,5 @@ benchmark prepare --input data/demo.jsonl --tokenizer data/demo/tokenizer --repe
 benchmark checkpoint
 benchmark decode --batch_sizes 1 16 --repeat 3
 benchmark train
-benchmark train --batch_sizes 1 2 4 16 --peers compile --repeat 3
-benchmark train --batch_sizes 4 --seq_lens 128 256 1024 --peers compile --repeat 3
-benchmark train --n_layers 2 4 16 --peers compile --repeat 3
+benchmark growth
 benchmark plan_matrix # needs jax-cuda13-pjrt, which launch/test.sh installs

@@ -8,6 +8,7 @@ requirements-dev.txt (PyTorch).
 """
 
 import argparse
+import itertools
 import json
 import time
 
@@ -30,39 +31,55 @@ WEIGHTS_SEED = 1
 
 
 def main(args):
-    table = Table("batch", "length", "layers", "", "tokens/s", "seconds", "processor s", "GFLOP/s", "ours / theirs")
+    table = Table("batch", "length", "", "tokens/s", "seconds", "processor s", "GFLOP/s", "ours / theirs")
     peak = product_rate()
     report = {"product_gflops": round(peak / 1e9, 1), "cases": []}
-    for B, S, n_layers in ((b, s, n) for b in args.batch_sizes for s in args.seq_lens for n in args.n_layers):
-        config = config_lib.default_config()
-        config.model.n_layers, config.model.max_seq_len, config.data.seq_len = n_layers, S, S
-        config = config_lib.resolve(config)
-        c = ModelConfig.make(config.model, "float32")
-        tokens_BS1 = np.random.default_rng(0).integers(3, c.vocab_size, (B, S + 1))
-        steps = {"ours": our_step(config, c, tokens_BS1)}
-        steps |= {f"PyTorch, {peer}": their_step(config, c, tokens_BS1, peer == "compile") for peer in args.peers}
-        times, losses = race(steps, args.repeat)
-        flops_per_step = flops.training_flops_per_token(c, S) * B * S
-        case = {"batch_size": B, "seq_len": S, "n_layers": n_layers}
-        for name, (seconds, processor_seconds) in times.items():
-            ratio = "" if name == "ours" else f"{seconds / times['ours'][0]:.2f} ({processor_seconds / times['ours'][1]:.2f})"
-            table.add_row(
-                str(B), str(S), str(n_layers), name, f"{B * S / seconds:,.0f}", f"{seconds:.2f}", f"{processor_seconds:.2f}",
-                f"{flops_per_step / seconds / 1e9:.0f}", ratio,
-            )  # fmt: skip
-            case[name] = {"tokens_per_s": round(B * S / seconds, 1), "processor_s": round(processor_seconds, 3)}
-        case["loss_difference"] = max(abs(losses["ours"] - loss) for loss in losses.values())
-        theirs = [seconds for name, (seconds, _) in times.items() if name != "ours"]
-        case["ratio"] = round(min(theirs) / times["ours"][0], 3) if theirs else None
-        case["share_of_limit"] = round(flops_per_step / peak / times["ours"][0], 3)
+    for B, S in itertools.product(args.batch_sizes, args.seq_lens):
+        case = measure(base_config(max_seq_len=S), B, args.peers, args.repeat)
         report["cases"].append(case)
+        for name in case["seconds"]:
+            (ours, ours_processor), (seconds, processor_seconds) = (
+                [case[key][which] for key in ("seconds", "processor_s")] for which in ("ours", name)
+            )
+            table.add_row(
+                str(B), str(S), name, f"{B * S / seconds:,.0f}", f"{seconds:.2f}", f"{processor_seconds:.2f}",
+                f"{case['flops'] / seconds / 1e9:.0f}",
+                "" if name == "ours" else f"{seconds / ours:.2f} ({processor_seconds / ours_processor:.2f})",
+            )  # fmt: skip
     console = Console()
     console.print(table)
+    share_of_limit = case["flops"] / peak / case["seconds"]["ours"]
     console.print(
         f"ours / theirs: of tokens/s, and in brackets of processor seconds. One product of 4,096 x 512 by 512 x 2,816 runs at "
-        f"{report['product_gflops']} GFLOP/s; at that rate the last step would take {case['share_of_limit']:.0%} of its time."
+        f"{report['product_gflops']} GFLOP/s; at that rate the last step would take {share_of_limit:.0%} of its time."
     )
     print(json.dumps(report))
+
+
+def base_config(**model):
+    """The default config with these keys of the model; rows have max_seq_len tokens."""
+    config = config_lib.default_config()
+    config.model.update(model)
+    config.data.seq_len = config.model.max_seq_len
+    return config_lib.resolve(config)
+
+
+def measure(config, batch_size: int, peers: list[str], repeat: int) -> dict:
+    """A step of ours and of each peer's ("eager", "compile"): best wall-clock and processor seconds, by name."""
+    c, S = ModelConfig.make(config.model, "float32"), config.data.seq_len
+    tokens_BS1 = np.random.default_rng(0).integers(3, c.vocab_size, (batch_size, S + 1))
+    steps = {"ours": our_step(config, c, tokens_BS1)}
+    steps |= {f"PyTorch, {peer}": their_step(config, c, tokens_BS1, peer == "compile") for peer in peers}
+    times, losses = race(steps, repeat)
+    return {
+        "batch_size": batch_size,
+        "seq_len": S,
+        "n_layers": c.n_layers,
+        "flops": flops.training_flops_per_token(c, S) * batch_size * S,
+        "seconds": {name: round(seconds, 4) for name, (seconds, _) in times.items()},
+        "processor_s": {name: round(seconds, 4) for name, (_, seconds) in times.items()},
+        "loss_difference": max(abs(losses["ours"] - loss) for loss in losses.values()),
+    }
 
 
 def our_step(config, c: ModelConfig, tokens_BS1):
@@ -86,6 +103,7 @@ def our_step(config, c: ModelConfig, tokens_BS1):
 
 
 def their_step(config, c: ModelConfig, tokens_BS1, compile: bool):
+    torch._dynamo.reset()  # after programs of other sizes it would make this one's sizes dynamic
     training = config.training
     model = llama.from_ours(Transformer(c, nnx.Rngs(WEIGHTS_SEED))).train()
     model.config.use_cache = False
@@ -143,6 +161,5 @@ if __name__ == "__main__":
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8])
     parser.add_argument("--seq_lens", type=int, nargs="+", default=[512])
-    parser.add_argument("--n_layers", type=int, nargs="+", default=[8])
     parser.add_argument("--peers", nargs="*", choices=("eager", "compile"), default=["eager", "compile"])
     main(parser.parse_args())

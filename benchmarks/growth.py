@@ -1,0 +1,98 @@
+"""How a training step on the CPU grows with batch, length, depth and size:  python -m benchmarks.growth [--repeat 3]
+
+The base model's step in float32 beside PyTorch's compiled one, as in benchmarks/train.py, with one of these changed; where a
+row's length changes, a step has 4,096 tokens, and where depth or size do, 4 rows of 512. Prints a table of each, draws them and
+ends in one JSON line. Needs requirements-dev.txt (PyTorch) and 24 GB.
+"""
+
+import argparse
+import json
+import sys
+
+import jax
+import matplotlib.pyplot as plt
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.plan_matrix import SIZES
+from benchmarks.train import base_config, measure, product_rate
+from mateconv_jax import plotting
+from mateconv_jax.model.flops import parameters
+from mateconv_jax.model.transformer import ModelConfig
+
+PEER = "PyTorch, compile"
+MOST_PARAMETERS_BESIDE = 100_000_000  # two of more do not fit into the memory at once
+
+
+def main(args):
+    base = SIZES[2]
+    by_batch = {B: (base, B, 512) for B in (1, 2, 4, 8, 16)}
+    by_length = {S: (base, 4096 // S, S) for S in (256, 512, 1024, 2048, 4096)}
+    by_depth = {n: ((base[0], n, *base[2:]), 4, 512) for n in (2, 4, 8, 16)}
+    by_size = {count(size): (size, 4, 512) for size in SIZES[:-1]}
+    panels = {"rows a step": by_batch, "tokens a row": by_length, "layers": by_depth, "parameters": by_size}
+    peak = product_rate()
+    measured = {case: None for panel in panels.values() for case in panel.values()}
+    for size, B, S in measured:
+        config = base_config(**shape(size), max_seq_len=S)
+        peers = ["compile"] if count(size) < MOST_PARAMETERS_BESIDE else []
+        measured[size, B, S] = measure(config, B, peers, args.repeat)
+        jax.clear_caches()
+        print(f"{count(size):,} parameters, {B} x {S}: {measured[size, B, S]['seconds']}", file=sys.stderr, flush=True)
+
+    panels = {what: {x: us_a_token(measured[case], peak) for x, case in panel.items()} for what, panel in panels.items()}
+    console = Console()
+    for what, panel in panels.items():
+        table = Table(what, "ours", PEER, "one product's rate", "ours / theirs", title="microseconds a token")
+        for x, m in panel.items():
+            theirs = [f"{m[PEER]:,.1f}", f"{m[PEER] / m['ours']:.2f}"] if PEER in m else ["", ""]
+            table.add_row(f"{x:,}", f"{m['ours']:,.1f}", theirs[0], f"{m['least']:,.1f}", theirs[1])
+        console.print(table)
+    draw(panels, args.output)
+    print(json.dumps({"product_gflops": round(peak / 1e9, 1), "us_a_token": panels}))
+
+
+def shape(size: tuple[int, ...]) -> dict[str, int]:
+    return dict(zip(("dim", "n_layers", "n_heads", "n_kv_heads"), size, strict=True))
+
+
+def count(size: tuple[int, ...]) -> int:
+    return parameters(ModelConfig.make(base_config(**shape(size)).model, "float32"))[0]
+
+
+def us_a_token(case: dict, peak: float) -> dict[str, float]:
+    """Microseconds a token of each, and the least that the arithmetic takes at `peak` FLOP/s."""
+    tokens = case["batch_size"] * case["seq_len"]
+    return {name: seconds / tokens * 1e6 for name, seconds in (case["seconds"] | {"least": case["flops"] / peak}).items()}
+
+
+def draw(panels: dict[str, dict[int, dict[str, float]]], path: str) -> None:
+    lines = (("ours", "o-", plotting.BLUE, "ours"), (PEER, "s-", plotting.GREEN, "PyTorch, compiled"))
+    lines += (("least", "--", plotting.RED, "one product's rate"),)
+    with plotting.style():
+        figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
+        for axis, (what, panel) in zip(axes, panels.items(), strict=True):
+            for key, line, color, label in lines:
+                points = {x: m[key] for x, m in panel.items() if key in m}
+                axis.plot(points.keys(), points.values(), line, color=color, label=label, markersize=4)
+            axis.set(xscale="log", xlabel=what)
+            if what in ("layers", "parameters"):
+                axis.set(yscale="log")
+                plotting.log_ticks(axis.yaxis)
+            else:
+                axis.set_ylim(0)
+            axis.grid(True)
+            axis.xaxis.set_major_locator(plt.FixedLocator(list(panel)))
+            axis.xaxis.set_major_formatter(plt.FuncFormatter(plotting.short))
+            axis.minorticks_off()
+        axes[0].set_title("microseconds a token")
+        axes[0].legend(frameon=False, fontsize=9)
+        figure.savefig(path, dpi=80)
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--output", default="benchmarks/growth.png", metavar="FILE")
+    main(parser.parse_args())
