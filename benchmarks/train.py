@@ -8,6 +8,7 @@ requirements-dev.txt (PyTorch).
 """
 
 import argparse
+import functools
 import itertools
 import json
 import time
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mateconv_jax import config as config_lib
+from mateconv_jax.data import input_pipeline
 from mateconv_jax.model import flops
 from mateconv_jax.model.transformer import ModelConfig, Transformer, abstract_model
 from mateconv_jax.training import optimizer, train_state
@@ -67,10 +69,11 @@ def base_config(**model):
 def measure(config, batch_size: int, peers: list[str], repeat: int) -> dict:
     """A step of ours and of each peer's ("eager", "compile"): best wall-clock and processor seconds, by name."""
     c, S = ModelConfig.make(config.model, "float32"), config.data.seq_len
-    tokens_BS1 = np.random.default_rng(0).integers(3, c.vocab_size, (batch_size, S + 1))
-    steps = {"ours": our_step(config, c, tokens_BS1)}
-    steps |= {f"PyTorch, {peer}": their_step(config, c, tokens_BS1, peer == "compile") for peer in peers}
-    times, losses = race(steps, repeat)
+    tokens_BS1 = np.random.default_rng(0).integers(3, c.vocab_size, (batch_size, S + 1), np.uint16)
+    batch = {"tokens": tokens_BS1, "length": np.full(batch_size, S + 1, np.int32)}
+    steps = {"ours": our_step(config, c, batch)}
+    steps |= {f"PyTorch, {peer}": their_step(config, c, peer == "compile") for peer in peers}
+    times, losses = race({name: functools.partial(step, batch) for name, step in steps.items()}, repeat)
     return {
         "batch_size": batch_size,
         "seq_len": S,
@@ -82,45 +85,47 @@ def measure(config, batch_size: int, peers: list[str], repeat: int) -> dict:
     }
 
 
-def our_step(config, c: ModelConfig, tokens_BS1):
-    """A function that makes one step and returns the loss before it."""
+def our_step(config, c: ModelConfig, batch: dict[str, np.ndarray], total_steps: int = 1000):
+    """A function of a batch of that shape, tokens (B, S + 1) and length (B,), which makes one step and returns the loss before
+    it.
+    """
     training = config.training
-    tx, schedule = optimizer.make_optimizer(training, c), optimizer.make_schedule(training, total_steps=1000)
+    tx, schedule = optimizer.make_optimizer(training, c), optimizer.make_schedule(training, total_steps)
     state = jax.jit(lambda: train_state.init(c, tx, WEIGHTS_SEED, training.use_ema))()
-    batch = {
-        "tokens": jnp.asarray(tokens_BS1[None], jnp.uint16),
-        "length": jnp.full((1, len(tokens_BS1)), tokens_BS1.shape[1], jnp.int32),
-    }
-    compiled = make_train_step(abstract_model(c)[0], tx, schedule, training).lower(state, batch).compile()
+    train_step = make_train_step(abstract_model(c)[0], tx, schedule, training)
+    compiled = train_step.lower(state, input_pipeline.micro_batches(batch, 1)).compile()
 
-    def step() -> float:
+    def step(batch) -> float:
         nonlocal state
-        state, metrics = compiled(state, batch)
+        state, metrics = compiled(state, jax.device_put(input_pipeline.micro_batches(batch, 1)))
         jax.block_until_ready(state)
         return float(metrics["train/loss"])
 
     return step
 
 
-def their_step(config, c: ModelConfig, tokens_BS1, compile: bool):
+def their_step(config, c: ModelConfig, compile: bool, total_steps: int = 1000):
+    """The same of PyTorch's model, with the same weights."""
     torch._dynamo.reset()  # after programs of other sizes it would make this one's sizes dynamic
     training = config.training
     model = llama.from_ours(Transformer(c, nnx.Rngs(WEIGHTS_SEED))).train()
     model.config.use_cache = False
-    schedule = optimizer.make_schedule(training, total_steps=1000)
+    schedule = optimizer.make_schedule(training, total_steps)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     norms = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": norms, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, betas=(training.beta1, training.beta2), fused=True)
-    inputs_BS, targets_BS = torch.tensor(tokens_BS1[:, :-1]), torch.tensor(tokens_BS1[:, 1:])
     run = torch.compile(model) if compile else model
     done = 0
 
-    def step() -> float:
+    def step(batch) -> float:
         nonlocal done
         for group in adamw.param_groups:
             group["lr"] = float(schedule(done))
-        loss = run(input_ids=inputs_BS, labels=targets_BS, shift_labels=targets_BS).loss
+        tokens_BS1 = torch.tensor(batch["tokens"].astype(np.int64))
+        is_real_BS = torch.arange(tokens_BS1.shape[1] - 1) < torch.tensor(batch["length"])[:, None] - 1
+        targets_BS = tokens_BS1[:, 1:].masked_fill(~is_real_BS, -100)
+        loss = run(input_ids=tokens_BS1[:, :-1], labels=targets_BS, shift_labels=targets_BS).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.grad_clip)
         adamw.step()

@@ -63,6 +63,7 @@ def _memory(program: dict) -> Table:
     table.add_row("there are", f"{memory['available'] / 1e9:,.3f}")
     table.add_row("fits", "yes" if memory["fits"] else "[bold red]no[/]")
     table.add_row("taken over in place", f"{memory['donated'] / 1e9:,.3f}")
+    table.add_row("a checkpoint's copy, where it has room beside the peak", f"{memory['donated'] / 1e9:,.3f}")
     return table
 
 
