@@ -15,9 +15,11 @@ benchmark() { # NAME ARGUMENTS …
 
 benchmark startup
 benchmark input_pipeline --seconds 5
-benchmark prepare --input data/demo.jsonl --tokenizer data/demo/tokenizer --repeat 2
+grep '^{"text"' data/demo.jsonl > data/demo_texts.jsonl
+benchmark prepare --input data/demo_texts.jsonl --times 10 --flags "--dedup none" --tokenizer data/demo/tokenizer --repeat 2
 benchmark checkpoint
 benchmark decode --batch_sizes 1 16 --repeat 3
 benchmark train
+benchmark time_to_loss
 benchmark growth
 benchmark plan_matrix # needs jax-cuda13-pjrt, which launch/test.sh installs
