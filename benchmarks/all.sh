@@ -9,7 +9,7 @@ out=${1:-benchmarks/results.jsonl}
 benchmark() { # NAME ARGUMENTS …
   local printed
   printf '\n==== python -m benchmarks.%s\n' "$*"
-  printed=$("$PYTHON" -m "benchmarks.$1" "${@:2}" | tee /dev/stderr) # set -e: the first that fails ends it all
+  printed=$("$PYTHON" -m "benchmarks.$1" "${@:2}" | tee >(cat >&2)) # set -e: the first that fails ends it all
   printf '{"command": "python -m benchmarks.%s", "result": %s}\n' "$*" "$(tail -n 1 <<< "$printed")" >> "$out"
 }
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from importlib.util import find_spec
 
 # Said before the libraries are imported: TensorFlow only writes TensorBoard's files here, and PyTorch is not missing.
@@ -13,6 +14,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if find_spec("jax_plugins") and find_spec("jax_plugins.xla_cuda13"):
     if not any(map(find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        if "jax" in sys.modules:  # it has read its environment
+            sys.modules["jax"].config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
         logging.getLogger("jax_plugins.xla_cuda13").setLevel(logging.ERROR)  # says what it misses
 
 __all__ = ["DataProcessor", "GenerationConfig", "TextGenerator"]

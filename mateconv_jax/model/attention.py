@@ -42,14 +42,14 @@ def choose_backend(name: str, platform: str, dtype: jnp.dtype, dropout: float = 
     return name
 
 
-def causal_attention(q_BSHN, k_BSKN, v_BSKN, backend: str, documents_BS=None, dropout: float = 0.0, dropout_key=None):
+def causal_attention(q_BSHN, k_BSKN, v_BSKN, backend: str, documents_BS=None, dropout: float = 0.0, key_B=None):
     """softmax(q k^T / sqrt(N), causal) v for grouped queries: head h reads key/value head h // (H / K).
 
     Args:
       q_BSHN, k_BSKN, v_BSKN: one dtype, rotary embedding applied.
       backend: from `choose_backend`.
       documents_BS: int32 numbers; a query sees the keys of its own document only. None: all before it.
-      dropout, dropout_key: share of the weights that are dropped, of the xla backend; no key, no dropout.
+      dropout, key_B: share of the weights that are dropped, of the xla backend; no keys, no dropout.
 
     Returns:
       (B, S, H, N) in the same dtype; the softmax is fp32.
@@ -67,7 +67,7 @@ def causal_attention(q_BSHN, k_BSKN, v_BSKN, backend: str, documents_BS=None, dr
         if documents_BS is not None:
             seen_BST &= documents_BS[:, :, None] == documents_BS[:, None]
         k_BKNS, v_BKSN = k_BSKN.transpose(0, 2, 3, 1), v_BSKN.transpose(0, 2, 1, 3)
-        return _attend(q_BSHN, k_BKNS, v_BKSN, seen_BST, dropout, dropout_key)
+        return _attend(q_BSHN, k_BKNS, v_BKSN, seen_BST, dropout, key_B)
     raise ValueError(f"unknown attention backend {backend!r}")
 
 
@@ -77,20 +77,24 @@ def cached_attention(q_BSHN, k_BKNT, v_BKTN, positions_BS):
     return _attend(q_BSHN, k_BKNT, v_BKTN, seen_BST)
 
 
-def dropout(x, rate: float, key):
-    """Zeros for a share `rate` of x, the rest divided by 1 - rate (Srivastava et al., 2014); without a key x itself."""
-    if not rate or key is None:
+def dropout(x, rate: float, key_B):
+    """Zeros for a share `rate` of x (B, …), the rest divided by 1 - rate (Srivastava et al., 2014); without keys x itself.
+
+    Each row has its own key, so that what it drops does not depend on the rows beside it: not on the number of devices.
+    """
+    if not rate or key_B is None:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(key_B)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
-def _attend(q_BSHN, k_BKNT, v_BKTN, seen_BST, dropout_rate: float = 0.0, dropout_key=None):
+def _attend(q_BSHN, k_BKNT, v_BKTN, seen_BST, dropout_rate: float = 0.0, key_B=None):
     B, S, H, N = q_BSHN.shape
     K = k_BKNT.shape[1]
     q_BKGSN = q_BSHN.reshape(B, S, K, H // K, N).transpose(0, 2, 3, 1, 4) * N**-0.5
     scores_BKGST = _dot("BKGSN,BKNT->BKGST", q_BKGSN, k_BKNT)
     scores_BKGST = jnp.where(seen_BST[:, None, None], scores_BKGST, MASKED)
-    weights_BKGST = dropout(jax.nn.softmax(scores_BKGST, axis=-1).astype(q_BSHN.dtype), dropout_rate, dropout_key)
+    weights_BKGST = dropout(jax.nn.softmax(scores_BKGST, axis=-1).astype(q_BSHN.dtype), dropout_rate, key_B)
     out_BKGSN = _dot("BKGST,BKTN->BKGSN", weights_BKGST, v_BKTN)
     return out_BKGSN.transpose(0, 3, 1, 2, 4).reshape(B, S, H, N).astype(q_BSHN.dtype)
 

@@ -173,7 +173,7 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
         self.c = c
 
-    def __call__(self, x_BSD, positions_BS, angles, layer_cache, documents_BS, key):
+    def __call__(self, x_BSD, positions_BS, angles, layer_cache, documents_BS, key_B):
         c = self.c
         qkv_BSJN = linear(x_BSD, self.wqkv_JND[...].reshape(-1, c.dim), c.platform).reshape(*x_BSD.shape[:2], -1, c.head_dim)
         q_BSHN, k_BSKN, v_BSKN = jnp.split(qkv_BSJN, [c.n_heads, c.n_heads + c.n_kv_heads], axis=2)
@@ -181,7 +181,7 @@ class Attention(nnx.Module):
             q_BSHN, k_BSKN = self.q_norm(q_BSHN), self.k_norm(k_BSKN)
         q_BSHN, k_BSKN = rope(q_BSHN, angles), rope(k_BSKN, angles)
         if layer_cache is None:
-            out_BSHN = attention.causal_attention(q_BSHN, k_BSKN, v_BSKN, c.attention, documents_BS, c.dropout, key)
+            out_BSHN = attention.causal_attention(q_BSHN, k_BSKN, v_BSKN, c.attention, documents_BS, c.dropout, key_B)
         else:
             k_BKNT, v_BKTN = layer_cache
             start_B = positions_BS[:, 0]
@@ -199,6 +199,11 @@ def _write(cache, new, start_B, axis: int):
     return write_row(cache, new, start_B)
 
 
+def _split_keys(key_B, n: int):
+    """n independent keys of each row; of None, n times None."""
+    return [None] * n if key_B is None else list(jax.vmap(lambda key: jax.random.split(key, n), out_axes=1)(key_B))
+
+
 class Block(nnx.Module):
     """Pre-norm residual block."""
 
@@ -209,17 +214,17 @@ class Block(nnx.Module):
         self.feed_forward = moe.MixtureOfExperts(c, rngs) if c.use_moe else FeedForward(c, rngs)
         self.c = c
 
-    def __call__(self, x_BSD, positions_BS, angles, layer_cache=None, documents_BS=None, key=None, is_real_BS=None):
+    def __call__(self, x_BSD, positions_BS, angles, layer_cache=None, documents_BS=None, key_B=None, is_real_BS=None):
         """(output, layer_cache with the new positions, moe.Routing or None)."""
-        weights_key, attention_key, ffn_key = (None,) * 3 if key is None else jax.random.split(key, 3)
+        weights_key_B, attention_key_B, ffn_key_B = _split_keys(key_B, 3)
         normed_BSD = self.attention_norm(x_BSD)
-        out_BSD, layer_cache = self.attention(normed_BSD, positions_BS, angles, layer_cache, documents_BS, weights_key)
-        x_BSD = x_BSD + attention.dropout(out_BSD, self.c.dropout, attention_key)
+        out_BSD, layer_cache = self.attention(normed_BSD, positions_BS, angles, layer_cache, documents_BS, weights_key_B)
+        x_BSD = x_BSD + attention.dropout(out_BSD, self.c.dropout, attention_key_B)
         normed_BSD = self.ffn_norm(x_BSD)
         out_BSD, routing = (
             self.feed_forward(normed_BSD, is_real_BS) if self.c.use_moe else (self.feed_forward(normed_BSD), None)
         )
-        return x_BSD + attention.dropout(out_BSD, self.c.dropout, ffn_key), layer_cache, routing
+        return x_BSD + attention.dropout(out_BSD, self.c.dropout, ffn_key_B), layer_cache, routing
 
 
 # What the backward pass keeps of a block; the rest it computes again.
@@ -255,7 +260,7 @@ class Transformer(nnx.Module):
         self.output_VD = None if c.tie_word_embeddings else nnx.Param(init(rngs.params(), (c.vocab_size, c.dim)))
         self.c = c
 
-    def __call__(self, tokens_BS, documents_BS=None, dropout_key=None, remat: str = "none"):
+    def __call__(self, tokens_BS, documents_BS=None, dropout_key_B=None, remat: str = "none"):
         """Next-token logits (B, S, V) in the compute dtype; whoever takes a log-sum-exp does it in fp32.
 
         fp32 logits out of the product would make XLA run a gradient product in fp32 x fp32.
@@ -264,12 +269,13 @@ class Transformer(nnx.Module):
           tokens_BS: int32.
           documents_BS: int32, rising along a row: attention stays within a document, whose positions start at 0. None: a row
             is one document.
-          dropout_key: drops a share c.dropout of embeddings, attention weights and residual branches; None: nothing.
+          dropout_key_B: a key of each row, which drops a share c.dropout of its embeddings, attention weights and residual
+            branches; None: nothing.
           remat: "none", or one of REMAT_POLICIES: compute again in the backward pass what it does not keep.
         """
-        return self.logits_and_routing(tokens_BS, documents_BS, dropout_key, remat)[0]
+        return self.logits_and_routing(tokens_BS, documents_BS, dropout_key_B, remat)[0]
 
-    def logits_and_routing(self, tokens_BS, documents_BS=None, dropout_key=None, remat: str = "none", is_real_BS=None):
+    def logits_and_routing(self, tokens_BS, documents_BS=None, dropout_key_B=None, remat: str = "none", is_real_BS=None):
         """(logits as above; moe.Routing of the tokens where is_real_BS, each array (L, ...), or None: no experts)."""
         positions_BS = None  # 0, 1, 2 …
         if documents_BS is not None:
@@ -277,20 +283,20 @@ class Transformer(nnx.Module):
             is_first_BS = jnp.diff(documents_BS, axis=1, prepend=documents_BS[:, :1] - 1) != 0
             positions_BS = positions_BS - jax.lax.cummax(jnp.where(is_first_BS, positions_BS, 0), axis=1)
         angles = rope_angles(self.c, tokens_BS.shape[1], positions_BS)
-        keys = [None] * (self.c.n_layers + 1) if dropout_key is None else jax.random.split(dropout_key, self.c.n_layers + 1)
-        x_BSD = attention.dropout(self._embed(tokens_BS), self.c.dropout, keys[-1])
+        *layer_keys, embedding_key_B = _split_keys(dropout_key_B, self.c.n_layers + 1)
+        x_BSD = attention.dropout(self._embed(tokens_BS), self.c.dropout, embedding_key_B)
         routings = []
-        for block, key in zip(self.blocks, keys, strict=False):
+        for block, key_B in zip(self.blocks, layer_keys, strict=True):
             graph, params = nnx.split(block)
 
-            def run(params, x_BSD, key, graph=graph):
-                x_BSD, _, routing = nnx.merge(graph, params)(x_BSD, positions_BS, angles, None, documents_BS, key, is_real_BS)
+            def run(params, x_BSD, key_B, graph=graph):
+                x_BSD, _, routing = nnx.merge(graph, params)(x_BSD, positions_BS, angles, None, documents_BS, key_B, is_real_BS)
                 return x_BSD, routing
 
             if remat != "none":
                 run = jax.checkpoint(run, policy=REMAT_POLICIES[remat])
                 params, x_BSD = gradients_together((params, x_BSD))
-            x_BSD, routing = run(params, x_BSD, key)
+            x_BSD, routing = run(params, x_BSD, key_B)
             routings.append(routing)
         return self._logits(self.norm(x_BSD)), jax.tree.map(lambda *layers: jnp.stack(layers), *routings)
 

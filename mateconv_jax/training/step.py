@@ -54,12 +54,12 @@ class LossOptions:
     remat: str = "none"
 
 
-def summed_loss(graph: nnx.GraphDef, params: nnx.State, batch: dict[str, jax.Array], options=LossOptions(), dropout_key=None):
+def summed_loss(graph: nnx.GraphDef, params: nnx.State, batch: dict[str, jax.Array], options=LossOptions(), dropout_key_B=None):
     """Cross-entropy summed over the batch's real targets, and how many there are.
 
     Args:
       batch: tokens (B, S + 1), any integer type; length (B,), how many of a row's tokens are real.
-      dropout_key: of the step; None: no dropout.
+      dropout_key_B: a key of each row; None: no dropout.
 
     Returns:
       (summed cross-entropy in nats, number of targets, summed objective: the same, with z_loss and the experts' auxiliary
@@ -70,7 +70,7 @@ def summed_loss(graph: nnx.GraphDef, params: nnx.State, batch: dict[str, jax.Arr
     documents_BS = None if options.document_start is None else jnp.cumsum(inputs_BS == options.document_start, axis=1)
     is_real_BS = jnp.arange(inputs_BS.shape[1]) < batch["length"][:, None] - 1
     model = nnx.merge(graph, params)
-    logits_BSV, routing = model.logits_and_routing(inputs_BS, documents_BS, dropout_key, options.remat, is_real_BS)
+    logits_BSV, routing = model.logits_and_routing(inputs_BS, documents_BS, dropout_key_B, options.remat, is_real_BS)
     losses_BS, log_sums_BS = token_losses(logits_BSV, targets_BS)
     loss = jnp.sum(losses_BS, where=is_real_BS)
     objective = loss + options.z_loss * jnp.sum(log_sums_BS**2, where=is_real_BS) if options.z_loss else loss
@@ -104,16 +104,16 @@ def make_train_step(
         """Of the rows in `batch`: (summed loss, number of targets, moe.Routing or None), and the gradient of the objective
         times factor; and factor.
 
-        device: number of the device whose rows they are, each of which drops out by itself.
+        device: number of the device whose rows they are.
         """
         A, B, S1 = batch["tokens"].shape
         # Divided by a constant first, so that a sum over many tokens cannot overflow in float16.
         factor = scale / (A * B * (S1 - 1))
-        step_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(training.seed), step), device)
+        step_key = jax.random.fold_in(jax.random.key(training.seed), step)
 
         def scaled(params, micro_batch, i):
-            key = jax.random.fold_in(step_key, i)
-            loss, count, objective, routing = summed_loss(graph, gather(params), micro_batch, options, key)
+            key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(step_key, i), device * B + jnp.arange(B))
+            loss, count, objective, routing = summed_loss(graph, gather(params), micro_batch, options, key_B)
             return objective * factor, (loss, count, routing)
 
         def accumulate(sums, micro_batch_and_i):

@@ -377,7 +377,8 @@ def test_dropout_drops_its_share_by_step_and_seed_and_never_in_evaluation():
     assert trained == loss()[0]
     assert len({trained, loss(seed=2)[0], loss(steps=2)[0], without[0]}) == 4
     assert evaluated == without[1] == pytest.approx(without[0], rel=1e-6)
-    x = attention_lib.dropout(jnp.ones(100_000), 0.3, jax.random.key(0))
+    x = attention_lib.dropout(jnp.ones((2, 50_000)), 0.3, jax.random.split(jax.random.key(0)))
+    assert not jnp.array_equal(x[0], x[1])
     assert float(jnp.mean(x == 0)) == pytest.approx(0.3, abs=0.01) and float(jnp.mean(x)) == pytest.approx(1, abs=0.01)
 
 
@@ -389,12 +390,13 @@ def test_each_dropout_of_the_model_drops_something():
     original = attention_lib.dropout
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            attention_lib, "dropout", lambda x, rate, key: calls.append((x.shape, rate, key)) or original(x, rate, key)
+            attention_lib, "dropout", lambda x, rate, key_B: calls.append((x.shape, rate, key_B)) or original(x, rate, key_B)
         )
-        model(tokens, dropout_key=jax.random.key(0))
+        model(tokens, dropout_key_B=jax.random.split(jax.random.key(0), len(tokens)))
     c = model.c
     assert len(calls) == 1 + 3 * c.n_layers and all(rate == 0.5 for _, rate, _ in calls)
-    assert len({tuple(jax.random.key_data(key).tolist()) for _, _, key in calls}) == len(calls)
+    keys = jnp.concatenate([jax.random.key_data(key_B) for _, _, key_B in calls])
+    assert len(jnp.unique(keys, axis=0)) == len(calls) * len(tokens)
     assert sum(len(shape) == 5 for shape, _, _ in calls) == c.n_layers  # the weights (B, K, G, S, T)
 
 
