@@ -16,7 +16,7 @@ from rich.table import Table
 
 from benchmarks.plan_matrix import SIZES
 from benchmarks.train import base_config, measure, product_rate
-from mateconv_jax import large_pages, plotting
+from mateconv_jax import plotting
 from mateconv_jax.model.flops import parameters
 from mateconv_jax.model.transformer import ModelConfig
 
@@ -92,7 +92,6 @@ def draw(panels: dict[str, dict[int, dict[str, float]]], path: str) -> None:
 
 
 if __name__ == "__main__":
-    large_pages.start_anew()  # as `train` does; for PyTorch too
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--output", default="benchmarks/growth.png", metavar="FILE")

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from benchmarks.train import our_step, their_step
 from configs import demo
-from mateconv_jax import config as config_lib, large_pages
+from mateconv_jax import config as config_lib
 from mateconv_jax.data import dataset, input_pipeline
 from mateconv_jax.model.transformer import ModelConfig
 
@@ -65,7 +65,6 @@ def main(args):
 
 
 if __name__ == "__main__":
-    large_pages.start_anew()  # as `train` does; for PyTorch too
     parser = argparse.ArgumentParser(prog="python -m benchmarks.time_to_loss", description=__doc__)
     parser.add_argument("--loss", type=float, default=1.0)
     main(parser.parse_args())

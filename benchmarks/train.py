@@ -21,7 +21,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from mateconv_jax import config as config_lib, large_pages
+from mateconv_jax import config as config_lib
 from mateconv_jax.data import input_pipeline
 from mateconv_jax.model import flops
 from mateconv_jax.model.transformer import ModelConfig, Transformer, abstract_model
@@ -162,7 +162,6 @@ def product_rate() -> float:
 
 
 if __name__ == "__main__":
-    large_pages.start_anew()  # as `train` does; for PyTorch too
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8])

@@ -2,7 +2,7 @@
 
 import sys
 
-from mateconv_jax import config as config_lib, large_pages
+from mateconv_jax import config as config_lib
 from mateconv_jax.errors import exit_code
 
 
@@ -22,5 +22,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    large_pages.start_anew()
     sys.exit(exit_code(main, sys.argv))
