@@ -1,5 +1,6 @@
 """python -m mateconv_jax.sample: every option changes something, and what is wrong is one line."""
 
+import codecs
 import copy
 import io
 import json
@@ -334,13 +335,14 @@ def test_a_dialogue_on_a_terminal(run, tmp_path):
     process = subprocess.Popen(command, stdin=program, stdout=program, stderr=program, env=env, start_new_session=True)
     os.close(program)
     shown = ""
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode  # a character may come in two reads
 
     def wait_for(text, after=0):
         nonlocal shown
         deadline = time.monotonic() + 60
         while text not in shown[after:]:
             assert select.select([terminal], [], [], deadline - time.monotonic())[0], shown
-            shown += os.read(terminal, 65536).decode(errors="replace")
+            shown += decode(os.read(terminal, 65536))
         return shown.index(text, after) + len(text)
 
     try:
@@ -350,7 +352,7 @@ def test_a_dialogue_on_a_terminal(run, tmp_path):
         os.write(terminal, "小明\r".encode())
         at = wait_for("助手：", at)
         while len(shown) < at + 20:  # it answers
-            shown += os.read(terminal, 65536).decode(errors="replace")
+            shown += decode(os.read(terminal, 65536))
         os.write(terminal, b"\x03")
         at = wait_for("（已停止）", at)
         at = wait_for("你：", at)
