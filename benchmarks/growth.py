@@ -1,4 +1,4 @@
-"""How a training step on the CPU grows with batch, length, depth and size:  python -m benchmarks.growth [--repeat 3]
+"""How a training step on the CPU grows with batch, length, depth and size:  python -m benchmarks.growth [--repeat 1]
 
 The base model's step in float32 beside PyTorch's compiled one, as in benchmarks/train.py, with one of these changed; where a
 row's length changes, a step has 4,096 tokens, and where depth or size do, 4 rows of 512. Prints a table of each, draws them and
@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.plan_matrix import SIZES
+from benchmarks.plan_matrix import SIZES, shape
 from benchmarks.train import base_config, measure, product_rate
 from mateconv_jax import plotting
 from mateconv_jax.model.flops import parameters
@@ -34,9 +34,10 @@ def main(args):
     measured = {case: None for panel in panels.values() for case in panel.values()}
     for size, B, S in measured:
         config = base_config(**shape(size), max_seq_len=S)
-        peers = ["compile"] if count(size) < MOST_PARAMETERS_BESIDE else []
+        n_parameters = count(size)
+        peers = ["compile"] if n_parameters < MOST_PARAMETERS_BESIDE else []
         measured[size, B, S] = measure(config, B, peers, args.repeat)
-        print(f"{count(size):,} parameters, {B} x {S}: {measured[size, B, S]['seconds']}", file=sys.stderr, flush=True)
+        print(f"{n_parameters:,} parameters, {B} x {S}: {measured[size, B, S]['seconds']}", file=sys.stderr, flush=True)
 
     panels = {what: {x: us_a_token(measured[case], peak) for x, case in panel.items()} for what, panel in panels.items()}
     console = Console()
@@ -48,10 +49,6 @@ def main(args):
         console.print(table)
     draw(panels, args.output)
     print(json.dumps({"product_gflops": round(peak / 1e9, 1), "us_a_token": panels}))
-
-
-def shape(size: tuple[int, ...]) -> dict[str, int]:
-    return dict(zip(("dim", "n_layers", "n_heads", "n_kv_heads"), size, strict=True))
 
 
 def count(size: tuple[int, ...]) -> int:

@@ -43,10 +43,15 @@ def main(args):
     print(json.dumps({"gpu": args.gpu, "tokens": TOKENS, "by_length": by_length, "by_size": by_size}))
 
 
+def shape(size: tuple[int, ...]) -> dict[str, int]:
+    """One of SIZES as keys of config.model."""
+    return dict(zip(("dim", "n_layers", "n_heads", "n_kv_heads"), size, strict=True))
+
+
 def measure(size: tuple[int, ...], length: int) -> dict:
     gpu = target.by_name(args.gpu)
     config = config_lib.default_config()
-    config.model.update(dict(zip(("dim", "n_layers", "n_heads", "n_kv_heads"), size, strict=True), max_seq_len=length))
+    config.model.update(shape(size), max_seq_len=length)
     config.data.seq_len = length
     config.training.update(dict(batch_size=TOKENS // length, use_ema=True))
     config = config_lib.resolve(config)

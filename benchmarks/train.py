@@ -1,4 +1,4 @@
-"""The training step beside PyTorch's, same weights, same batch:  python -m benchmarks.train [--repeat 5]
+"""The training step beside PyTorch's, same weights, same batch:  python -m benchmarks.train [--repeat 3]
 
 Ours is what `train` runs: make_train_step with the configured optimizer, in float32 on the CPU. PyTorch's is transformers'
 LlamaForCausalLM with clip_grad_norm_ and fused AdamW, as it is (eager) and through torch.compile. Each in a process of its own,
