@@ -18,7 +18,7 @@ from mateconv_jax.data.rows import Rows
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
 from mateconv_jax.model.transformer import ModelConfig, abstract_model
-from mateconv_jax.training import optimizer, resume, train_state
+from mateconv_jax.training import optimizer, out_of_memory, resume, train_state
 from mateconv_jax.training.checkpoints import Checkpoints
 from mateconv_jax.training.header import log_header, log_memory
 from mateconv_jax.training.metrics import BadStep, Metrics, logging_to
@@ -47,6 +47,10 @@ def train(config: ConfigDict) -> int:
             f"training.out_dir: cannot write {error.filename or config.training.out_dir!r}: {error.strerror or error} "
             "(finished checkpoints stay, and the same command goes on from the newest)"
         ) from error
+    except jax.errors.JaxRuntimeError as error:
+        if not out_of_memory.is_cause_of(error):
+            raise
+        raise UserError(out_of_memory.explain(error)) from error
 
 
 def _train(config: ConfigDict, signals: Signals) -> int:

@@ -181,7 +181,7 @@ def make_train_step(
     if abstract_state is None:
         return jax.jit(train_step, donate_argnums=0)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
-    compiler_options = xla_flags.compiler_options(c.platform)
+    compiler_options = xla_flags.compiler_options(c.platform, training.deterministic)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=compiler_options)
 
 
