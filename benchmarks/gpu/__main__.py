@@ -21,7 +21,8 @@ from pathlib import Path
 from benchmarks.gpu import report
 
 # Seconds that a part may take on an H100.
-PARTS = {"correct": 120, "real": 170, "training": 200, "decoding": 120, "host": 40, "variants": 90}
+PARTS = {"correct": 120, "real": 200, "training": 150, "decoding": 90, "host": 40, "variants": 90}
+COMPILED_AHEAD = ("training", "decoding", "variants")
 DATA = Path("data/gpu_demo")
 
 
@@ -32,10 +33,15 @@ def main(args) -> int:
     print(f"{results['card']}; {', '.join(f'{k} {v}' for k, v in results['versions'].items())}", flush=True)
     data = out / "data" if args.dry_run else DATA
     prepare_data(data, args.dry_run)
+    # `correct` and `real` measure no time: beside them, the programs of the parts that do are compiled into the caches.
+    ahead = [name for name in COMPILED_AHEAD if name in args.part and "real" in args.part and not args.dry_run]
+    ahead = [start_part(name, out, data, args, compile_only=True) for name in ahead]
     for name in args.part:
         print(f"\n==== {name}", flush=True)
         (out / f"{name}.jsonl").unlink(missing_ok=True)
         begin = time.perf_counter()
+        for process in ahead if name not in ("correct", "real") else []:
+            kill(process)
         ended = run_part(name, out, data, args)
         seconds = time.perf_counter() - begin
         results["parts"][name] = {"seconds": round(seconds, 1), "ended": ended, "rows": report.read(out, name)}
@@ -53,23 +59,35 @@ def main(args) -> int:
 
 def run_part(name: str, out: Path, data: Path, args) -> str:
     """ "done", or how it ended instead. Everything that the part started ends with it."""
-    command = [sys.executable, "-m", f"benchmarks.gpu.{name}", "--out", str(out), "--data", str(data)]
-    # Several processes share the card: none takes memory that it does not use.
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONUNBUFFERED": "1"}
-    if args.dry_run:  # what is tiny compiles for longer than it runs
-        environment["XLA_FLAGS"] = environment.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-    process = subprocess.Popen(command + ["--dry_run"] * args.dry_run, env=environment, start_new_session=True)
+    process = start_part(name, out, data, args)
     try:
         code = process.wait(timeout=args.limit or (600 if args.dry_run else PARTS[name]))
         return "done" if code == 0 else f"failed with exit code {code}"
     except subprocess.TimeoutExpired:
         return "out of time"
     finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.wait()
+        kill(process)
+
+
+def start_part(name: str, out: Path, data: Path, args, compile_only: bool = False) -> subprocess.Popen:
+    command = [sys.executable, "-m", f"benchmarks.gpu.{name}", "--out", str(out), "--data", str(data)]
+    # Several processes share the card: none takes memory that it does not use.
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONUNBUFFERED": "1"}
+    if args.dry_run:  # what is tiny compiles for longer than it runs
+        environment["XLA_FLAGS"] = environment.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+    command += ["--dry_run"] * args.dry_run + ["--compile_only"] * compile_only
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} if compile_only else {}
+    command = ["nice", "-n", "15", *command] if compile_only else command
+    return subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """With everything that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
 
 
 def prepare_data(folder: Path, dry_run: bool) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 
@@ -10,6 +11,7 @@ class Report:
 
     def __init__(self, out: str | Path, part: str):
         self._path = Path(out) / f"{part}.jsonl"
+        self._begin = time.perf_counter()
 
     def row(self, what: str, measured, beside="", ok: bool | None = None, **numbers) -> None:
         """One result.
@@ -24,7 +26,8 @@ class Report:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + os.linesep)
         mark = {True: "ok  ", False: "FAIL", None: "    "}[ok]
-        print(f"{mark} {what}: {measured}{f'  |  {beside}' if beside else ''}", flush=True)
+        seconds = time.perf_counter() - self._begin
+        print(f"{seconds:4.0f} s  {mark} {what}: {measured}{f'  |  {beside}' if beside else ''}", flush=True)
 
 
 def read(out: str | Path, part: str) -> list[dict]:

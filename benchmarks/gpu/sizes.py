@@ -57,4 +57,5 @@ def parse_args(description: str) -> argparse.Namespace:
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--data", required=True, metavar="DATASET")
     parser.add_argument("--dry_run", action="store_true")
+    parser.add_argument("--compile_only", action="store_true", help="fill the compilation caches and measure nothing")
     return parser.parse_args()

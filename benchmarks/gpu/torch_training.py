@@ -122,7 +122,7 @@ def measure(step, device: str, seconds: float) -> dict:
 
 def kernels(step, steps: int = 3) -> dict[str, dict[str, float]]:
     """{group: {"ms", "launches"} a step}"""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         for _ in range(steps):
             step()
         torch.cuda.synchronize()

@@ -14,6 +14,7 @@ from benchmarks.gpu import sizes, timing
 from benchmarks.gpu.peer import Peer
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.sizes import Case
+from mateconv_jax import compilation_cache
 from mateconv_jax.model import flops
 from mateconv_jax.model.transformer import ModelConfig
 from mateconv_jax.planning import programs, target
@@ -22,6 +23,7 @@ from mateconv_jax.planning.roofline import roofline
 
 
 def main(args) -> None:
+    compilation_cache.enable()
     report = Report(args.out, "training")
     cases = sizes.TRAINING[:2] if args.dry_run else sizes.TRAINING
     peers = [Peer("benchmarks.gpu.torch_training", "--case", peer_case(case, args.dry_run)) for case in cases]
@@ -30,13 +32,16 @@ def main(args) -> None:
             steps = [pool.submit(compile_step, case, args.dry_run) for case in cases]
             unfused = pool.submit(compile_step, sizes.BASE, args.dry_run, without_command_buffers=True)
         ready = [peer.ready() for peer in peers]  # from here on nothing compiles
+        if args.compile_only:
+            return
         for case, step, peer, is_ready in zip(cases, steps, peers, ready, strict=True):
             theirs = peer.measure() if is_ready else None
             try:
                 compare(report, case, *step.result(), theirs)
             except jax.errors.JaxRuntimeError as error:
                 report.row(case.name, "failed", " ".join(str(error).split())[:200], False)
-        where_the_time_goes(report, *unfused.result())
+            if case is sizes.BASE:
+                where_the_time_goes(report, *unfused.result())
     finally:
         for peer in peers:
             peer.stop()
@@ -54,7 +59,7 @@ def compile_step(case: Case, dry_run: bool, without_command_buffers: bool = Fals
     c = ModelConfig.make(config.model, "auto")
     step = programs.training_step(config, c, None, 1000)
     options = {"xla_gpu_enable_command_buffer": ""} if without_command_buffers and c.platform == "gpu" else {}
-    return config, c, step, step.step.lower(step.state, step.batch).compile(options)
+    return config, c, step, step.lower().compile(options)
 
 
 def compare(report: Report, case: Case, config, c: ModelConfig, step, compiled, theirs: dict | None) -> None:

@@ -1,5 +1,6 @@
 """Options of the training step, each beside the base model's:  python -m benchmarks.gpu.variants --out DIR --data DATASET"""
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -7,6 +8,7 @@ import jax
 from benchmarks.gpu import sizes, timing
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.sizes import Case
+from mateconv_jax import compilation_cache
 from mateconv_jax.model.transformer import ModelConfig
 from mateconv_jax.planning import programs
 
@@ -32,10 +34,13 @@ VARIANTS = {
 
 
 def main(args) -> None:
+    compilation_cache.enable()
     report = Report(args.out, "variants")
     names = ["base, 32 x 512", "experts ragged", "not donated"] if args.dry_run else list(VARIANTS)
     with ThreadPoolExecutor(8) as pool:
         compiled = {name: pool.submit(compile_variant, name, args.dry_run) for name in names}
+    if args.compile_only:
+        return
     base = None
     for name, result in compiled.items():
         try:
@@ -61,8 +66,9 @@ def compile_variant(name: str, dry_run: bool):
     config = Case(name, model, 32, 512, training).config(dry_run)
     c = ModelConfig.make(config.model, "auto")
     step = programs.training_step(config, c, None, 1000)
-    jitted = step.step if name != "not donated" else jax.jit(step.step.__wrapped__)
-    return step, jitted.lower(step.state, step.batch).compile(options if c.platform == "gpu" else {})
+    if name == "not donated":
+        step = dataclasses.replace(step, step=jax.jit(step.step.__wrapped__))
+    return step, step.lower().compile(options if c.platform == "gpu" else {})
 
 
 if __name__ == "__main__":

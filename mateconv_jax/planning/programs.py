@@ -17,7 +17,7 @@ from mateconv_jax.inference.sampling import Sampling
 from mateconv_jax.model.transformer import ModelConfig, abstract_model, make_kv_cache
 from mateconv_jax.planning.hlo_report import HloReport, read
 from mateconv_jax.training import optimizer, train_state
-from mateconv_jax.training.step import LossOptions, make_train_step
+from mateconv_jax.training.step import LossOptions, lower, make_train_step
 
 EOS, BOS = 2, 1  # ids that the programs are compiled with; which they are changes nothing
 
@@ -58,6 +58,7 @@ class TrainingStep:
     init: Callable[[], train_state.TrainState]
     state: train_state.TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
+    training: ConfigDict
 
     def compile(self) -> Program:
         state = self.state
@@ -67,7 +68,10 @@ class TrainingStep:
             "optimizer": state.opt_state,
             "batch": self.batch,
         }
-        return Program.compile(self.step.lower(state, self.batch), parts)
+        return Program.compile(self.lower(), parts)
+
+    def lower(self) -> jax.stages.Lowered:
+        return lower(self.step, self.state, self.batch, self.training)
 
     def measure(self, compiled: jax.stages.Compiled, seconds: float = 5.0) -> float:
         """Seconds a step, run for about so long with random tokens; the mean, after two that do not count."""
@@ -107,7 +111,7 @@ def training_step(config: ConfigDict, c: ModelConfig, devices, steps: int) -> Tr
     rows = training.accumulation_steps, training.batch_size
     spread = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.batch(mesh, 1))
     batch = {"tokens": spread((*rows, config.data.seq_len + 1), jnp.uint16), "length": spread(rows, jnp.int32)}
-    return TrainingStep(step, init, state, batch)
+    return TrainingStep(step, init, state, batch, training)
 
 
 def prefill(c: ModelConfig, device: jax.Device, batch: int) -> Program:

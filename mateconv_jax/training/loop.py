@@ -25,7 +25,7 @@ from mateconv_jax.training.metrics import BadStep, Metrics, logging_to
 from mateconv_jax.training.open_data import open_data
 from mateconv_jax.training.samples import Samples
 from mateconv_jax.training.signals import RESUMABLE, Signals
-from mateconv_jax.training.step import LossOptions, make_eval_step, make_train_step
+from mateconv_jax.training.step import LossOptions, lower, make_eval_step, make_train_step
 from mateconv_jax.training.validation import evaluate
 
 
@@ -166,7 +166,7 @@ def _train(config: ConfigDict, signals: Signals) -> int:
                 logging.info("nothing to do: step %d of %d is in %s", step, total_steps, folder)
             else:
                 first = next(batches)
-                train_step = compile_step(train_step, state, first)
+                train_step = compile_step(train_step, state, first, training)
                 batches = itertools.chain([first], batches)
             while not (done or signals.poll(step)):
                 step += 1
@@ -210,10 +210,10 @@ def training_batches(config: ConfigDict, rows: Rows, start_step: int, mesh: Mesh
         yield sharding.to_devices(input_pipeline.micro_batches(batch, training.accumulation_steps), mesh)
 
 
-def compile_step(train_step, state: train_state.TrainState, batch) -> jax.stages.Compiled:
+def compile_step(train_step, state: train_state.TrainState, batch, training: ConfigDict) -> jax.stages.Compiled:
     """Ahead of the loop, so that its memory is known before the first step and nothing can compile in the loop: arrays of
     other shapes are an error.
     """
-    compiled = train_step.lower(state, batch).compile()
+    compiled = lower(train_step, state, batch, training).compile()
     log_memory(compiled)
     return compiled

@@ -3,6 +3,7 @@
 Dimensions in names: A micro-batches of a step, B rows of one, S tokens of a row, V vocabulary.
 """
 
+import contextlib
 import dataclasses
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from mateconv_jax import xla_flags
+from mateconv_jax.model.deterministic_attention import deterministic_attention
 from mateconv_jax.model.moe import Routing
 from mateconv_jax.training import data_parallel, norms
 from mateconv_jax.training.train_state import TrainState
@@ -183,6 +185,12 @@ def make_train_step(
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
     compiler_options = xla_flags.compiler_options(c.platform, training.deterministic)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=compiler_options)
+
+
+def lower(train_step, state: TrainState, batch, training: ConfigDict) -> jax.stages.Lowered:
+    """The step of `make_train_step` lowered for arrays, or shapes with shardings, of that kind."""
+    with deterministic_attention() if training.deterministic else contextlib.nullcontext():
+        return train_step.lower(state, batch)
 
 
 def routing_metrics(routing: Routing | None, count: jax.Array) -> dict[str, jax.Array]:
