@@ -21,7 +21,8 @@ from mateconv_jax.model.transformer import ModelConfig, abstract_model
 from mateconv_jax.training import optimizer, resume, train_state
 from mateconv_jax.training.checkpoints import Checkpoints
 from mateconv_jax.training.header import log_header, log_memory
-from mateconv_jax.training.metrics import BadStep, Metrics, logging_to
+from mateconv_jax.training.logging_setup import logging_to
+from mateconv_jax.training.metrics import BadStep, Metrics
 from mateconv_jax.training.open_data import open_data
 from mateconv_jax.training.samples import Samples
 from mateconv_jax.training.signals import RESUMABLE, Signals
