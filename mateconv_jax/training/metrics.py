@@ -18,8 +18,9 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 from tqdm.contrib import DummyTqdmFile
 
-from mateconv_jax import distributed, files
+from mateconv_jax import files
 from mateconv_jax.errors import UserError
+from mateconv_jax.runtime import distributed
 
 
 @dataclasses.dataclass(frozen=True)
