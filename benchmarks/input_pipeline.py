@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mateconv_jax.data import dataset, input_pipeline, packing, rows as rows_lib
+from mateconv_jax.data import dataset, loader, shards as rows_lib
+from mateconv_jax.data.build import packing
 
 BATCH_SIZE, VOCAB_SIZE = 32, 6400
 WARM_UP = 500  # batches: buffers and threads are there, and every shard has been read from
@@ -47,7 +48,7 @@ def random_rows(folder: Path, n_shards: int, seq_len: int) -> dict:
 
 def measure(name: str, rows, num_workers: int, args) -> dict:
     """Rates over --seconds; the best second is that of a quiet machine."""
-    batches = input_pipeline.training_batches(rows, BATCH_SIZE, 0, True, 0, num_workers)
+    batches = loader.training_batches(rows, BATCH_SIZE, 0, True, 0, num_workers)
     for _ in range(WARM_UP):
         next(batches)
     rss_start, start, rates = rss_mb(), time.perf_counter(), []

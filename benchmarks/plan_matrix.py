@@ -16,7 +16,7 @@ from rich.table import Table
 
 from mateconv_jax import config as config_lib, plotting
 from mateconv_jax.model import flops
-from mateconv_jax.model.transformer import ModelConfig
+from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.planning import programs, target
 from mateconv_jax.planning.roofline import roofline
 

@@ -24,7 +24,7 @@ __all__ = ["DataProcessor", "GenerationConfig", "TextGenerator"]
 def __getattr__(name):
     # Imported when used: `python -m mateconv_jax.prepare` should not wait for the model's libraries.
     if name == "DataProcessor":
-        from mateconv_jax.data.processor import DataProcessor
+        from mateconv_jax.data.build.processor import DataProcessor
 
         return DataProcessor
     if name == "GenerationConfig":

@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import FieldReference, placeholder
 
-from mateconv_jax import durations
+from mateconv_jax import intervals
 from mateconv_jax.errors import UserError
 
 
@@ -46,7 +46,7 @@ def default_config() -> ConfigDict:
     config.model.norm_topk_prob = True  # the weights of a token's experts add up to 1
     config.model.aux_loss_alpha = 0.01  # weight of the loss that keeps the experts' load even
     config.model.experts = "auto"  # auto | dense | ragged: see model/moe.py
-    config.model.attention = "auto"  # auto | cudnn | blocked | xla: see model/attention.py
+    config.model.attention = "auto"  # auto | cudnn | blocked | xla: see model/attention/
 
     config.data = ConfigDict()
     config.data.train_data_path = placeholder(str)  # a folder written by `python -m mateconv_jax.prepare`, or a flat .bin file
@@ -62,7 +62,7 @@ def default_config() -> ConfigDict:
 
     config.training = ConfigDict()
     config.training.out_dir = "out"
-    config.training.compilation_cache_dir = placeholder(str)  # None: see compilation_cache.py; "": nothing is kept
+    config.training.compilation_cache_dir = placeholder(str)  # None: see runtime/compilation_cache.py; "": nothing is kept
     config.training.seed = 1337
     config.training.epochs = 15
     config.training.max_steps = placeholder(int)  # when given, it decides instead of epochs
@@ -165,7 +165,7 @@ _CHECKS = {
     "training.dtype": _one_of("auto", "float32", "bfloat16", "float16"),
     "training.grad_allreduce_dtype": _one_of("float32", "bfloat16"),
     "training.ema_decay": _FRACTION,
-    **{f"training.{key}": (durations.EXPECTED, durations.is_duration) for key in (
+    **{f"training.{key}": (intervals.EXPECTED, intervals.is_duration) for key in (
         "eval_interval", "save_interval", "log_interval", "samples_interval")},
     "training.eval_iters": _POSITIVE,
     "training.patience": _POSITIVE,

@@ -37,7 +37,7 @@ def score_demo(generator) -> dict[str, float]:
 
 
 def main(args):
-    from mateconv_jax import compilation_cache  # 3 s of imports from here on, after the command line is right
+    from mateconv_jax.runtime import compilation_cache  # 3 s of imports from here on, after the command line is right
 
     compilation_cache.enable()
     if args.demo:
@@ -50,15 +50,15 @@ def main(args):
         print(f"grammar: {score['grammar']:.1%} of {score['sentences']} sampled sentences belong to the demo corpus's language")
         print(f"facts:   {score['facts']:.1%} of {score['questions']} questions asked in chat are answered right")
         return
-    from mateconv_jax import evaluation
+    from mateconv_jax.evaluation import held_out
 
-    result = evaluation.evaluate_run(
+    result = held_out.evaluate_run(
         args.model_path, args.data, args.split, args.batch_size, args.max_batches, args.use_ema, args.dtype, args.tokenizer
     )
     if args.json:
         print(json.dumps(result, ensure_ascii=False))
     else:
-        evaluation.print_table(result)
+        held_out.print_table(result)
 
 
 def parse_args(argv):

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from mateconv_jax.errors import UserError, exit_code
-from mateconv_jax.training.history import read_runs
+from mateconv_jax.reporting.history import read_runs
 
 
 def write_report(folders: list[str], output: str | None = None, smooth: int | None = None) -> Path:
@@ -31,7 +31,10 @@ def write_report(folders: list[str], output: str | None = None, smooth: int | No
     if smooth is None:
         smooth = max(run.last_step for run in runs) // 200
 
-    from mateconv_jax.training import curves, report_page  # matplotlib, 1 s, after the input is right
+    from mateconv_jax.reporting import (
+        curves,  # matplotlib, 1 s, after the input is right
+        report_page,
+    )
 
     content = curves.draw(runs, smooth, "png") if path.suffix == ".png" else report_page.html(runs, smooth).encode()
     partial = path.with_name(path.name + ".partial")

@@ -32,8 +32,8 @@ def main(args):
     elif not args.interactive:
         prompt = read_prompt(args.prompt)
 
-    from mateconv_jax import compilation_cache  # 3 s of imports from here on, after the command line is right
     from mateconv_jax.inference.text_generator import TextGenerator
+    from mateconv_jax.runtime import compilation_cache  # 3 s of imports from here on, after the command line is right
 
     compilation_cache.enable()
     generator = TextGenerator.from_pretrained(args.model_path, args.tokenizer, args.use_ema, args.dtype)

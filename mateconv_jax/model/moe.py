@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mateconv_jax.model.feed_forward import FeedForward, linear
+from mateconv_jax.model.layers import FeedForward, linear
 
 ROUTED = {"w13_E2FD", "w2_EDF"}  # the parameters of which a token meets K / E
 

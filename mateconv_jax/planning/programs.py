@@ -10,14 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mateconv_jax import sharding
 from mateconv_jax.inference.decode import Decoder, DecodeState
 from mateconv_jax.inference.generation_config import GenerationConfig
 from mateconv_jax.inference.sampling import Sampling
-from mateconv_jax.model.transformer import ModelConfig, abstract_model, make_kv_cache
+from mateconv_jax.losses.next_token import LossOptions
+from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.kv_cache import make_kv_cache
+from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.planning.hlo_report import HloReport, read
+from mateconv_jax.runtime import sharding
 from mateconv_jax.training import optimizer, train_state
-from mateconv_jax.training.step import LossOptions, make_train_step
+from mateconv_jax.training.step import make_train_step
 
 EOS, BOS = 2, 1  # ids that the programs are compiled with; which they are changes nothing
 

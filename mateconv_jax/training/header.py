@@ -9,9 +9,9 @@ from clu import parameter_overview
 from flax import nnx
 from ml_collections import ConfigDict
 
-from mateconv_jax.data.rows import Rows
+from mateconv_jax.data.dataset import Rows
 from mateconv_jax.model import flops
-from mateconv_jax.model.transformer import ModelConfig
+from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.training import resume
 
 

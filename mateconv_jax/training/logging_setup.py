@@ -10,7 +10,7 @@ from absl import logging as absl_logging
 from tqdm.contrib import DummyTqdmFile
 
 import mateconv_jax
-from mateconv_jax import distributed
+from mateconv_jax.runtime import distributed
 
 _PACKAGE = str(Path(mateconv_jax.__file__).parent) + "/"
 

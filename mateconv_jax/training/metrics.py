@@ -9,7 +9,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from mateconv_jax import distributed
+from mateconv_jax.runtime import distributed
 from mateconv_jax.training.profiler import Profiler
 from mateconv_jax.training.throughput import Throughput
 from mateconv_jax.training.writers import JsonlWriter, LogWriter, MetricWriter, ProgressBar, TensorBoardWriter, WandbWriter

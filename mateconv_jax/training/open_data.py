@@ -4,8 +4,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from mateconv_jax.data import dataset, tokenizer as tokenizer_lib
-from mateconv_jax.data.rows import FlatRows
+from mateconv_jax.data import dataset
+from mateconv_jax.data.token_bin import FlatRows
+from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 
 

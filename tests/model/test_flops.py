@@ -5,7 +5,8 @@ from flax import nnx
 
 from mateconv_jax import config as config_lib
 from mateconv_jax.model import flops
-from mateconv_jax.model.transformer import ModelConfig, Transformer
+from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.transformer import Transformer
 from tests import llama
 
 

@@ -7,8 +7,10 @@ from flax import nnx
 
 from mateconv_jax import config as config_lib
 from mateconv_jax.model import flops
+from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.kv_cache import make_kv_cache
 from mateconv_jax.model.moe import MixtureOfExperts
-from mateconv_jax.model.transformer import ModelConfig, Transformer, make_kv_cache
+from mateconv_jax.model.transformer import Transformer
 from tests import llama, moe_torch
 
 BACKENDS = ["dense", "ragged"]

@@ -6,7 +6,9 @@ import torch
 from flax import nnx
 
 from mateconv_jax import config as config_lib
-from mateconv_jax.model.transformer import ModelConfig, Transformer, abstract_model, make_kv_cache
+from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.kv_cache import make_kv_cache
+from mateconv_jax.model.transformer import Transformer, abstract_model
 from tests import llama
 
 

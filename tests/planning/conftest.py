@@ -3,7 +3,7 @@ from importlib.util import find_spec
 import pytest
 
 from mateconv_jax import config as config_lib
-from mateconv_jax.model.transformer import ModelConfig
+from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.planning import programs, target
 
 needs_compiler = pytest.mark.skipif(

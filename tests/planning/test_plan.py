@@ -6,10 +6,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from mateconv_jax import config as config_lib, plan as command, xla_flags
+from mateconv_jax import config as config_lib, plan as command
 from mateconv_jax.errors import exit_code
 from mateconv_jax.model import flops
 from mateconv_jax.planning import plan as plan_lib, target
+from mateconv_jax.runtime import xla_flags
 from tests.planning.conftest import needs_compiler
 
 BASE = f"--config={Path(__file__).parents[2] / 'configs/base.py'}"

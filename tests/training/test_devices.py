@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from mateconv_jax import config as config_lib, distributed, run_folder, sharding
+from mateconv_jax import config as config_lib, run_folder
 from mateconv_jax.errors import UserError
-from mateconv_jax.training.signals import RESUMABLE
+from mateconv_jax.runtime import distributed, sharding
+from mateconv_jax.training.preemption import RESUMABLE
 from tests.training.processes import Training
 from tests.training.runs import flags_of, losses_of, metrics_of
 
@@ -179,8 +180,10 @@ def test_axes_that_are_not_the_devices(monkeypatch, data, fsdp):
 def test_fsdp_takes_less_memory_a_device():
     code = """
 import json, sys, jax
-from mateconv_jax import config as config_lib, sharding
-from mateconv_jax.model.transformer import ModelConfig, abstract_model
+from mateconv_jax import config as config_lib
+from mateconv_jax.runtime import sharding
+from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.training import optimizer, train_state
 from mateconv_jax.training.step import make_train_step
 result = {}

@@ -11,9 +11,10 @@ import pytest
 from flax import nnx
 
 from mateconv_jax import GenerationConfig, TextGenerator, config as config_lib
+from mateconv_jax.losses.next_token import LossOptions, summed_loss
 from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.training import optimizer, train_state
-from mateconv_jax.training.step import LossOptions, make_train_step, summed_loss
+from mateconv_jax.training.step import make_train_step
 from tests import llama
 from tests.training.runs import metrics_of, train
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from mateconv_jax import config as config_lib
-from mateconv_jax.data import dataset, input_pipeline, token_bytes, tokenizer as tokenizer_lib
+from mateconv_jax.data import dataset, loader
+from mateconv_jax.data.tokenizer import token_bytes, tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
-from mateconv_jax.model.transformer import ModelConfig
+from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.training import loop
 from mateconv_jax.training.checkpoints import Checkpoints
 from tests.training.runs import losses_of, metrics_of, train
@@ -28,7 +29,7 @@ def spy(monkeypatch):
             self.batches, self.states = {}, {}
 
     spy = Spy()
-    original_batches, original_save = input_pipeline.training_batches, Checkpoints.save
+    original_batches, original_save = loader.training_batches, Checkpoints.save
 
     def batches(rows, batch_size, seed, shuffle, start_step, num_workers):
         original = original_batches(rows, batch_size, seed, shuffle, start_step, num_workers)
@@ -40,7 +41,7 @@ def spy(monkeypatch):
         spy.states[step] = jax.device_get(state)
         original_save(self, step, state, progress)
 
-    monkeypatch.setattr(input_pipeline, "training_batches", batches)
+    monkeypatch.setattr(loader, "training_batches", batches)
     monkeypatch.setattr(Checkpoints, "save", save)
     return spy
 
@@ -285,15 +286,15 @@ def test_a_tokenizer_larger_than_the_models_vocabulary(tiny_config):
 
 
 def test_a_tokenizer_that_did_not_make_the_dataset(tiny_config, tmp_path):
-    from mateconv_jax.data import tokenizer
+    from mateconv_jax.data.tokenizer import bpe
 
-    tokenizer.train(["另一个"], 300).save_pretrained(tmp_path / "other")
+    bpe.train(["另一个"], 300).save_pretrained(tmp_path / "other")
     tiny_config.data.tokenizer_path = str(tmp_path / "other")
     assert "was tokenised with another tokenizer" in error_of(tiny_config)
 
 
 def test_a_given_tokenizer_goes_into_the_run_folder(tiny_config, tmp_path):
-    from mateconv_jax.data import tokenizer
+    from mateconv_jax.data.tokenizer import tokenizer
 
     own = tokenizer.load(Path(tiny_config.data.train_data_path) / "tokenizer", "")
     own.chat_template = "{{ messages[0]['content'] }}"
@@ -310,7 +311,7 @@ def test_more_rows_in_a_batch_than_there_are(tiny_config):
 
 
 def test_a_batch_that_the_devices_cannot_share(monkeypatch, tiny_config):
-    from mateconv_jax import sharding
+    from mateconv_jax.runtime import sharding
 
     class EightDevices:
         size = 8

@@ -9,10 +9,12 @@ from flax import nnx
 
 from mateconv_jax import config as config_lib
 from mateconv_jax.errors import UserError
-from mateconv_jax.model import attention as attention_lib
+from mateconv_jax.losses.next_token import LossOptions, summed_loss
+from mateconv_jax.model import layers
+from mateconv_jax.model.attention import backends
 from mateconv_jax.model.transformer import Transformer, abstract_model
 from mateconv_jax.training import optimizer, train_state
-from mateconv_jax.training.step import LossOptions, make_eval_step, make_train_step, summed_loss
+from mateconv_jax.training.step import make_eval_step, make_train_step
 from tests import llama
 
 STEPS = 50
@@ -357,7 +359,7 @@ def test_a_document_mask_has_the_same_gradient_in_both_backends():
     q, k, v = (jax.random.normal(key, (2, 150, heads, 8)) for key, heads in zip(keys, (6, 3, 3), strict=True))
     documents = jnp.cumsum(jax.random.bernoulli(keys[0], 0.05, (2, 150)), axis=1)
     gradients = [
-        jax.jit(jax.grad(lambda x: jnp.sum(attention_lib.causal_attention(*x, backend, documents) ** 2)))((q, k, v))  # noqa: B023
+        jax.jit(jax.grad(lambda x: jnp.sum(backends.causal_attention(*x, backend, documents) ** 2)))((q, k, v))  # noqa: B023
         for backend in ("xla", "blocked")
     ]
     for a, b in zip(*gradients, strict=True):
@@ -377,7 +379,7 @@ def test_dropout_drops_its_share_by_step_and_seed_and_never_in_evaluation():
     assert trained == loss()[0]
     assert len({trained, loss(seed=2)[0], loss(steps=2)[0], without[0]}) == 4
     assert evaluated == without[1] == pytest.approx(without[0], rel=1e-6)
-    x = attention_lib.dropout(jnp.ones((2, 50_000)), 0.3, jax.random.split(jax.random.key(0)))
+    x = layers.dropout(jnp.ones((2, 50_000)), 0.3, jax.random.split(jax.random.key(0)))
     assert not jnp.array_equal(x[0], x[1])
     assert float(jnp.mean(x == 0)) == pytest.approx(0.3, abs=0.01) and float(jnp.mean(x)) == pytest.approx(1, abs=0.01)
 
@@ -387,10 +389,10 @@ def test_each_dropout_of_the_model_drops_something():
     model = nnx.merge(*nnx.split(Transformer(llama.model_config(dropout=0.5, attention="xla"), nnx.Rngs(0))))
     tokens = one(random_batch(0))["tokens"][:, :-1].astype(int)
     calls = []
-    original = attention_lib.dropout
+    original = layers.dropout
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            attention_lib, "dropout", lambda x, rate, key_B: calls.append((x.shape, rate, key_B)) or original(x, rate, key_B)
+            layers, "dropout", lambda x, rate, key_B: calls.append((x.shape, rate, key_B)) or original(x, rate, key_B)
         )
         model(tokens, dropout_key_B=jax.random.split(jax.random.key(0), len(tokens)))
     c = model.c
@@ -401,9 +403,9 @@ def test_each_dropout_of_the_model_drops_something():
 
 
 def test_dropout_needs_a_backend_that_can():
-    assert attention_lib.choose_backend("auto", "cpu", np.dtype("float32"), 0.1) == "xla"
+    assert backends.choose_backend("auto", "cpu", np.dtype("float32"), 0.1) == "xla"
     with pytest.raises(UserError, match=r"model\.attention: blocked cannot drop weights \(with model\.dropout=0\.1"):
-        attention_lib.choose_backend("blocked", "cpu", np.dtype("float32"), 0.1)
+        backends.choose_backend("blocked", "cpu", np.dtype("float32"), 0.1)
 
 
 # ---- float16, and steps that are left out ----------------------------------------------------------------------------
