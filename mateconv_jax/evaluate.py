@@ -7,7 +7,7 @@ import json
 import sys
 
 from mateconv_jax.data import demo
-from mateconv_jax.errors import exit_code
+from mateconv_jax.errors import exit_code, program
 from mateconv_jax.inference.generation_config import GenerationConfig
 
 STORIES = 8  # sampled from each way a story can begin: about 400 sentences in all
@@ -63,7 +63,7 @@ def main(args):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(
-        prog="python -m mateconv_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program("evaluate"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--model_path", required=True, metavar="MODEL", help="a run folder, a Hugging Face folder, a .pth or a .gguf file")
@@ -96,5 +96,10 @@ def parse_args(argv):
     return args
 
 
+def command() -> int:
+    """What `mateconv-evaluate` runs."""
+    return exit_code(main, parse_args(sys.argv[1:]))
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(main, parse_args(sys.argv[1:])))
+    sys.exit(command())
