@@ -1,25 +1,116 @@
-"""A dataset folder: rows in ArrayRecord shards with TFDS metadata, the tokenizer, and what was found out about the text.
+"""Opening a dataset. This is the only place that knows which formats a dataset may have.
 
-mateconv-train.array_record-00000-of-00004 …    see shards.py
-dataset_info.json, features.json, metadata.json  `tfds.builder_from_directory` opens the folder
+A dataset folder, as `prepare` writes it:
+
+mateconv-train.array_record-00000-of-00004 …    rows, see shards.py
+dataset_info.json, features.json                 `tfds.builder_from_directory` opens the folder
+metadata.json                                    seq_len, vocab_size, version, learned, tokenizer_fingerprint, splits, options
 tokenizer/
 stats.json, stats.png                            see build/statistics.py
 rejected.jsonl                                   what was left out: file, line, rule, reason
+
+A flat `.bin` file: MateConv's stream of 16-bit token ids, see token_bin.py. All of it is the split that is asked for.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
-from mateconv_jax.data.shards import ShardRows
-from mateconv_jax.data.token_bin import FlatRows
+from mateconv_jax.data.shards import VERSION, RowFormat, ShardRows
+from mateconv_jax.data.token_bin import FlatRows, n_rows
 from mateconv_jax.errors import UserError
 
 Rows = ShardRows | FlatRows
 
 
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """What is known of a dataset before its rows are read.
+
+    Attributes:
+      key: the flag or configuration key that gave the path, for errors.
+      seq_len: targets of a row.
+      splits: {name: number of rows}; None: a flat file, which has none.
+      tokenizer_folder, tokenizer_fingerprint: of the tokenizer that made the ids; None: not known.
+    """
+
+    path: Path
+    key: str
+    seq_len: int
+    splits: dict[str, int] | None = None
+    tokenizer_folder: Path | None = None
+    tokenizer_fingerprint: str | None = None
+    _format: RowFormat | None = None
+
+    def n_rows(self, split: str) -> int:
+        """0 where there is no such split."""
+        return n_rows(self.path, self.seq_len, self.key) if self.splits is None else self.splits.get(split, 0)
+
+    def rows(self, split: str, document_starts: tuple[int, int] | None = None) -> Rows | None:
+        """The rows of a split; None where there is no such split.
+
+        Args:
+          document_starts: the ids of `<s>` and `</s>`: batches have `document_starts`, which in a format that does not record
+            them follow from the two tokens (see rows.starts_after_end). None: batches come without.
+
+        Raises:
+          UserError: the files are missing, broken or of another version.
+        """
+        if self.splits is None:
+            return FlatRows(self.path, self.seq_len, self.key, document_starts)
+        import tensorflow_datasets as tfds  # 2 s: not for those who only read metadata
+
+        info = tfds.builder_from_directory(self.path).info
+        if split not in info.splits:
+            return None
+        return ShardRows(info.splits[split].filepaths, self._format, document_starts)
+
+    def check_tokens(self, rows: Rows, vocab_size: int, vocabulary: str) -> None:
+        """Raises UserError where a flat file has an id that the model does not know: it would silently take the embedding's
+        last row. A folder's ids are known to be its tokenizer's. `vocabulary` ends the message.
+        """
+        if isinstance(rows, FlatRows) and (largest := rows.largest_token()) >= vocab_size:
+            raise UserError(f"{self.key}: {str(self.path)!r} has the token id {largest} ({vocabulary})")
+
+
+def is_dataset(path: str | Path) -> bool:
+    """Whether `open_dataset` is what opens it: a folder or an existing flat file."""
+    return Path(path).is_dir() or Path(path).suffix == ".bin" and Path(path).is_file()
+
+
+def open_dataset(path: str | Path, key: str, seq_len: int) -> Dataset:
+    """A dataset folder or a flat .bin file.
+
+    Args:
+      key: the flag or configuration key that gave the path, for errors.
+      seq_len: of the rows that a flat file is cut into; a folder has its own.
+
+    Raises:
+      UserError: nothing of that kind is there, or a newer version of this project made it.
+    """
+    path = Path(path)
+    if path.suffix == ".bin" and not path.is_dir():
+        return Dataset(path, key, seq_len)
+    metadata = read_metadata(path, key)
+    version = metadata.get("version", 1)
+    if version > VERSION:
+        raise UserError(
+            f"{key}: {str(path)!r} has rows of version {version}, this project reads up to {VERSION} (update it, or prepare "
+            "the dataset again)"
+        )
+    return Dataset(
+        path,
+        key,
+        metadata["seq_len"],
+        {split: counts["rows"] for split, counts in metadata["splits"].items()},
+        path / "tokenizer",
+        metadata["tokenizer_fingerprint"],
+        RowFormat(metadata["seq_len"], metadata["vocab_size"], metadata.get("learned", False), version),
+    )
+
+
 def read_metadata(folder: str | Path, key: str) -> dict:
-    """The folder's metadata.json: seq_len, vocab_size, tokenizer_fingerprint, splits and options. `key` names the flag or
-    configuration key that gave the folder, for the error.
+    """A dataset folder's metadata.json. `key` names the flag or configuration key that gave the folder, for the error.
 
     Raises:
       UserError: no dataset at `folder`.
@@ -31,20 +122,3 @@ def read_metadata(folder: str | Path, key: str) -> dict:
             f"{key}: no dataset at {str(folder)!r} (expected a folder with dataset_info.json and metadata.json). "
             "Make one with: python -m mateconv_jax.prepare --input raw.jsonl --output data/zh --train_tokenizer"
         ) from error
-
-
-def open_rows(path: str | Path, split: str, seq_len: int, key: str) -> Rows | None:
-    """The rows of a dataset folder's split, or of a flat .bin file; None where the folder has no such split.
-
-    Raises:
-      UserError: nothing of that kind is there. `key` names the configuration key that gave the path.
-    """
-    if str(path).endswith(".bin"):
-        return FlatRows(path, seq_len, key)
-    import tensorflow_datasets as tfds  # 2 s: not for those who only read metadata
-
-    metadata = read_metadata(path, key)
-    info = tfds.builder_from_directory(path).info
-    if split not in info.splits:
-        return None
-    return ShardRows(info.splits[split].filepaths, metadata["seq_len"], metadata["vocab_size"])

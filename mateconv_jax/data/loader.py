@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from mateconv_jax.data.dataset import Rows
-from mateconv_jax.data.shards import Batch
+from mateconv_jax.data.rows import Batch
 
 
 def training_batches(
@@ -22,7 +22,7 @@ def training_batches(
       num_workers: threads that read ahead.
 
     Returns:
-      Batches of tokens (batch_size / processes, seq_len + 1) and length (batch_size / processes,).
+      Batches of batch_size / processes rows, see data/rows.py.
     """
     part = _this_process(batch_size)
 

@@ -1,10 +1,11 @@
-"""Rows of tokens as they are stored and read: shards of a dataset folder, or MateConv's flat `.bin` file.
+"""Rows in shards, the files of a dataset folder.
 
 A shard is an ArrayRecord file of tf.train.Example records, which TFDS reads as well. Every record of a shard has the same
 bytes but for its numbers, so that both directions are a few numpy operations a shard or batch: TFDS' own serializer and parser
 make 7,000 rows a second, these 290,000 and 60,000.
 """
 
+import dataclasses
 import errno
 import os
 import resource
@@ -15,9 +16,11 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from mateconv_jax.data.rows import Batch, starts_after_end
 from mateconv_jax.errors import UserError
 
-Batch = dict[str, np.ndarray]  # tokens (B, seq_len + 1) uint16 or uint32, length (B,) int32
+VERSION = 2  # of the records that are written
+BITS = {"document_starts", "learned"}  # stored as one bit a token, the lowest bit of a byte first
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -25,16 +28,32 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
-def features(seq_len: int, vocab_size: int):
-    """A row for TFDS, a FeaturesDict: seq_len + 1 `tokens`, of which `length` are real."""
+@dataclasses.dataclass(frozen=True)
+class RowFormat:
+    """How the rows of a dataset are stored.
+
+    Attributes:
+      seq_len, vocab_size: what the rows were made with.
+      learned: whether rows record which of their tokens are learned; otherwise all are.
+      version: 1: tokens and length. 2: document_starts too, and perhaps learned.
+    """
+
+    seq_len: int
+    vocab_size: int
+    learned: bool = False
+    version: int = VERSION
+
+
+def features(format: RowFormat):
+    """A row for TFDS, a FeaturesDict of what the records hold; `document_starts` and `learned` as bits, lowest first."""
     import tensorflow_datasets as tfds  # 2 s: not for the workers, which only write
 
     # As bytes: a list of varints would be 7 times slower to parse, and its length depend on the numbers.
     as_bytes = tfds.features.Encoding.BYTES
     return tfds.features.FeaturesDict(
         {
-            "length": tfds.features.Tensor(shape=(), dtype=np.int32, encoding=as_bytes),
-            "tokens": tfds.features.Tensor(shape=(seq_len + 1,), dtype=token_dtype(vocab_size), encoding=as_bytes),
+            name: tfds.features.Tensor(shape=shape, dtype=dtype, encoding=as_bytes)
+            for name, (dtype, shape) in _fields(format).items()
         }
     )
 
@@ -42,37 +61,56 @@ def features(seq_len: int, vocab_size: int):
 # ---- a record -------------------------------------------------------------------------------------------------------
 
 
+def _fields(format: RowFormat) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """dtype and shape of what a record holds, in the order of their names, as protobuf maps are written."""
+    n_tokens = format.seq_len + 1
+    bits = np.dtype(np.uint8), (-(-n_tokens // 8),)
+    fields = {"length": (np.dtype(np.int32), ()), "tokens": (token_dtype(format.vocab_size), (n_tokens,))}
+    if format.version >= 2:
+        fields["document_starts"] = bits
+    if format.learned:
+        fields["learned"] = bits
+    return dict(sorted(fields.items()))
+
+
 class _Layout:
-    """Where the numbers of a record stand: the same bytes around them in every record of a shard."""
+    """The bytes of a record: fields in fixed places, and between them the same bytes in every record of a shard."""
 
-    def __init__(self, seq_len: int, dtype: np.dtype):
-        self.dtype = dtype
-        n_bytes = (seq_len + 1) * dtype.itemsize
-        before, between = _feature_header(b"length", 4), _feature_header(b"tokens", n_bytes)
-        before = _header(1, len(before) + 4 + len(between) + n_bytes) + before  # Example.features
-        self.record = np.frombuffer(before + bytes(4) + between + bytes(n_bytes), np.uint8)
-        self.before = slice(0, len(before))
-        self.length = slice(len(before), len(before) + 4)
-        self.between = slice(self.length.stop, self.length.stop + len(between))
-        self.tokens = slice(self.between.stop, len(self.record))
+    def __init__(self, fields: dict[str, tuple[np.dtype, tuple[int, ...]]]):
+        sizes = {name: dtype.itemsize * int(np.prod(shape)) for name, (dtype, shape) in fields.items()}
+        headers = {name: _feature_header(name.encode(), size) for name, size in sizes.items()}
+        outer = _header(1, sum(map(len, headers.values())) + sum(sizes.values()))  # Example.features
+        self._headers, parts = {}, []
+        for name, (dtype, shape) in fields.items():
+            header = outer + headers[name]
+            self._headers[f"before {name}"] = np.frombuffer(header, np.uint8)
+            parts += [(f"before {name}", np.uint8, (len(header),)), (name, dtype, shape)]
+            outer = b""
+        self._fields = list(fields)
+        self._record = np.dtype(parts)
 
-    def write(self, rows_RS: np.ndarray, length_R: np.ndarray) -> np.ndarray:
-        """Records (R, bytes of one) uint8."""
-        records = np.repeat(self.record[None], len(rows_RS), axis=0)
-        records[:, self.length] = length_R.astype("<i4")[:, None].view(np.uint8)
-        records[:, self.tokens] = np.ascontiguousarray(rows_RS, self.dtype).view(np.uint8)
+    def write(self, rows: Batch) -> np.ndarray:
+        """Records (R,) of a structured dtype."""
+        records = np.empty(len(rows["length"]), self._record)
+        for name, header in self._headers.items():
+            records[name] = header
+        for name in self._fields:
+            records[name] = np.packbits(rows[name], axis=1, bitorder="little") if name in BITS else rows[name]
         return records
 
-    def read(self, records: list[bytes]) -> Batch | None:
+    def read(self, records: list[bytes], wanted: tuple[str, ...]) -> Batch | None:
         """None where these are not such records."""
         joined = b"".join(records)
-        if len(joined) != len(records) * len(self.record):
+        if len(joined) != len(records) * self._record.itemsize:
             return None
-        bytes_RB = np.frombuffer(joined, np.uint8).reshape(len(records), len(self.record))
-        if any((bytes_RB[:, place] != self.record[place]).any() for place in (self.before, self.between)):
+        table = np.frombuffer(joined, self._record)
+        if any((table[name] != header).any() for name, header in self._headers.items()):
             return None
-        tokens = np.ascontiguousarray(bytes_RB[:, self.tokens]).view(self.dtype)
-        return {"tokens": tokens, "length": np.ascontiguousarray(bytes_RB[:, self.length]).view("<i4")[:, 0]}
+        rows = {name: np.ascontiguousarray(table[name]) for name in wanted}
+        n_tokens = self._record["tokens"].shape[0]
+        for name in BITS & rows.keys():
+            rows[name] = np.unpackbits(rows[name], axis=1, count=n_tokens, bitorder="little").view(bool)
+        return rows
 
 
 def _header(number: int, size: int) -> bytes:
@@ -95,18 +133,18 @@ def _feature_header(name: bytes, n_bytes: int) -> bytes:
 # ---- shards -------------------------------------------------------------------------------------------------------
 
 
-def write_shard(path: Path, rows_RS: np.ndarray, length_R: np.ndarray) -> None:
-    """Write rows (R, seq_len + 1) uint16 or uint32 with their lengths (R,) int32 as a file. Equal rows give equal bytes.
+def write_shard(path: Path, rows: Batch, format: RowFormat) -> None:
+    """Write rows, of all the fields of `format`, as a file. Equal rows give equal bytes.
 
     Raises:
       OSError: the disk is full, or the path cannot be written. What is at `path` then is no shard.
     """
-    layout = _Layout(rows_RS.shape[1] - 1, rows_RS.dtype)
+    layout = _Layout(_fields(format))
     try:
         # One row a group: training reads rows in random order. Not compressed: 3 times faster to write, 8 % larger.
         writer = ArrayRecordWriter(os.fspath(path), "group_size:1,uncompressed")
-        for start in range(0, len(rows_RS), 4096):
-            for record in layout.write(rows_RS[start : start + 4096], length_R[start : start + 4096]):
+        for start in range(0, len(rows["length"]), 4096):
+            for record in layout.write({name: values[start : start + 4096] for name, values in rows.items()}):
                 writer.write(record.tobytes())
         writer.close()  # a full disk is reported here at the latest
     except RuntimeError as error:
@@ -120,13 +158,15 @@ class ShardRows:
 
     Args:
       paths: of the shards; none gives no rows.
-      seq_len, vocab_size: what the rows were made with.
+      format: what stands in them.
+      document_starts: the ids of `<s>` and `</s>`: batches have `document_starts`, taken from the records or, where these are
+        of version 1, from the two tokens (see rows.starts_after_end). None: batches come without.
 
     Raises:
-      UserError: a shard is missing, broken or of another version, or there are more than files may be open.
+      UserError: a shard is missing, broken or of another format, or there are more than files may be open.
     """
 
-    def __init__(self, paths: Sequence[str | Path], seq_len: int, vocab_size: int):
+    def __init__(self, paths: Sequence[str | Path], format: RowFormat, document_starts: tuple[int, int] | None = None):
         _allow_open_files(len(paths) + 256)  # every shard stays open
         options = "readahead_buffer_size:0,max_parallelism:0"  # otherwise seek and read take 600 us instead of 6
         self._readers = [ArrayRecordReader(os.fspath(path), options, file_reader_buffer_size=4096) for path in paths]
@@ -136,7 +176,13 @@ class ShardRows:
                 raise UserError(f"{os.fspath(path)!r} is missing or broken (prepare the dataset again)")
         self._ends = np.cumsum([reader.num_records() for reader in self._readers], dtype=np.int64)
         self._starts = np.concatenate([[0], self._ends])
-        self._layout = _Layout(seq_len, token_dtype(vocab_size))
+        self._layout = _Layout(_fields(format))
+        self._wanted = ("tokens", "length") + ("learned",) * format.learned
+        self._bos_eos = None
+        if document_starts is not None and format.version == 1:
+            self._bos_eos = document_starts
+        elif document_starts is not None:
+            self._wanted += ("document_starts",)
         self._first_path = os.fspath(paths[0]) if paths else ""
         self.read(np.arange(min(len(self), 1)))
 
@@ -158,9 +204,11 @@ class ShardRows:
             with self._locks[shard]:
                 self._readers[shard].seek(position)
                 records.append(self._readers[shard].read())
-        batch = self._layout.read(records)
+        batch = self._layout.read(records, self._wanted)
         if batch is None:
             raise UserError(f"{self._first_path!r} and its like were written by another version (prepare the dataset again)")
+        if self._bos_eos is not None:
+            batch["document_starts"] = starts_after_end(batch["tokens"], *self._bos_eos)
         return batch
 
 

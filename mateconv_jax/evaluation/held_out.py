@@ -17,23 +17,23 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from mateconv_jax.data import dataset, loader
+from mateconv_jax.data import loader
 from mateconv_jax.data.build import pipeline
 from mateconv_jax.data.build.options import PrepareOptions
-from mateconv_jax.data.dataset import Rows
+from mateconv_jax.data.dataset import Dataset, Rows, is_dataset, open_dataset
 from mateconv_jax.data.text import sources
-from mateconv_jax.data.token_bin import FlatRows
 from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.data.tokenizer.token_bytes import bytes_per_token, target_bytes
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop.formats import open_model
-from mateconv_jax.losses.next_token import LossOptions
+from mateconv_jax.losses.next_token import next_token_loss
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.runtime import sharding
 from mateconv_jax.training.step import make_eval_step
 
 BATCH_SIZE = 8
+NO_SPLITS = "--split: {!r} has no splits (only a folder made by python -m mateconv_jax.prepare has)"
 LAG = 4  # batches dispatched and not yet read: the device always has work, and holds few batches
 
 
@@ -88,8 +88,7 @@ def evaluate_run(
         weights = {
             "ema" if ema else "raw": model.params(abstract_params, ema) for ema in ((False, True) if both else (bool(use_ema),))
         }
-        options = LossOptions(tokenizer.bos_token_id if config.training.document_mask else None)
-        eval_step = make_eval_step(graph, options)
+        eval_step = make_eval_step(graph, next_token_loss)
         result = evaluate(eval_step, weights, rows, bytes_per_token(tokenizer), batch_size, max_batches, mesh)
         return {"model_path": str(model_path), "step": model.step, **described, **result}
 
@@ -184,43 +183,42 @@ def opened(
     Raises:
       UserError: no such data or split, other data than the model can read.
     """
-    path, seq_len = data[0], config.data.seq_len
+    seq_len = config.data.seq_len
     described = {"data": data, "split": None, "seq_len": seq_len, "rejected": {}}
-    is_folder = len(data) == 1 and Path(path).is_dir()
-    if split is not None and not is_folder:
-        raise UserError(f"--split: {' '.join(data)!r} has no splits (only a folder made by python -m mateconv_jax.prepare has)")
-    if is_folder:
-        split = split or "validation"
-        seq_len = _check_dataset(path, split, config, tokenizer)
-        yield dataset.open_rows(path, split, seq_len, "--data"), described | {"split": split, "seq_len": seq_len}
-    elif len(data) == 1 and path.endswith(".bin") and Path(path).is_file():
-        rows = FlatRows(path, seq_len, "--data")
-        if (largest := rows.largest_token()) >= len(tokenizer):
-            raise UserError(f"--data: {path!r} has the token id {largest} (the model's tokenizer has {len(tokenizer)})")
-        yield rows, described
-    else:
-        with tempfile.TemporaryDirectory(prefix="mateconv-") as temporary:
-            folder = Path(temporary) / "dataset"
-            rejected = _prepare(data, folder, tokenizer, seq_len)
-            yield dataset.open_rows(folder, "train", seq_len, "--data"), described | {"rejected": rejected}
+    document_starts = (tokenizer.bos_token_id, tokenizer.eos_token_id) if config.training.document_mask else None
+    if len(data) == 1 and is_dataset(data[0]):
+        dataset = open_dataset(data[0], "--data", seq_len)
+        if split is not None and dataset.splits is None:
+            raise UserError(NO_SPLITS.format(data[0]))
+        split = None if dataset.splits is None else split or "validation"
+        _check_dataset(dataset, split, config, tokenizer)
+        rows = dataset.rows(split, document_starts)
+        dataset.check_tokens(rows, len(tokenizer), f"the model's tokenizer has {len(tokenizer)}")
+        yield rows, described | {"split": split, "seq_len": dataset.seq_len}
+        return
+    if split is not None:
+        raise UserError(NO_SPLITS.format(" ".join(data)))
+    with tempfile.TemporaryDirectory(prefix="mateconv-") as temporary:
+        folder = Path(temporary) / "dataset"
+        rejected = _prepare(data, folder, tokenizer, seq_len)
+        rows = open_dataset(folder, "--data", seq_len).rows("train", document_starts)
+        yield rows, described | {"rejected": rejected}
 
 
-def _check_dataset(path: str, split: str, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> int:
-    """The dataset's seq_len, once it is known to fit the model."""
-    metadata = dataset.read_metadata(path, "--data")
-    if metadata["tokenizer_fingerprint"] != tokenizer_lib.fingerprint(tokenizer):
+def _check_dataset(dataset: Dataset, split: str | None, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = str(dataset.path)
+    if dataset.tokenizer_fingerprint not in (None, tokenizer_lib.fingerprint(tokenizer)):
         raise UserError(
             f"--data: {path!r} was tokenised with another tokenizer than the model's (give the raw text, or prepare it with "
             f"--tokenizer {tokenizer.name_or_path})"
         )
-    if metadata["seq_len"] > config.model.max_seq_len:
+    if dataset.seq_len > config.model.max_seq_len:
         raise UserError(
-            f"--data: {path!r} has rows of {metadata['seq_len']} tokens, the model reads {config.model.max_seq_len} (give the "
+            f"--data: {path!r} has rows of {dataset.seq_len} tokens, the model reads {config.model.max_seq_len} (give the "
             f"raw text, or prepare it with --seq_len {config.model.max_seq_len})"
         )
-    if split not in metadata["splits"]:
-        raise UserError(f"--split: {path!r} has no split {split!r} (there are: {', '.join(metadata['splits'])})")
-    return metadata["seq_len"]
+    if split is not None and split not in dataset.splits:
+        raise UserError(f"--split: {path!r} has no split {split!r} (there are: {', '.join(dataset.splits)})")
 
 
 def _prepare(data: list[str], folder: Path, tokenizer: PreTrainedTokenizerFast, seq_len: int) -> dict[str, int]:

@@ -3,11 +3,12 @@
 Dimensions in names: B rows, S tokens of a row, V vocabulary.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
-from flax import nnx
+
+from mateconv_jax.data.rows import Batch, learned_targets
+from mateconv_jax.losses.loss_output import LossOutput
+from mateconv_jax.model.transformer import Transformer
 
 
 # With a gradient of its own: the derivative of take_along_axis is a scatter into fp32 logits, 0.3 GB more at 32 x 512 x 6,400.
@@ -36,37 +37,30 @@ def _token_losses_backward(saved, g):
 token_losses.defvjp(_token_losses_forward, _token_losses_backward)
 
 
-@dataclasses.dataclass(frozen=True)
-class LossOptions:
-    """document_start: the id that begins a document, for attention within documents only; None: over the whole row.
-    z_loss: weight of the squared log-sum-exp (PaLM, Chowdhery et al., 2022). remat: see Transformer.
-    """
-
-    document_start: int | None = None
-    z_loss: float = 0.0
-    remat: str = "none"
-
-
-def summed_loss(graph: nnx.GraphDef, params: nnx.State, batch: dict[str, jax.Array], options=LossOptions(), dropout_key_B=None):
-    """Cross-entropy summed over the batch's real targets, and how many there are.
+def next_token_loss(model: Transformer, batch: Batch, key_B=None, z_loss: float = 0.0, remat: str = "none") -> LossOutput:
+    """Cross-entropy of the learned targets, in nats.
 
     Args:
-      batch: tokens (B, S + 1), any integer type; length (B,), how many of a row's tokens are real.
-      dropout_key_B: a key of each row; None: no dropout.
+      batch: rows, see data/rows.py. With `document_starts` attention and positions stay within documents; with `learned` only
+        those tokens are targets.
+      key_B: a key for each row's dropout; None: no dropout.
+      z_loss: weight of the squared log-sum-exp (PaLM, Chowdhery et al., 2022), in the objective alone.
+      remat: see Transformer.
 
     Returns:
-      (summed cross-entropy in nats, number of targets, summed objective: the same, with z_loss and the experts' auxiliary
-      loss; fp32 scalars; moe.Routing of the tokens that have a target, None without experts).
+      A weight of 1 for each target. Of a mixture of experts the objective includes the auxiliary loss, and the metrics
+      moe.Routing, both of the tokens that have a target.
     """
     tokens_BS1 = batch["tokens"].astype(jnp.int32)
     inputs_BS, targets_BS = tokens_BS1[:, :-1], tokens_BS1[:, 1:]
-    documents_BS = None if options.document_start is None else jnp.cumsum(inputs_BS == options.document_start, axis=1)
-    is_real_BS = jnp.arange(inputs_BS.shape[1]) < batch["length"][:, None] - 1
-    model = nnx.merge(graph, params)
-    logits_BSV, routing = model.logits_and_routing(inputs_BS, documents_BS, dropout_key_B, options.remat, is_real_BS)
+    documents_BS = jnp.cumsum(batch["document_starts"][:, :-1], axis=1) if "document_starts" in batch else None
+    is_learned_BS = learned_targets(batch)
+    logits_BSV, routing = model.logits_and_routing(inputs_BS, documents_BS, key_B, remat, is_learned_BS)
     losses_BS, log_sums_BS = token_losses(logits_BSV, targets_BS)
-    loss = jnp.sum(losses_BS, where=is_real_BS)
-    objective = loss + options.z_loss * jnp.sum(log_sums_BS**2, where=is_real_BS) if options.z_loss else loss
+    objective = loss = jnp.sum(losses_BS, where=is_learned_BS)
+    if z_loss:
+        objective += z_loss * jnp.sum(log_sums_BS**2, where=is_learned_BS)
     if routing is not None:
         objective += jnp.sum(routing.auxiliary_loss)
-    return loss, jnp.sum(is_real_BS, dtype=jnp.float32), objective, routing
+    metrics = {} if routing is None else {"experts": routing}
+    return LossOutput(loss, jnp.sum(is_learned_BS, dtype=jnp.float32), objective, metrics)

@@ -1,15 +1,14 @@
 """What a run will need and how fast it can be at best, from its compiled programs."""
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
+from mateconv_jax.data.dataset import open_dataset
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig
@@ -257,19 +256,11 @@ def run_length(config: ConfigDict) -> tuple[int | None, str]:
     training, path = config.training, config.data.train_data_path
     if training.max_steps:
         return training.max_steps, "training.max_steps"
-    rows = rows_of(path, config.data.seq_len) if path else None
-    if rows is None:
-        why = f"no dataset at {path!r}" if path else "data.train_data_path and training.max_steps are not set"
-        return None, f"{why}: how long the run is is not known"
+    if path is None:
+        return None, "data.train_data_path and training.max_steps are not set: how long the run is is not known"
+    try:
+        rows = open_dataset(path, "data.train_data_path", config.data.seq_len).n_rows("train")
+    except UserError:
+        return None, f"no dataset at {path!r}: how long the run is is not known"
     per_step = training.batch_size * training.accumulation_steps
     return int(training.epochs * rows / per_step), f"{training.epochs} epochs of {rows:,} rows"
-
-
-def rows_of(path: str, seq_len: int) -> int | None:
-    """Training rows of a dataset, without the libraries that read it; None where there is none."""
-    try:
-        if path.endswith(".bin"):
-            return -(-(Path(path).stat().st_size // 2 - 1) // seq_len)
-        return json.loads((Path(path) / "metadata.json").read_text())["splits"]["train"]["rows"]
-    except (OSError, json.JSONDecodeError, KeyError):
-        return None

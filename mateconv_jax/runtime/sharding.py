@@ -43,10 +43,9 @@ def batch(mesh: Mesh, rows_axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * rows_axis, ("data", "fsdp")))
 
 
-def to_devices(rows: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows as part of the global batch: `length` (B,) or, of several micro-batches, (A, B)."""
-    spread = functools.partial(jax.make_array_from_process_local_data, batch(mesh, rows["length"].ndim - 1))
-    return {key: spread(value) for key, value in rows.items()}
+def to_devices(rows: dict[str, np.ndarray], mesh: Mesh, rows_axis: int = 0) -> dict[str, jax.Array]:
+    """This process's rows as part of the global batch: arrays (B, …), or with rows_axis=1 (A micro-batches, B, …)."""
+    return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, batch(mesh, rows_axis)), rows)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -25,7 +25,7 @@ def over_devices(sums: Callable, abstract_params: nnx.State, dtype: str, compute
 
     Args:
       sums: (params, batch, step, scale, device, gather) -> (totals, gradients, factor) of the rows in `batch`; totals, a tree,
-        and gradients are added up. It calls gather(params) for whole parameters, which the gradients are not of.
+        and gradients are added up. `sums` calls gather(params) for full parameters; gradients are with respect to the shards.
       abstract_params: their shapes with their shardings, over a mesh with the axes data and fsdp.
       dtype: in which gradients are added up.
       compute_dtype: in which parameters that FSDP has split are gathered.

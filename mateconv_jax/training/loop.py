@@ -17,7 +17,7 @@ from mateconv_jax.data import loader
 from mateconv_jax.data.dataset import Rows
 from mateconv_jax.data.tokenizer import token_bytes
 from mateconv_jax.errors import UserError
-from mateconv_jax.losses.next_token import LossOptions
+from mateconv_jax.losses.next_token import next_token_loss
 from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.transformer import abstract_model
@@ -79,11 +79,11 @@ def _train(config: ConfigDict, signals: Signals) -> int:
     schedule = optimizer.make_schedule(training, total_steps)
     tx = optimizer.make_optimizer(training, model_config)
     graph, abstract_params = abstract_model(model_config)
-    loss_options = LossOptions(tokenizer.bos_token_id if training.document_mask else None, training.z_loss, training.remat)
+    loss_fn = functools.partial(next_token_loss, z_loss=training.z_loss, remat=training.remat)
     init = functools.partial(train_state.init, model_config, tx, training.seed, training.use_ema)
     abstract_state = sharding.with_shardings(mesh, jax.eval_shape(init))
-    train_step = make_train_step(graph, tx, schedule, training, loss_options, abstract_state)
-    eval_step = make_eval_step(graph, loss_options)
+    train_step = make_train_step(graph, loss_fn, tx, schedule, training, abstract_state)
+    eval_step = make_eval_step(graph, loss_fn)
     samples = samples_interval and Samples(graph, abstract_params, tokenizer, training.sample_prompts, mesh)
     flops_per_token = flops.training_flops_per_token(model_config, config.data.seq_len)
     peak_flops = flops.peak_flops(jax.devices()[0].device_kind, model_config.dtype)
@@ -208,7 +208,7 @@ def training_batches(config: ConfigDict, rows: Rows, start_step: int, mesh: Mesh
     for batch in loader.training_batches(
         rows, rows_per_step, training.seed, config.data.shuffle, start_step, config.data.num_workers
     ):
-        yield sharding.to_devices(loader.micro_batches(batch, training.accumulation_steps), mesh)
+        yield sharding.to_devices(loader.micro_batches(batch, training.accumulation_steps), mesh, rows_axis=1)
 
 
 def compile_step(train_step, state: train_state.TrainState, batch) -> jax.stages.Compiled:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from mateconv_jax.data import dataset, loader
+from mateconv_jax.data import loader
+from mateconv_jax.data.dataset import open_dataset
 
 
 class NumberedRows:
@@ -99,7 +100,7 @@ def test_validation_reads_in_order_and_fills_the_last_batch_with_empty_rows():
 
 
 def test_processes_without_a_row_in_the_last_batch_get_empty_rows(monkeypatch, dataset_folder):
-    rows = dataset.open_rows(dataset_folder, "validation", 32, "")
+    rows = open_dataset(dataset_folder, "", 32).rows("validation")
     [whole] = loader.validation_batches(rows, 4 * len(rows), max_batches=1)
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     for index in range(4):

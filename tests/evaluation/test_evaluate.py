@@ -16,7 +16,7 @@ from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
 from mateconv_jax import config as config_lib, evaluate, run_folder
-from mateconv_jax.data import dataset
+from mateconv_jax.data.dataset import open_dataset
 from mateconv_jax.data.tokenizer import bpe, tokenizer as tokenizer_lib
 from mateconv_jax.data.tokenizer.token_bytes import bytes_per_token, target_bytes
 from mateconv_jax.errors import UserError
@@ -72,7 +72,7 @@ def loss_of_transformers(run, use_ema, rows):
 
 def test_losses_equal_transformers_on_the_same_weights(run, dataset_folder):
     result = held_out.evaluate_run(run, [str(dataset_folder)])
-    rows = dataset.open_rows(dataset_folder, "validation", 32, "")
+    rows = open_dataset(dataset_folder, "", 32).rows("validation")
     # What makes this hard: a padded row, and a last batch that is not full.
     assert rows.read(np.array([len(rows) - 1]))["length"][0] < 33 and len(rows) > 8 and len(rows) % 8
     assert (result["rows"], result["seq_len"], result["split"], result["step"]) == (len(rows), 32, "validation", 12)
@@ -100,7 +100,7 @@ def test_bits_per_byte_of_raw_text_by_hand(run, tokenizer, tmp_path):
 
     # The loss of that stream, cut into rows by hand.
     np.array(stream, np.uint16).tofile(tmp_path / "text.bin")
-    flat = dataset.open_rows(tmp_path / "text.bin", "", 32, "")
+    flat = open_dataset(tmp_path / "text.bin", "", 32).rows("")
     assert score["loss"] == pytest.approx(loss_of_transformers(run, False, flat)[0], rel=1e-5)
     of_bin = held_out.evaluate_run(run, [str(tmp_path / "text.bin")], use_ema=False)
     assert of_bin["scores"]["raw"] == pytest.approx(score, rel=1e-6) and of_bin["bytes"] == n_bytes

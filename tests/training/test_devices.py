@@ -186,6 +186,7 @@ from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.training import optimizer, train_state
 from mateconv_jax.training.step import make_train_step
+from mateconv_jax.losses.next_token import next_token_loss
 result = {}
 for fsdp in (1, 8):
     config = config_lib.default_config()
@@ -196,7 +197,7 @@ for fsdp in (1, 8):
     tx = optimizer.make_optimizer(config.training, c)
     mesh = sharding.make_mesh(config.mesh)
     state = sharding.with_shardings(mesh, jax.eval_shape(lambda: train_state.init(c, tx, 0, True)))
-    step = make_train_step(abstract_model(c)[0], tx, lambda step: 1e-3, config.training, abstract_state=state)
+    step = make_train_step(abstract_model(c)[0], next_token_loss, tx, lambda step: 1e-3, config.training, abstract_state=state)
     rows = sharding.batch(mesh, 1)
     batch = {"tokens": jax.ShapeDtypeStruct((1, 8, 33), "uint16", sharding=rows), "length": jax.ShapeDtypeStruct((1, 8), "int32", sharding=rows)}
     memory = step.lower(state, batch).compile().memory_analysis()

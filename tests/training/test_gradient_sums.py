@@ -21,6 +21,7 @@ from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.training import gradient_sums, optimizer, train_state
 from mateconv_jax.training.step import make_train_step
+from mateconv_jax.losses.next_token import next_token_loss
 gradient_sums.BUCKET_BYTES = 100_000  # several of them
 tokens = np.random.default_rng(0).integers(0, 256, (2, 8, 33), np.uint16)
 lengths = np.full((2, 8), 33, np.int32); lengths[0, 0] = 5; lengths[1, 7] = 0
@@ -37,7 +38,7 @@ for devices, fsdp, dtype in [(1, 1, "float32"), (4, 1, "float32"), (4, 1, "bfloa
     init = lambda: train_state.init(c, tx, 0, True)
     abstract = sharding.with_shardings(mesh, jax.eval_shape(init))
     state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
-    step = make_train_step(abstract_model(c)[0], tx, lambda step: 1e-3, config.training, abstract_state=abstract)
+    step = make_train_step(abstract_model(c)[0], next_token_loss, tx, lambda step: 1e-3, config.training, abstract_state=abstract)
     _, metrics = step(state, sharding.to_devices({"tokens": tokens, "length": lengths}, mesh))
     print(json.dumps([float(metrics["train/loss"]), float(metrics["update_to_weight"]), *metrics["leaf_norms"].tolist()]))
 """

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from mateconv_jax import files
 from mateconv_jax.data.build.options import SPLITS
 from mateconv_jax.data.build.statistics import Statistics, summary
-from mateconv_jax.data.shards import ShardRows, features
+from mateconv_jax.data.shards import RowFormat, ShardRows, features
 from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 
@@ -53,6 +53,7 @@ def assemble(
 
     folder.mkdir(parents=True)
     tokenizer = tokenizer_lib.load(tokenizer_folder, "--tokenizer")
+    format = RowFormat(seq_len, len(tokenizer))
     statistics = Statistics(len(tokenizer))
     shards: dict[str, list[tuple[Path, dict]]] = {split: [] for split in SPLITS}
     with (folder / "rejected.jsonl").open("wb") as rejected:
@@ -85,7 +86,7 @@ def assemble(
                 )
             )
             if also_bin:
-                shards_of_split = [ShardRows([path], seq_len, len(tokenizer)) for path, _ in files_of_split]
+                shards_of_split = [ShardRows([path], format) for path, _ in files_of_split]
                 _write_bin(folder / f"{split}.bin", shards_of_split)
     shutil.copytree(tokenizer_folder, folder / "tokenizer")
     figures = summary(statistics, tokenizer, seconds)
@@ -94,15 +95,18 @@ def assemble(
     metadata = {
         "seq_len": seq_len,
         "vocab_size": len(tokenizer),
+        "version": format.version,
+        "learned": format.learned,
         "tokenizer_fingerprint": tokenizer_lib.fingerprint(tokenizer),
         "splits": figures["splits"],
         "options": options,
     }
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
-        features=features(seq_len, len(tokenizer)),
+        features=features(format),
         split_infos=split_infos,
-        description="Rows of seq_len + 1 tokens that overlap by one; `length` of them are real.",
+        description="Rows of seq_len + 1 tokens that overlap by one; `length` of them are real. "
+        "`document_starts`: a bit a token, the lowest of a byte first; 1 where a document begins.",
         metadata=tfds.core.MetadataDict(metadata),
         check_data=False,  # TFDS' check reads with TensorFlow, which has no ArrayRecord
     )

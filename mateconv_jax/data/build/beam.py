@@ -74,7 +74,7 @@ def open_file(path: str):
 def _chunks(numbered: tuple[int, Source], setup: WorkerSetup) -> Iterator[Chunk]:
     number, source = numbered
     options = setup.options
-    return sources_lib.chunks(source, number, options.sizes, options.txt_document, setup.bos_eos[1], open_file)
+    return sources_lib.chunks(source, number, options.sizes, options.txt_document, setup.bos_eos, open_file)
 
 
 def _clean(chunk: Chunk, setup: WorkerSetup) -> tuple[str, tuple[bytes, str, np.ndarray]]:

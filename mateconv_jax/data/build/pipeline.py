@@ -34,6 +34,7 @@ from mateconv_jax import files
 from mateconv_jax.data.build import worker
 from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.build.worker import ChunkWriter
+from mateconv_jax.data.shards import VERSION
 from mateconv_jax.data.text import duplicates, sources as sources_lib
 from mateconv_jax.data.text.sources import Chunk, Source
 from mateconv_jax.errors import UserError
@@ -115,8 +116,10 @@ def prepare(
         shutil.rmtree(partial, ignore_errors=True)
         return None
     try:
-        with work_folder(partial, described, overwrite) as folder:
-            read = functools.partial(all_chunks, sources, options, given and given.eos_token_id, open_file)
+        # Finished chunks of another version of the rows cannot be mixed with ours.
+        with work_folder(partial, described | {"row_version": VERSION}, overwrite) as folder:
+            bos_eos = given and (given.bos_token_id, given.eos_token_id)
+            read = functools.partial(all_chunks, sources, options, bos_eos, open_file)
             chunks = read()
             if given is None:
                 once = any(source.path == "-" for source in sources)
@@ -303,10 +306,10 @@ class Progress:
 
 
 def all_chunks(
-    sources: list[Source], options: PrepareOptions, eos_token_id: int | None, open_file=sources_lib.open_local
+    sources: list[Source], options: PrepareOptions, bos_eos: tuple[int, int] | None, open_file=sources_lib.open_local
 ) -> Iterator[Chunk]:
     for number, source in enumerate(sources):
-        yield from sources_lib.chunks(source, number, options.sizes, options.txt_document, eos_token_id, open_file)
+        yield from sources_lib.chunks(source, number, options.sizes, options.txt_document, bos_eos, open_file)
 
 
 def process_chunks(chunks: Iterable[Chunk], setup: WorkerSetup, num_workers: int, on_done: Callable[[Chunk], None]) -> None:

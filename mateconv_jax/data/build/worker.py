@@ -23,10 +23,11 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from mateconv_jax.data import shards
 from mateconv_jax.data.build import packing
 from mateconv_jax.data.build.options import SPLITS, PrepareOptions
 from mateconv_jax.data.build.statistics import Statistics
+from mateconv_jax.data.rows import starts_after_end
+from mateconv_jax.data.shards import RowFormat, token_dtype, write_shard
 from mateconv_jax.data.text import duplicates
 from mateconv_jax.data.text.cleaning import Cleaner, control_token_pattern
 from mateconv_jax.data.text.jsonl import Document, Rejected, parse_line, parse_text
@@ -154,19 +155,24 @@ class ChunkWriter:
     def _write_split(
         self, path: Path, split: str, pieces: list[Document | np.ndarray], statistics: Statistics
     ) -> dict[str, int]:
-        dtype = shards.token_dtype(self._tokenizer.get_vocab_size())
-        parts, lengths = [], []
-        for ids in self._token_ids(pieces):
-            parts.append(ids)
-            lengths.append(len(ids))
-        stream = np.concatenate(parts).astype(dtype, copy=False)
-        rows_RS, length_R = packing.pack(stream, self.options.seq_len)
-        shards.write_shard(path, rows_RS, length_R)
+        format = RowFormat(self.options.seq_len, self._tokenizer.get_vocab_size())
+        documents = list(self._token_ids(pieces))
+        lengths = np.array([len(ids) for ids in documents])
+        tokens = np.concatenate(documents).astype(token_dtype(format.vocab_size), copy=False)
+        if any(isinstance(piece, np.ndarray) for piece in pieces):  # parts of a .bin file's stream, which may be turns
+            starts = starts_after_end(tokens[None], self.bos_token_id, self.eos_token_id)[0]
+            starts[0] = True
+        else:
+            starts = np.zeros(len(tokens), bool)
+            starts[np.cumsum(lengths) - lengths] = True
+        rows = packing.pack({"tokens": tokens, "document_starts": starts}, self.options.seq_len)
+        write_shard(path, rows, format)
         n_bytes = path.stat().st_size
         texts = [piece for piece in pieces if isinstance(piece, str)]
         texts += [message["content"] for piece in pieces if isinstance(piece, list) for message in piece]
-        statistics.add_documents(split, texts, np.array(lengths), stream, len(rows_RS), n_bytes)
-        return {"rows": len(rows_RS), "bytes": n_bytes}
+        n_rows = len(rows["length"])
+        statistics.add_documents(split, texts, lengths, tokens, n_rows, n_bytes)
+        return {"rows": n_rows, "bytes": n_bytes}
 
     def _token_ids(self, pieces: list[Document | np.ndarray]) -> Iterator[np.ndarray]:
         """A text becomes `<s>` text `</s>`; a dialogue goes through the chat template, which brings its own control tokens."""

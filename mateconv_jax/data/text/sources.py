@@ -118,7 +118,7 @@ def chunks(
     number: int,
     sizes: ChunkSizes,
     txt_document: str = "line",
-    eos_token_id: int | None = None,
+    bos_eos: tuple[int, int] | None = None,
     open_file: Callable[[str], BinaryIO] = open_local,
 ) -> Iterator[Chunk]:
     """The chunks of a source, in order.
@@ -126,7 +126,7 @@ def chunks(
     Args:
       number: of the source among all.
       txt_document: what a document of a .txt file is, one of TXT_DOCUMENTS.
-      eos_token_id: what ends a document of a .bin file.
+      bos_eos: the ids of `<s>` and `</s>`, between which a document of a .bin file stands.
       open_file: opens a path for reading bytes; Beam brings its own.
 
     Raises:
@@ -134,7 +134,7 @@ def chunks(
     """
     progress = [0]
     if source.format == "bin":
-        records = _bin_records(source.path, eos_token_id, sizes.bytes, progress)
+        records = _bin_records(source.path, bos_eos, sizes.bytes, progress)
     else:
         blocks = _tfds_lines(source.path) if source.format == "tfds" else _blocks(source.path, open_file, progress)
         document = txt_document if source.format == "txt" else "line"
@@ -283,17 +283,23 @@ def _tfrecords(file_instructions: Iterable) -> Iterator[bytes]:
 # ---- token ids ----------------------------------------------------------------------------------------------------
 
 
-def _bin_records(path: str, eos_token_id: int | None, longest: int, progress: list[int]) -> Iterator[tuple[int, bytes]]:
-    """Documents of a flat uint16 stream, each up to its `</s>`; (number of its first token from 1, its ids as bytes).
+def _bin_records(path: str, bos_eos: tuple[int, int] | None, longest: int, progress: list[int]) -> Iterator[tuple[int, bytes]]:
+    """Documents of a flat uint16 stream; (number of its first token from 1, its ids as bytes).
 
-    Where no `</s>` comes for `longest` bytes the stream is cut there.
+    A document ends with a `</s>` that a `<s>` follows directly, so that the turns of a dialogue, which have a line feed between
+    them, stay together; in a stream without `<s>`, with every `</s>`. Where none ends within `longest` bytes, it is cut.
     """
+    bos, eos = bos_eos or (None, None)
     if Path(path).stat().st_size % 2:
         raise UserError(f"--input: {path!r} has an odd number of bytes (expected a flat stream of 16-bit token ids)")
     tokens = np.memmap(path, np.uint16, "r") if Path(path).stat().st_size else np.zeros(0, np.uint16)
     start, window = 0, longest // 2
     for offset in range(0, len(tokens), window):
-        ends = offset + np.flatnonzero(tokens[offset : offset + window] == eos_token_id) + 1
+        part = tokens[offset : offset + window + 1]
+        is_end = part[:-1] == eos
+        if (part == bos).any():
+            is_end &= part[1:] == bos
+        ends = offset + np.flatnonzero(is_end) + 1
         for end in [*ends.tolist(), *([offset + window] if not len(ends) else [])]:
             yield start + 1, tokens[start:end].tobytes()
             start = min(end, len(tokens))

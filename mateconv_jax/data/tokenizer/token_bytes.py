@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mateconv_jax.data.shards import Batch
+from mateconv_jax.data.rows import Batch, learned_targets
 from mateconv_jax.data.tokenizer.pieces import BYTES, is_byte_level, readable
 
 if TYPE_CHECKING:
@@ -40,12 +40,11 @@ def bytes_per_token(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
 
 
 def target_bytes(bytes_per_token_V: np.ndarray, batch: Batch) -> int:
-    """Bytes of text that a batch's real targets write. On the host: about 2 ns a token.
+    """Bytes of text that a batch's learned targets write. On the host: about 2 ns a token.
 
     Args:
       bytes_per_token_V: see `bytes_per_token`.
-      batch: tokens (B, S + 1), length (B,): row b has length[b] - 1 targets, none where its length is 0.
+      batch: see data/rows.py.
     """
     targets_BS = batch["tokens"][:, 1:]
-    is_real_BS = np.arange(targets_BS.shape[1]) < batch["length"][:, None] - 1
-    return int(bytes_per_token_V[targets_BS].sum(where=is_real_BS, dtype=np.int64))
+    return int(bytes_per_token_V[targets_BS].sum(where=learned_targets(batch), dtype=np.int64))

@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 
 from mateconv_jax.data import dataset
 from mateconv_jax.data.build import pipeline, worker
+from mateconv_jax.data.dataset import open_dataset
 from mateconv_jax.data.text import jsonl
 from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
@@ -187,6 +188,45 @@ def test_a_bin_file_is_wrapped_as_it_is_and_comes_out_again(tmp_path, dataset_fo
     assert rejected(folder) == [(4, "no_such_token")]
     with pytest.raises(UserError, match=r"--train_tokenizer: a \.bin file holds token ids"):
         prepare(tmp_path / "pretrain_data.bin", tmp_path / "no", "--train_tokenizer")
+
+
+DIALOGUES = [
+    [{"role": "user", "content": f"问{i}"}, {"role": "assistant", "content": "答"}, {"role": "user", "content": f"再问{i}"}]
+    for i in range(8)
+]
+
+
+def starts_of(folder, tokenizer):
+    """The text of each document that rows mark, in order."""
+    rows = open_dataset(folder, "", 500).rows("train", (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    [tokens], [length], [starts] = map(rows.read(np.arange(1)).get, ("tokens", "length", "document_starts"))
+    starts[0] = True  # whatever begins a row
+    return [tokenizer.decode(part) for part in np.split(tokens[:length], np.flatnonzero(starts[:length])[1:])]
+
+
+def test_documents_start_where_they_were_packed_and_not_at_each_turn(tmp_path):
+    lines = [*({"messages": messages} for messages in DIALOGUES), {"text": "一"}, {"text": "二"}]
+    flags = (*TRAIN_TOKENIZER, "--val_fraction", "0", "--seq_len", "500", "--also_bin")
+    folder = prepare(write_jsonl(tmp_path / "raw.jsonl", lines), tmp_path / "zh", *flags)
+    tokenizer = tokenizer_lib.load(folder / "tokenizer", "")
+    dialogues = [f"<s>user\n问{i}</s>\n<s>assistant\n答</s>\n<s>user\n再问{i}</s>\n" for i in range(8)]
+    assert starts_of(folder, tokenizer) == [*dialogues, "<s>一</s>", "<s>二</s>"]
+    # A flat file does not say where a dialogue ends; none is ever cut.
+    expected = ["".join(dialogues) + "<s>一</s>", "<s>二</s>"]
+    assert starts_of(folder / "train.bin", tokenizer) == expected
+    wrapped = prepare(folder / "train.bin", tmp_path / "wrapped", "--tokenizer", folder / "tokenizer", *flags[3:-1])
+    assert starts_of(wrapped, tokenizer) == expected
+
+
+def test_a_flat_files_turns_are_no_documents(tmp_path):
+    """Equal turns are no duplicates, and none is held out without the others."""
+    lines = [{"messages": messages} for messages in DIALOGUES for _ in range(2)]
+    flags = ("--val_fraction", "0", "--seq_len", "500")
+    folder = prepare(
+        write_jsonl(tmp_path / "raw.jsonl", lines), tmp_path / "zh", *TRAIN_TOKENIZER, *flags, "--dedup", "none", "--also_bin"
+    )
+    wrapped = prepare(folder / "train.bin", tmp_path / "wrapped", "--tokenizer", folder / "tokenizer", *flags, "--also_bin")
+    assert (wrapped / "train.bin").read_bytes() == (folder / "train.bin").read_bytes()
 
 
 def test_tokenizer_options(tmp_path, dataset_folder):

@@ -113,14 +113,26 @@ def test_documents_of_a_text_file(tmp_path):
 def test_documents_of_a_bin_file(tmp_path):
     tokens = np.array([1, 7, 8, 2, 1, 9, 2, 1, 5, 5, 5, 5, 5, 5, 5], np.uint16)
     tokens.tofile(tmp_path / "a.bin")
-    found = records(tmp_path / "a.bin", ChunkSizes(8), eos_token_id=2)
+    found = records(tmp_path / "a.bin", ChunkSizes(8), bos_eos=(1, 2))
     assert np.concatenate([np.frombuffer(record, np.uint16) for _, record in found]).tolist() == tokens.tolist()
     assert [line for line, _ in found] == [1, 5, 8, 13]  # documents, and a stream without end cut at 4 tokens
     (tmp_path / "a.bin").write_bytes(b"abc")
     with pytest.raises(UserError, match="odd number of bytes"):
-        records(tmp_path / "a.bin", eos_token_id=2)
+        records(tmp_path / "a.bin", bos_eos=(1, 2))
     (tmp_path / "a.bin").write_bytes(b"")
-    assert records(tmp_path / "a.bin", eos_token_id=2) == []
+    assert records(tmp_path / "a.bin", bos_eos=(1, 2)) == []
+
+
+@pytest.mark.parametrize(
+    "tokens, starts",
+    [
+        ([1, 7, 2, 9, 1, 8, 2, 9, 1, 7, 2, 1, 5, 2], [1, 12]),  # turns stay together: 9 is the template's line feed
+        ([7, 7, 2, 8, 2, 9], [1, 4, 6]),  # without `<s>`
+    ],
+)
+def test_where_a_bin_files_documents_end(tmp_path, tokens, starts):
+    np.array(tokens, np.uint16).tofile(tmp_path / "a.bin")
+    assert [line for line, _ in records(tmp_path / "a.bin", bos_eos=(1, 2))] == starts
 
 
 def test_what_is_found(tmp_path, monkeypatch):
