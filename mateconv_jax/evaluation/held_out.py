@@ -80,7 +80,7 @@ def evaluate_run(
     with opened(data, split, config, tokenizer) as (rows, described):
         config.model.attention = config.model.experts = "auto"  # the backend it was trained with may not exist on this machine
         config.model.dropout = 0.0  # none here, and the faster backends have none
-        graph, abstract_params = abstract_model(ModelConfig.make(config.model, dtype))
+        graph, abstract_params = abstract_model(ModelConfig.make(config.model, dtype, length=described["seq_len"]))
         abstract_params = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)), abstract_params
         )

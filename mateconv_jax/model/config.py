@@ -2,12 +2,13 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mateconv_jax.model import moe
 from mateconv_jax.model.attention import backends
+from mateconv_jax.model.attention.request import Request
+from mateconv_jax.model.device import Device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,24 +42,36 @@ class ModelConfig:
     attention: str  # a backend of model/attention/, never "auto"
     platform: str  # "cpu" or "gpu"
     dtype: jnp.dtype
+    # Why what "auto" stands for is not what is fastest elsewhere; for the log, no part of what is computed.
+    passed_over: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     @staticmethod
-    def make(model: ConfigDict, dtype: str, platform: str | None = None) -> "ModelConfig":
-        """From a resolved config's `model` section, for this process's devices.
+    def make(model: ConfigDict, dtype: str, device: Device | None = None, length: int | None = None) -> "ModelConfig":
+        """From a resolved config's `model` section.
 
         Args:
           model: see `mateconv_jax.config.resolve`.
-          dtype: of the computation; "auto" is bfloat16 on an accelerator and float32 on the CPU, where bfloat16
-            matrix-vector products are 12 times slower.
-          platform: "cpu" or "gpu"; None asks jax.
+          dtype: of the computation. "auto" is bfloat16 on an accelerator that computes in it, and float32 elsewhere: on the CPU
+            bfloat16's matrix-vector products are 12 times slower, and NVIDIA GPUs have it from compute capability 8.0 on.
+          device: what it is computed on; None: this process's.
+          length: of the rows that are trained or evaluated; None: any that is even.
 
         Raises:
-          UserError: the attention backend asked for cannot run there.
+          UserError: the attention backend asked for cannot serve that.
         """
-        platform = platform or jax.default_backend()
+        device = device or Device.here()
+        passed_over = []
         if dtype == "auto":
-            dtype = "float32" if platform == "cpu" else "bfloat16"
+            dtype = "float32" if device.platform == "cpu" else "bfloat16"
+            if device.compute_capability is not None and device.compute_capability < (8, 0):
+                dtype = "float32"
+                passed_over.append(
+                    "bfloat16: it needs compute capability 8.0, and this GPU has {}.{}; float16 is faster than float32 "
+                    "(training.dtype, --dtype)".format(*device.compute_capability)
+                )
         shape = {field.name: model[field.name] for field in dataclasses.fields(ModelConfig) if field.name in model}
+        request = Request(jnp.dtype(dtype), model.head_dim, length, model.dropout, device)
         shape["experts"] = moe.choose_backend(model.experts)
-        shape["attention"] = backends.choose_backend(model.attention, platform, jnp.dtype(dtype), model.dropout)
-        return ModelConfig(**shape, platform=platform, dtype=jnp.dtype(dtype))
+        shape["attention"], reasons = backends.choose(model.attention, request)
+        passed_over += [f"{reason} (attention)" for reason in reasons]
+        return ModelConfig(**shape, platform=device.platform, dtype=jnp.dtype(dtype), passed_over=tuple(passed_over))

@@ -12,6 +12,7 @@ from mateconv_jax.data.dataset import open_dataset
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.device import Device
 from mateconv_jax.planning import programs, target
 from mateconv_jax.planning.hlo_report import Collective
 from mateconv_jax.planning.programs import Program
@@ -73,7 +74,8 @@ def make_plan(
     Raises:
       UserError: the config does not fit the devices, or cuDNN refuses the attention.
     """
-    c = ModelConfig.make(config.model, config.training.dtype, None if where.is_here else "gpu")
+    device = Device.here() if where.is_here else where.gpu.device
+    c = ModelConfig.make(config.model, config.training.dtype, device, config.data.seq_len)
     steps, length = run_length(config)
     training_steps = steps or ASSUMED_STEPS
 
@@ -104,6 +106,7 @@ def _plan(config, c, where, compile_step, steps, length, dollars_per_gpu_hour, s
         "parameters": n_params,
         "dtype": c.dtype.name,
         "attention": c.attention,
+        "passed_over": c.passed_over,
         "rows_per_device": config.training.batch_size // count,
         "tokens_per_step": tokens_per_step,
         "compile_seconds": round(time.perf_counter() - begin, 1),

@@ -60,7 +60,7 @@ def _train(config: ConfigDict, signals: Signals) -> int:
     # ---- where: devices, partition rules ----------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(training.batch_size, mesh)
-    model_config = ModelConfig.make(config.model, training.dtype)
+    model_config = ModelConfig.make(config.model, training.dtype, length=config.data.seq_len)
 
     # ---- what: data, model, optimizer -------------------------------------------------------------------------------
     train_rows, val_rows, tokenizer = open_data(config)

@@ -17,7 +17,7 @@ TOKENS = 32 * 512  # of a device
 
 
 def model_config():
-    return ModelConfig.make(config_lib.resolve(base_config()).model, "auto", "gpu")
+    return ModelConfig.make(config_lib.resolve(base_config()).model, "auto", target.GPUS["h100"].device)
 
 
 def gradient_exchanges(program):

@@ -12,6 +12,8 @@ from mateconv_jax.errors import UserError
 from mateconv_jax.losses.next_token import next_token_loss
 from mateconv_jax.model import layers
 from mateconv_jax.model.attention import backends
+from mateconv_jax.model.attention.request import Request
+from mateconv_jax.model.device import Device
 from mateconv_jax.model.transformer import Transformer, abstract_model
 from mateconv_jax.training import optimizer, train_state
 from mateconv_jax.training.step import make_eval_step, make_train_step
@@ -419,9 +421,10 @@ def test_each_dropout_of_the_model_drops_something():
 
 
 def test_dropout_needs_a_backend_that_can():
-    assert backends.choose_backend("auto", "cpu", np.dtype("float32"), 0.1) == "xla"
+    request = Request(np.dtype("float32"), 32, 512, 0.1, Device("cpu"))
+    assert backends.choose("auto", request)[0] == "xla"
     with pytest.raises(UserError, match=r"model\.attention: blocked cannot drop weights \(with model\.dropout=0\.1"):
-        backends.choose_backend("blocked", "cpu", np.dtype("float32"), 0.1)
+        backends.choose("blocked", request)
 
 
 # ---- float16, and steps that are left out ----------------------------------------------------------------------------

@@ -1,40 +1,34 @@
-"""Causal grouped-query attention: three backends with one meaning.
+"""Causal grouped-query attention: backends with one meaning.
 
-Dimensions in names: B batch, S queries, T keys, H query heads, K key/value heads, G = H / K, N head_dim.
+A backend is a module with `refusal(request)`, which says why it cannot serve or None, and `attention`, the call.
 """
 
-import jax
-import jax.numpy as jnp
-
 from mateconv_jax.errors import UserError
-from mateconv_jax.model.attention import blocked
-from mateconv_jax.model.attention.xla import attend
+from mateconv_jax.model.attention import blocked, cudnn, xla
+from mateconv_jax.model.attention.request import Request
+
+BACKENDS = {"cudnn": cudnn, "blocked": blocked, "xla": xla}
+FASTEST_FIRST = {"gpu": ("cudnn", "xla"), "cpu": ("blocked", "xla")}  # any other device: xla
 
 
-def choose_backend(name: str, platform: str, dtype: jnp.dtype, dropout: float = 0.0) -> str:
-    """The backend that serves `name` ('auto' or a backend's own name) for a computation in `dtype` on `platform`.
-
-    cudnn: cuDNN's fused attention, on NVIDIA GPUs in bfloat16 or float16. blocked: no S x S matrix is ever whole, 3
-    times faster than xla on the CPU. xla: plain einsums, the reference, anywhere, and the only one with dropout.
+def choose(name: str, request: Request) -> tuple[str, list[str]]:
+    """The backend that serves `name`, "auto" or a backend's own name, and why faster ones do not: "NAME: reason".
 
     Raises:
-      UserError: the backend asked for cannot run there. Nothing falls back silently.
+      UserError: the backend asked for cannot serve. Nothing falls back silently.
     """
-    half = dtype in (jnp.bfloat16, jnp.float16)
-    if dropout and name not in ("auto", "xla"):
-        raise UserError(f"model.attention: {name} cannot drop weights (with model.dropout={dropout} expected auto or xla)")
-    if dropout:
-        return "xla"
-    if name == "auto":
-        if platform == "gpu":
-            return "cudnn" if half else "xla"
-        return "blocked" if platform == "cpu" else "xla"
-    if name == "cudnn" and not (platform == "gpu" and half):
-        raise UserError(
-            f"model.attention: cudnn needs an NVIDIA GPU and bfloat16, here it would be {platform} and "
-            f"{jnp.dtype(dtype).name} (expected auto, blocked or xla)"
-        )
-    return name
+    if name != "auto":
+        if reason := BACKENDS[name].refusal(request):
+            serving = [other for other in BACKENDS if BACKENDS[other].refusal(request) is None]
+            raise UserError(f"model.attention: {name} cannot serve: {reason} (expected auto, {' or '.join(serving)})")
+        return name, []
+    passed_over = []
+    for candidate in FASTEST_FIRST.get(request.device.platform, ("xla",)):
+        reason = BACKENDS[candidate].refusal(request)
+        if reason is None:
+            return candidate, passed_over
+        passed_over.append(f"{candidate}: {reason}")
+    raise AssertionError("xla serves everything")
 
 
 def causal_attention(q_BSHN, k_BSKN, v_BSKN, backend: str, documents_BS=None, dropout: float = 0.0, key_B=None):
@@ -42,25 +36,11 @@ def causal_attention(q_BSHN, k_BSKN, v_BSKN, backend: str, documents_BS=None, dr
 
     Args:
       q_BSHN, k_BSKN, v_BSKN: one dtype, rotary embedding applied.
-      backend: from `choose_backend`.
+      backend: from `choose`.
       documents_BS: int32 numbers; a query sees the keys of its own document only. None: all before it.
-      dropout, key_B: share of the weights that are dropped, of the xla backend; no keys, no dropout.
+      dropout, key_B: share of the weights that are dropped, with a key a row; no keys, no dropout.
 
     Returns:
       (B, S, H, N) in the same dtype; the softmax is fp32.
     """
-    if backend == "cudnn":
-        mask_B1SS = None if documents_BS is None else (documents_BS[:, :, None] == documents_BS[:, None])[:, None]
-        return jax.nn.dot_product_attention(q_BSHN, k_BSKN, v_BSKN, mask=mask_B1SS, is_causal=True, implementation="cudnn")
-    if backend == "blocked":
-        # In fp32: XLA's CPU backend has no such products of halves (bfloat16: "Unsupported element type for DotThunk").
-        q_BSHN32, k_BSKN32, v_BSKN32 = (x.astype(jnp.float32) for x in (q_BSHN, k_BSKN, v_BSKN))
-        return blocked.attention(q_BSHN32, k_BSKN32, v_BSKN32, documents_BS).astype(q_BSHN.dtype)
-    if backend == "xla":
-        positions_S = jnp.arange(q_BSHN.shape[1])
-        seen_BST = (positions_S[:, None] >= positions_S)[None]
-        if documents_BS is not None:
-            seen_BST &= documents_BS[:, :, None] == documents_BS[:, None]
-        k_BKNS, v_BKSN = k_BSKN.transpose(0, 2, 3, 1), v_BSKN.transpose(0, 2, 1, 3)
-        return attend(q_BSHN, k_BKNS, v_BKSN, seen_BST, dropout, key_B)
-    raise ValueError(f"unknown attention backend {backend!r}")
+    return BACKENDS[backend].attention(q_BSHN, k_BSKN, v_BSKN, documents_BS, dropout, key_B)

@@ -6,6 +6,7 @@ Dimensions in names: B batch, S queries, T keys, H query heads, K key/value head
 import jax
 import jax.numpy as jnp
 
+from mateconv_jax.model.attention.request import Request
 from mateconv_jax.model.attention.xla import MASKED, dot
 
 # FlashAttention's idea (Dao et al., 2022) in plain XLA. A block of queries meets only its prefix of keys, which saves
@@ -18,7 +19,18 @@ BLOCK = 64  # queries; on 2 cores 128 was 1.1 and 256 1.3 times slower at S = 51
 TURN = 2**19  # scores of a block at most, if that is a head's or more
 
 
-def attention(q_BSHN, k_BSKN, v_BSKN, documents_BS):
+def refusal(request: Request) -> str | None:
+    """Why it cannot serve; None: it can."""
+    return f"it cannot drop weights, and model.dropout is {request.dropout}" if request.dropout else None
+
+
+def attention(q_BSHN, k_BSKN, v_BSKN, documents_BS=None, dropout=0.0, key_B=None):
+    # In fp32: XLA's CPU backend has no such products of halves (bfloat16: "Unsupported element type for DotThunk").
+    q_BSHN32, k_BSKN32, v_BSKN32 = (x.astype(jnp.float32) for x in (q_BSHN, k_BSKN, v_BSKN))
+    return _in_turns(q_BSHN32, k_BSKN32, v_BSKN32, documents_BS).astype(q_BSHN.dtype)
+
+
+def _in_turns(q_BSHN, k_BSKN, v_BSKN, documents_BS):
     """In turns I of n heads; C = B n rows of one turn."""
     B, S, H, N = q_BSHN.shape
     K = k_BSKN.shape[2]
