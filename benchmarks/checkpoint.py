@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mateconv_jax import config as config_lib
-from mateconv_jax.model.transformer import ModelConfig
+from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.training import optimizer, train_state
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
 

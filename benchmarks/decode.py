@@ -21,13 +21,15 @@ from rich.console import Console
 from rich.table import Table
 
 from mateconv_jax import config as config_lib
-from mateconv_jax.data import tokenizer as tokenizer_lib
+from mateconv_jax.data.tokenizer import bpe
 from mateconv_jax.inference.decode import Decoder, DecodeState, bucket
 from mateconv_jax.inference.generation_config import GenerationConfig
 from mateconv_jax.inference.sampling import Sampling
 from mateconv_jax.interop import gguf_file
-from mateconv_jax.interop.model import Model
-from mateconv_jax.model.transformer import ModelConfig, Transformer, make_kv_cache
+from mateconv_jax.interop.stored_model import Model
+from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.kv_cache import make_kv_cache
+from mateconv_jax.model.transformer import Transformer
 from tests import llama
 
 PROMPT = 16
@@ -145,7 +147,7 @@ def llama_cpp_servers(folder: Path, config, params) -> dict:
         print("llama.cpp is left out (pip install xllamacpp)")
         return {}
     print(f"llama.cpp: {xllamacpp.get_system_info().strip(' |')}")
-    tokenizer = tokenizer_lib.train(["长江是中国最长的河流。"] * 5, 280)  # the other ids are unused to llama.cpp
+    tokenizer = bpe.train(["长江是中国最长的河流。"] * 5, 280)  # the other ids are unused to llama.cpp
     servers = {}
     for dtype in ("float32", "q8_0"):
         path = folder / f"{dtype}.gguf"

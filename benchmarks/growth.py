@@ -16,8 +16,8 @@ from rich.table import Table
 from benchmarks.plan_matrix import SIZES, shape
 from benchmarks.train import base_config, measure, product_rate
 from mateconv_jax import plotting
+from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.flops import parameters
-from mateconv_jax.model.transformer import ModelConfig
 
 PEER = "PyTorch, compile"
 MOST_PARAMETERS_BESIDE = 100_000_000  # two of more do not fit into the memory at once

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mateconv_jax.data import dataset, input_pipeline, packing, rows as rows_lib
+from mateconv_jax.data import loader, shards as rows_lib
+from mateconv_jax.data.build import packing
+from mateconv_jax.data.dataset import open_dataset
+from mateconv_jax.data.token_bin import FlatRows
 
 BATCH_SIZE, VOCAB_SIZE = 32, 6400
 WARM_UP = 500  # batches: buffers and threads are there, and every shard has been read from
@@ -23,7 +26,7 @@ MOST_GROWTH_MB = 16
 def main(args):
     with tempfile.TemporaryDirectory() as folder:
         if args.data:
-            cases = {args.data: dataset.open_rows(args.data, "train", args.seq_len, "--data")}
+            cases = {args.data: open_dataset(args.data, "--data", args.seq_len).rows("train")}
         else:
             cases = random_rows(Path(folder), args.shards, args.seq_len)
         reports = [measure(name, rows, n, args) for name, rows in cases.items() for n in (1, 4)]
@@ -33,21 +36,25 @@ def main(args):
 def random_rows(folder: Path, n_shards: int, seq_len: int) -> dict:
     """Shards of 4,096 rows, and one file of as many tokens."""
     rng = np.random.default_rng(0)
+    format = rows_lib.RowFormat(seq_len, VOCAB_SIZE)
     paths = [folder / f"{shard:05d}" for shard in range(n_shards)]
     with (folder / "tokens.bin").open("wb") as flat:
         for path in paths:
             stream = rng.integers(VOCAB_SIZE, size=4096 * seq_len + 1, dtype=np.uint16)
-            rows_lib.write_shard(path, *packing.pack(stream, seq_len))
+            starts = rng.random(len(stream)) < 1 / 200
+            rows_lib.write_shard(path, packing.pack({"tokens": stream, "document_starts": starts}, seq_len), format)
             flat.write(stream.tobytes())
     return {
-        "shards": rows_lib.ShardRows(paths, seq_len, VOCAB_SIZE),
-        "flat": rows_lib.FlatRows(folder / "tokens.bin", seq_len, "tokens.bin"),
+        "shards": rows_lib.ShardRows(paths, format),
+        "shards, document_starts": rows_lib.ShardRows(paths, format, (1, 2)),
+        "flat": FlatRows(folder / "tokens.bin", seq_len, "tokens.bin"),
+        "flat, document_starts": FlatRows(folder / "tokens.bin", seq_len, "tokens.bin", (1, 2)),
     }
 
 
 def measure(name: str, rows, num_workers: int, args) -> dict:
     """Rates over --seconds; the best second is that of a quiet machine."""
-    batches = input_pipeline.training_batches(rows, BATCH_SIZE, 0, True, 0, num_workers)
+    batches = loader.training_batches(rows, BATCH_SIZE, 0, True, 0, num_workers)
     for _ in range(WARM_UP):
         next(batches)
     rss_start, start, rates = rss_mb(), time.perf_counter(), []

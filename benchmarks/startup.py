@@ -22,12 +22,12 @@ from rich.table import Table
 BEHIND = {  # what a command imports when its command line is right
     "train": "mateconv_jax.training.loop",
     "sample": "mateconv_jax.inference.text_generator",
-    "evaluate": "mateconv_jax.evaluation",
-    "convert": "mateconv_jax.interop.kinds",
+    "evaluate": "mateconv_jax.evaluation.held_out",
+    "convert": "mateconv_jax.interop.formats",
     "plan": "mateconv_jax.planning.plan",
-    "prepare": "mateconv_jax.data.statistics_plot",
-    "tokenizer": "mateconv_jax.data.tokenizer_report",
-    "report": "mateconv_jax.training.report_page",
+    "prepare": "mateconv_jax.data.build.statistics_plot",
+    "tokenizer": "mateconv_jax.data.tokenizer.report",
+    "report": "mateconv_jax.reporting.report_page",
 }
 
 

@@ -18,7 +18,8 @@ from rich.table import Table
 from benchmarks.train import Side
 from configs import demo
 from mateconv_jax import config as config_lib
-from mateconv_jax.data import dataset, input_pipeline
+from mateconv_jax.data import loader
+from mateconv_jax.data.dataset import open_dataset
 
 TURN, OVER = 25, 10  # steps
 
@@ -26,8 +27,8 @@ TURN, OVER = 25, 10  # steps
 def main(args):
     config = config_lib.resolve(demo.get_config())
     training = config.training
-    rows = dataset.open_rows(config.data.train_data_path, "train", config.data.seq_len, "data.train_data_path")
-    read = input_pipeline.training_batches(rows, training.batch_size, training.seed, config.data.shuffle, 0, num_workers=1)
+    rows = open_dataset(config.data.train_data_path, "data.train_data_path", config.data.seq_len).rows("train")
+    read = loader.training_batches(rows, training.batch_size, training.seed, config.data.shuffle, 0, num_workers=1)
     batches = list(itertools.islice(read, training.max_steps))
     report = {name: {"seconds": 0.0, "losses": []} for name in ("ours", "PyTorch, compile")}
     sides = {}

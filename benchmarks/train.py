@@ -23,9 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from mateconv_jax import config as config_lib
-from mateconv_jax.data import input_pipeline
+from mateconv_jax.data import loader
+from mateconv_jax.losses.next_token import next_token_loss
 from mateconv_jax.model import flops
-from mateconv_jax.model.transformer import ModelConfig, Transformer, abstract_model
+from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.transformer import Transformer, abstract_model
 from mateconv_jax.training import optimizer, train_state
 from mateconv_jax.training.step import make_train_step
 from tests import llama
@@ -126,12 +128,12 @@ def our_step(config, c: ModelConfig, batch: dict[str, np.ndarray], total_steps: 
     training = config.training
     tx, schedule = optimizer.make_optimizer(training, c), optimizer.make_schedule(training, total_steps)
     state = jax.jit(lambda: train_state.init(c, tx, WEIGHTS_SEED, training.use_ema))()
-    train_step = make_train_step(abstract_model(c)[0], tx, schedule, training)
-    compiled = train_step.lower(state, input_pipeline.micro_batches(batch, 1)).compile()
+    train_step = make_train_step(abstract_model(c)[0], next_token_loss, tx, schedule, training)
+    compiled = train_step.lower(state, loader.micro_batches(batch, 1)).compile()
 
     def step(batch) -> float:
         nonlocal state
-        state, metrics = compiled(state, jax.device_put(input_pipeline.micro_batches(batch, 1)))
+        state, metrics = compiled(state, jax.device_put(loader.micro_batches(batch, 1)))
         jax.block_until_ready(state)
         return float(metrics["train/loss"])
 

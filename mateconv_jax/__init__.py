@@ -5,7 +5,7 @@ import os
 import sys
 from importlib.util import find_spec
 
-# Said before the libraries are imported: TensorFlow only writes TensorBoard's files here, and PyTorch is not missing.
+# Before the libraries are imported: XLA logs errors alone (the variable is named after TensorFlow), and nobody misses PyTorch.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -24,7 +24,7 @@ __all__ = ["DataProcessor", "GenerationConfig", "TextGenerator"]
 def __getattr__(name):
     # Imported when used: `python -m mateconv_jax.prepare` should not wait for the model's libraries.
     if name == "DataProcessor":
-        from mateconv_jax.data.processor import DataProcessor
+        from mateconv_jax.data.build.processor import DataProcessor
 
         return DataProcessor
     if name == "GenerationConfig":

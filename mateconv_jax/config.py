@@ -7,12 +7,13 @@ A file in configs/ starts from `default_config()` and changes what it wants; the
 
 import difflib
 import re
+from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import FieldReference, placeholder
 
-from mateconv_jax import durations
+from mateconv_jax import intervals
 from mateconv_jax.errors import UserError
 
 
@@ -46,7 +47,7 @@ def default_config() -> ConfigDict:
     config.model.norm_topk_prob = True  # the weights of a token's experts add up to 1
     config.model.aux_loss_alpha = 0.01  # weight of the loss that keeps the experts' load even
     config.model.experts = "auto"  # auto | dense | ragged: see model/moe.py
-    config.model.attention = "auto"  # auto | cudnn | blocked | xla: see model/attention.py
+    config.model.attention = "auto"  # auto | cudnn | blocked | xla: see model/attention/
 
     config.data = ConfigDict()
     config.data.train_data_path = placeholder(str)  # a folder written by `python -m mateconv_jax.prepare`, or a flat .bin file
@@ -62,7 +63,7 @@ def default_config() -> ConfigDict:
 
     config.training = ConfigDict()
     config.training.out_dir = "out"
-    config.training.compilation_cache_dir = placeholder(str)  # None: see compilation_cache.py; "": nothing is kept
+    config.training.compilation_cache_dir = placeholder(str)  # None: see runtime/compilation_cache.py; "": nothing is kept
     config.training.seed = 1337
     config.training.epochs = 15
     config.training.max_steps = placeholder(int)  # when given, it decides instead of epochs
@@ -166,7 +167,7 @@ _CHECKS = {
     "training.dtype": _one_of("auto", "float32", "bfloat16", "float16"),
     "training.grad_allreduce_dtype": _one_of("float32", "bfloat16"),
     "training.ema_decay": _FRACTION,
-    **{f"training.{key}": (durations.EXPECTED, durations.is_duration) for key in (
+    **{f"training.{key}": (intervals.EXPECTED, intervals.is_duration) for key in (
         "eval_interval", "save_interval", "log_interval", "samples_interval")},
     "training.eval_iters": _POSITIVE,
     "training.patience": _POSITIVE,
@@ -235,7 +236,7 @@ def from_command_line(argv: list[str]) -> ConfigDict:
     flag_values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "configuration file", lock_config=True, flag_values=flag_values)
     try:
-        left_over = flag_values(argv)[1:]
+        left_over = flag_values([_shipped(argument) for argument in argv])[1:]
         config = flag_values.config
         getattr(config, "model", None)  # where the file could not be loaded, its errors are raised when it is touched
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
@@ -248,6 +249,15 @@ def from_command_line(argv: list[str]) -> ConfigDict:
     if missing:
         raise UserError(f"--config: {min(missing)} is missing; start from mateconv_jax.config.default_config()")
     return config
+
+
+def _shipped(argument: str) -> str:
+    """`--config=configs/NAME.py` also means the file that was installed with the package, where the current folder has none."""
+    file = argument.removeprefix("--config=").partition(":")[0]
+    installed = Path(__file__).parent / file
+    if file.startswith("configs/") and not Path(file).exists() and installed.is_file():
+        return argument.replace(file, str(installed), 1)
+    return argument
 
 
 def from_dict(values: dict, source: str) -> ConfigDict:

@@ -9,24 +9,24 @@ import argparse
 import os
 import sys
 
-from mateconv_jax.errors import exit_code
+from mateconv_jax.errors import exit_code, program
 
 
 def main(args):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a training may have the GPU's memory
-    from mateconv_jax.interop import kinds  # 3 s of imports from here on, after the command line is right
+    from mateconv_jax.interop import formats  # 3 s of imports from here on, after the command line is right
 
-    model = kinds.convert(args.source, args.target, args.to_kind, args.dtype, args.ema, args.tokenizer, args.n_heads)
-    from_kind, to_kind = kinds.kind_of(args.source, "--from"), kinds.kind_of(args.target, "--to")
-    print(f"{args.target}: {kinds.KINDS[to_kind].words}, from {args.source}")
+    model = formats.convert(args.source, args.target, args.to_kind, args.dtype, args.ema, args.tokenizer, args.n_heads)
+    from_kind, to_kind = formats.kind_of(args.source, "--from"), formats.kind_of(args.target, "--to")
+    print(f"{args.target}: {formats.KINDS[to_kind].words}, from {args.source}")
     if "pth" in (from_kind, to_kind):
-        unsaid = [f"{key} {model.config.model[key]}" for key in kinds.pytorch.unsaid(model.config.model)]
+        unsaid = [f"{key} {model.config.model[key]}" for key in formats.pytorch.unsaid(model.config.model)]
         print(f"a .pth file does not say: {', '.join(unsaid)}")
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(
-        prog="python -m mateconv_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program("convert"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--from", dest="source", required=True, metavar="MODEL", help="a run folder, a Hugging Face folder (config.json and "
@@ -44,5 +44,10 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
+def command() -> int:
+    """What `mateconv-convert` runs."""
+    return exit_code(main, parse_args(sys.argv[1:]))
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(main, parse_args(sys.argv[1:])))
+    sys.exit(command())

@@ -7,7 +7,7 @@ import json
 import sys
 
 from mateconv_jax.data import demo
-from mateconv_jax.errors import exit_code
+from mateconv_jax.errors import exit_code, program
 from mateconv_jax.inference.generation_config import GenerationConfig
 
 STORIES = 8  # sampled from each way a story can begin: about 400 sentences in all
@@ -37,7 +37,7 @@ def score_demo(generator) -> dict[str, float]:
 
 
 def main(args):
-    from mateconv_jax import compilation_cache  # 3 s of imports from here on, after the command line is right
+    from mateconv_jax.runtime import compilation_cache  # 3 s of imports from here on, after the command line is right
 
     compilation_cache.enable()
     if args.demo:
@@ -50,20 +50,20 @@ def main(args):
         print(f"grammar: {score['grammar']:.1%} of {score['sentences']} sampled sentences belong to the demo corpus's language")
         print(f"facts:   {score['facts']:.1%} of {score['questions']} questions asked in chat are answered right")
         return
-    from mateconv_jax import evaluation
+    from mateconv_jax.evaluation import held_out
 
-    result = evaluation.evaluate_run(
+    result = held_out.evaluate_run(
         args.model_path, args.data, args.split, args.batch_size, args.max_batches, args.use_ema, args.dtype, args.tokenizer
     )
     if args.json:
         print(json.dumps(result, ensure_ascii=False))
     else:
-        evaluation.print_table(result)
+        held_out.print_table(result)
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(
-        prog="python -m mateconv_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program("evaluate"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--model_path", required=True, metavar="MODEL", help="a run folder, a Hugging Face folder, a .pth or a .gguf file")
@@ -96,5 +96,10 @@ def parse_args(argv):
     return args
 
 
+def command() -> int:
+    """What `mateconv-evaluate` runs."""
+    return exit_code(main, parse_args(sys.argv[1:]))
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(main, parse_args(sys.argv[1:])))
+    sys.exit(command())

@@ -7,9 +7,10 @@ import os
 import sys
 from pathlib import Path
 
-from mateconv_jax.data import cleaning, preparation, sources
-from mateconv_jax.data.chunk_work import PrepareOptions
-from mateconv_jax.errors import UserError, exit_code
+from mateconv_jax.data.build import pipeline
+from mateconv_jax.data.build.options import PrepareOptions
+from mateconv_jax.data.text import cleaning, sources
+from mateconv_jax.errors import UserError, exit_code, program
 
 
 def main(args):
@@ -25,7 +26,7 @@ def main(args):
             **{field.name: getattr(args, field.name) for field in dataclasses.fields(cleaning.CleaningOptions)}
         ),
     )
-    tokenizer = args.tokenizer or preparation.TokenizerTraining(args.vocab_size, args.split_digits, args.sample_mb)
+    tokenizer = args.tokenizer or pipeline.TokenizerTraining(args.vocab_size, args.split_digits, args.sample_mb)
     output = Path(args.output)
     files, open_file, run_chunks = sources.local_files, sources.open_local, None
     if args.runner:
@@ -36,20 +37,20 @@ def main(args):
         flags = [f"--runner={args.runner}", *args.beam_flags]
         run_chunks = functools.partial(beam.run_chunks, beam_flags=flags, work_folder=args.beam_work_folder)
     found = sources.find(args.input, files)
-    figures = preparation.prepare(
+    figures = pipeline.prepare(
         found, output, tokenizer, options, args.num_workers, args.overwrite, args.also_bin, run_chunks, open_file
     )
     if figures is None:
         print(f"nothing to do: {output} is there, made with the same options")
         return
-    from mateconv_jax.data.statistics import print_table
+    from mateconv_jax.data.build.statistics import print_table
 
     print_table(figures, output)
 
 
 def _beam():
     try:
-        from mateconv_jax.data import beam
+        from mateconv_jax.data.build import beam
     except ImportError as error:
         raise UserError(f"--runner: Apache Beam is not installed ({error}; pip install apache-beam)") from error
     return beam
@@ -57,7 +58,7 @@ def _beam():
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(
-        prog="python -m mateconv_jax.prepare", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog=program("prepare"), description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="files or globs, JSONL, .txt or .bin, also .gz, .xz, .zst; - is standard "
@@ -71,7 +72,7 @@ def parse_args(argv):
     which = group.add_mutually_exclusive_group(required=True)
     which.add_argument("--tokenizer", metavar="DIR", help="use the one in this folder")
     which.add_argument("--train_tokenizer", action="store_true", help="train a byte-level BPE on a sample of the input")
-    training = preparation.TokenizerTraining()
+    training = pipeline.TokenizerTraining()
     group.add_argument("--vocab_size", type=int, default=training.vocab_size, help="of the tokenizer to train")
     group.add_argument("--split_digits", action="store_true", help="one token a digit")
     group.add_argument("--sample_mb", type=float, default=training.sample_mb, help="of text to train it on")
@@ -116,5 +117,10 @@ def parse_args(argv):
     return args
 
 
+def command() -> int:
+    """What `mateconv-prepare` runs."""
+    return exit_code(main, parse_args(sys.argv[1:]))
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(main, parse_args(sys.argv[1:])))
+    sys.exit(command())

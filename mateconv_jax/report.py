@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from mateconv_jax.errors import UserError, exit_code
-from mateconv_jax.training.history import read_runs
+from mateconv_jax.errors import UserError, exit_code, program
+from mateconv_jax.reporting.history import read_runs
 
 
 def write_report(folders: list[str], output: str | None = None, smooth: int | None = None) -> Path:
@@ -31,7 +31,10 @@ def write_report(folders: list[str], output: str | None = None, smooth: int | No
     if smooth is None:
         smooth = max(run.last_step for run in runs) // 200
 
-    from mateconv_jax.training import curves, report_page  # matplotlib, 1 s, after the input is right
+    from mateconv_jax.reporting import (
+        curves,  # matplotlib, 1 s, after the input is right
+        report_page,
+    )
 
     content = curves.draw(runs, smooth, "png") if path.suffix == ".png" else report_page.html(runs, smooth).encode()
     partial = path.with_name(path.name + ".partial")
@@ -49,7 +52,7 @@ def main(args):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(prog="python -m mateconv_jax.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("report"), description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder; several are drawn over each other")
     parser.add_argument("--output", metavar="FILE", help=".html or .png; default: report.html in the first run folder")
     parser.add_argument(
@@ -58,5 +61,10 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
+def command() -> int:
+    """What `mateconv-report` runs."""
+    return exit_code(main, parse_args(sys.argv[1:]))
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(main, parse_args(sys.argv[1:])))
+    sys.exit(command())

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 
-from mateconv_jax.errors import UserError, exit_code
+from mateconv_jax.errors import UserError, exit_code, program
 from mateconv_jax.inference.generation_config import PRESETS, GenerationConfig
 
 # What does not go together: an option, and those that would mean nothing beside it.
@@ -32,8 +32,8 @@ def main(args):
     elif not args.interactive:
         prompt = read_prompt(args.prompt)
 
-    from mateconv_jax import compilation_cache  # 3 s of imports from here on, after the command line is right
     from mateconv_jax.inference.text_generator import TextGenerator
+    from mateconv_jax.runtime import compilation_cache  # 3 s of imports from here on, after the command line is right
 
     compilation_cache.enable()
     generator = TextGenerator.from_pretrained(args.model_path, args.tokenizer, args.use_ema, args.dtype)
@@ -136,7 +136,7 @@ def at_least_1(text: str) -> int:
 def parse_args(argv):
     default = GenerationConfig()
     parser = argparse.ArgumentParser(
-        prog="python -m mateconv_jax.sample",
+        prog=program("sample"),
         usage="%(prog)s --model_path MODEL [--prompt TEXT | --batch_file FILE | --interactive] [options]",
         description=__doc__,
     )
@@ -189,5 +189,10 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
+def command() -> int:
+    """What `mateconv-sample` runs."""
+    return exit_code(main, parse_args(sys.argv[1:]))
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(main, parse_args(sys.argv[1:])))
+    sys.exit(command())

@@ -11,8 +11,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mateconv_jax.data import chunk_work, preparation, sources as sources_lib, tokenizer as tokenizer_lib, tokenizer_report
-from mateconv_jax.errors import UserError, exit_code
+from mateconv_jax.data.build import pipeline
+from mateconv_jax.data.build.options import PrepareOptions
+from mateconv_jax.data.text import sources as sources_lib
+from mateconv_jax.data.tokenizer import bpe, report as tokenizer_report, tokenizer as tokenizer_lib
+from mateconv_jax.errors import UserError, exit_code, program
 
 INSPECT_MB = 4  # of each --input: seconds, and the ratio's second decimal is right
 
@@ -23,7 +26,7 @@ def train(args):
     print(f"tokenizer: reading {', '.join(source.path for source in sources)}", file=sys.stderr, flush=True)
     with _folder_aside(output, args.overwrite) as partial:
         texts = _texts(sources, args.text_key, args.sample_mb, args.seed)
-        trained = tokenizer_lib.train(texts, args.vocab_size, args.split_digits, args.special_tokens)
+        trained = bpe.train(texts, args.vocab_size, args.split_digits, args.special_tokens)
         trained.save_pretrained(partial)
     print(f"{output}: {len(trained):,} tokens. Look into it with: python -m mateconv_jax.tokenizer inspect {output}")
 
@@ -78,13 +81,13 @@ def _texts(sources: list[sources_lib.Source], text_key: str, sample_mb: float, s
     """Texts of a sample of the inputs, read and cleaned as `prepare` does by default."""
     if bins := [source.path for source in sources if source.format == "bin"]:
         raise UserError(f"--input: {bins[0]!r} holds token ids, not text (expected JSONL or .txt)")
-    options = chunk_work.PrepareOptions(text_key=text_key)
+    options = PrepareOptions(text_key=text_key)
     with tqdm(
-        preparation.all_chunks(sources, options, None), "reading", unit=" chunks", disable=not sys.stderr.isatty()
+        pipeline.all_chunks(sources, options, None), "reading", unit=" chunks", disable=not sys.stderr.isatty()
     ) as chunks:
-        sampled = list(preparation.sample(chunks, int(sample_mb * 1e6), seed))
+        sampled = list(pipeline.sample(chunks, int(sample_mb * 1e6), seed))
     n_texts = 0
-    for text in preparation.clean_texts(sampled, options):
+    for text in pipeline.clean_texts(sampled, options):
         n_texts += 1
         yield text
     if not n_texts:
@@ -93,7 +96,7 @@ def _texts(sources: list[sources_lib.Source], text_key: str, sample_mb: float, s
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(prog="python -m mateconv_jax.tokenizer", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("tokenizer"), description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="train | inspect")
 
     command = commands.add_parser("train", help="a byte-level BPE", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -104,7 +107,7 @@ def parse_args(argv):
     add("--vocab_size", type=int, default=6400, help="tokens at most, control tokens and the 256 bytes among them")
     add("--split_digits", action="store_true", help="one token a digit")
     add("--special_tokens", nargs="+", default=[], metavar="TOKEN", help="more control tokens, with the ids from 4 on")
-    add("--sample_mb", type=float, default=preparation.TokenizerTraining().sample_mb, help="train on at most so much of the "
+    add("--sample_mb", type=float, default=pipeline.TokenizerTraining().sample_mb, help="train on at most so much of the "
         "input, drawn evenly; 64 take 0.8 GB of memory")  # fmt: skip
     add("--text_key", default="text", help='the key of a JSON line\'s text; {"messages": […]} is a dialogue')
     add("--seed", type=int, default=0, help="of the sample")
@@ -136,6 +139,11 @@ def parse_args(argv):
     return args
 
 
-if __name__ == "__main__":
+def command() -> int:
+    """What `mateconv-tokenizer` runs."""
     arguments = parse_args(sys.argv[1:])
-    sys.exit(exit_code(arguments.run, arguments))
+    return exit_code(arguments.run, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(command())

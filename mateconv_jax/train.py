@@ -12,7 +12,10 @@ def main(argv):
         print(config_lib.default_config())
         return 0
     config = config_lib.resolve(config_lib.from_command_line(argv))
-    from mateconv_jax import compilation_cache, distributed  # 6 s of imports, after the command line is known to be right
+    from mateconv_jax.runtime import (
+        compilation_cache,  # 6 s of imports, after the command line is known to be right
+        distributed,
+    )
 
     compilation_cache.enable(config.training.compilation_cache_dir)
     distributed.initialize()
@@ -21,5 +24,10 @@ def main(argv):
     return train(config)
 
 
+def command() -> int:
+    """What `mateconv-train` runs."""
+    return exit_code(main, sys.argv)
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv))
+    sys.exit(command())

@@ -6,7 +6,8 @@ import torch
 import transformers
 from flax import nnx
 
-from mateconv_jax.model.transformer import ModelConfig, Transformer
+from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.transformer import Transformer
 
 
 def model_config(**changes) -> ModelConfig:

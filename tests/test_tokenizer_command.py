@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mateconv_jax.data import tokenizer as tokenizer_lib
+from mateconv_jax.data.tokenizer import bpe, tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.tokenizer import parse_args
 
@@ -46,7 +46,7 @@ def test_a_trained_folder_loads_and_is_that_of_its_texts(folder, demo_jsonl, cap
         document = json.loads(line)
         messages = document.get("messages", [])
         texts += [document["text"]] if not messages else [f"{m['role']}\n{m['content']}" for m in messages]
-    expected = tokenizer_lib.train(texts, 400)
+    expected = bpe.train(texts, 400)
     assert tokenizer_lib.fingerprint(tokenizer_lib.load(folder, "")) == tokenizer_lib.fingerprint(expected)
     assert sorted(path.name for path in folder.parent.iterdir()) == ["mine"]
 

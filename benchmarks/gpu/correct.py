@@ -20,9 +20,10 @@ from flax import nnx
 from benchmarks.gpu import sizes
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.sizes import Case
+from mateconv_jax.losses.next_token import token_losses
+from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.moe import MixtureOfExperts
-from mateconv_jax.model.transformer import ModelConfig, abstract_model, init_params
-from mateconv_jax.training.step import token_losses
+from mateconv_jax.model.transformer import abstract_model, init_params
 
 LAYERS = dict(n_layers=2)  # of all cases but the base model's own, so that 36 programs compile in time
 CASES = (

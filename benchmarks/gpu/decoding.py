@@ -15,10 +15,11 @@ from benchmarks.decode import generate
 from benchmarks.gpu import sizes, timing
 from benchmarks.gpu.peer import Peer
 from benchmarks.gpu.report import Report
-from mateconv_jax import compilation_cache
 from mateconv_jax.inference.decode import Decoder
 from mateconv_jax.inference.generation_config import GenerationConfig
-from mateconv_jax.model.transformer import ModelConfig, Transformer
+from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.transformer import Transformer
+from mateconv_jax.runtime import compilation_cache
 
 PROMPT = 16  # benchmarks.decode's
 SAMPLED = GenerationConfig(temperature=0.8, top_k=50, top_p=0.9)

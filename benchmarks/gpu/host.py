@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.gpu import sizes, timing
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.training import compile_step
-from mateconv_jax import sharding
+from mateconv_jax.runtime import sharding
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
 
 
@@ -47,7 +47,7 @@ def transfer(report: Report, running: timing.Step, seconds: float, mesh) -> None
     times = []
     for _ in range(20):
         begin = time.perf_counter()
-        batch = sharding.to_devices(running.host_batch, mesh)
+        batch = sharding.to_devices(running.host_batch, mesh, rows_axis=1)
         times.append(time.perf_counter() - begin)
         jax.block_until_ready(batch)
     report.row(

@@ -16,9 +16,9 @@ from benchmarks.gpu.sizes import Case
 def main(args) -> None:
     if args.platform:
         jax.config.update("jax_platforms", args.platform)
-    from mateconv_jax import sharding
-    from mateconv_jax.model.transformer import ModelConfig
+    from mateconv_jax.model.config import ModelConfig
     from mateconv_jax.planning import programs
+    from mateconv_jax.runtime import sharding
     from mateconv_jax.training import loop
     from mateconv_jax.training.open_data import open_data
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.sizes import Case
-from mateconv_jax.model.transformer import ModelConfig
+from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.planning import programs
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
 from tests.training.runs import saved

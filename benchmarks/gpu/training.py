@@ -14,12 +14,12 @@ from benchmarks.gpu import sizes, timing
 from benchmarks.gpu.peer import Peer
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.sizes import Case
-from mateconv_jax import compilation_cache
 from mateconv_jax.model import flops
-from mateconv_jax.model.transformer import ModelConfig
+from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.planning import programs, target
 from mateconv_jax.planning.hlo_report import read
 from mateconv_jax.planning.roofline import roofline
+from mateconv_jax.runtime import compilation_cache
 
 
 def main(args) -> None:

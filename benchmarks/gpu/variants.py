@@ -8,9 +8,9 @@ import jax
 from benchmarks.gpu import sizes, timing
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.sizes import Case
-from mateconv_jax import compilation_cache
-from mateconv_jax.model.transformer import ModelConfig
+from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.planning import programs
+from mateconv_jax.runtime import compilation_cache
 
 EXPERTS = dict(use_moe=True)
 # name: (changes of the model, of training, XLA's options)

@@ -1,126 +1,116 @@
-"""A dataset folder: rows in ArrayRecord shards with TFDS metadata, the tokenizer, and what was found out about the text.
+"""Opening a dataset. This is the only place that knows which formats a dataset may have.
 
-mateconv-train.array_record-00000-of-00004 …    see rows.py
-dataset_info.json, features.json, metadata.json  `tfds.builder_from_directory` opens the folder
+A dataset folder, as `prepare` writes it:
+
+mateconv-train.array_record-00000-of-00004 …    rows, see shards.py
+dataset_info.json, features.json                 `tfds.builder_from_directory` opens the folder
+metadata.json                                    seq_len, vocab_size, version, learned, tokenizer_fingerprint, splits, options
 tokenizer/
-stats.json, stats.png                            see statistics.py
+stats.json, stats.png                            see build/statistics.py
 rejected.jsonl                                   what was left out: file, line, rule, reason
+
+A flat `.bin` file: MateConv's stream of 16-bit token ids, see token_bin.py. All of it is the split that is asked for.
 """
 
+import dataclasses
 import json
-import shutil
 from pathlib import Path
 
-import numpy as np
-import tensorflow_datasets as tfds
-
-from mateconv_jax import files
-from mateconv_jax.data import rows, tokenizer as tokenizer_lib
-from mateconv_jax.data.chunk_work import SPLITS
-from mateconv_jax.data.statistics import Statistics, summary
+from mateconv_jax.data.shards import VERSION, RowFormat, ShardRows
+from mateconv_jax.data.token_bin import FlatRows, n_rows
 from mateconv_jax.errors import UserError
 
-NAME = "mateconv"  # of the TFDS dataset
+Rows = ShardRows | FlatRows
 
 
-def assemble(
-    chunks_folder: Path,
-    folder: Path,
-    tokenizer_folder: Path,
-    seq_len: int,
-    options: dict,
-    seconds: float,
-    also_bin: bool,
-) -> dict:
-    """Put the folders of finished chunks together as a dataset folder. The chunks' own folders stay as they are.
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """What is known of a dataset before its rows are read.
+
+    Attributes:
+      key: the flag or configuration key that gave the path, for errors.
+      seq_len: targets of a row.
+      splits: {name: number of rows}; None: a flat file, which has none.
+      tokenizer_folder, tokenizer_fingerprint: of the tokenizer that made the ids; None: not known.
+    """
+
+    path: Path
+    key: str
+    seq_len: int
+    splits: dict[str, int] | None = None
+    tokenizer_folder: Path | None = None
+    tokenizer_fingerprint: str | None = None
+    _format: RowFormat | None = None
+
+    def n_rows(self, split: str) -> int:
+        """0 where there is no such split."""
+        return n_rows(self.path, self.seq_len, self.key) if self.splits is None else self.splits.get(split, 0)
+
+    def rows(self, split: str, document_starts: tuple[int, int] | None = None) -> Rows | None:
+        """The rows of a split; None where there is no such split.
+
+        Args:
+          document_starts: the ids of `<s>` and `</s>`: batches have `document_starts`, which in a format that does not record
+            them follow from the two tokens (see rows.starts_after_end). None: batches come without.
+
+        Raises:
+          UserError: the files are missing, broken or of another version.
+        """
+        if self.splits is None:
+            return FlatRows(self.path, self.seq_len, self.key, document_starts)
+        import tensorflow_datasets as tfds  # 2 s: not for those who only read metadata
+
+        info = tfds.builder_from_directory(self.path).info
+        if split not in info.splits:
+            return None
+        return ShardRows(info.splits[split].filepaths, self._format, document_starts)
+
+    def check_tokens(self, rows: Rows, vocab_size: int, vocabulary: str) -> None:
+        """Raises UserError where a flat file has an id that the model does not know: it would silently take the embedding's
+        last row. A folder's ids are known to be its tokenizer's. `vocabulary` ends the message.
+        """
+        if isinstance(rows, FlatRows) and (largest := rows.largest_token()) >= vocab_size:
+            raise UserError(f"{self.key}: {str(self.path)!r} has the token id {largest} ({vocabulary})")
+
+
+def is_dataset(path: str | Path) -> bool:
+    """Whether `open_dataset` is what opens it: a folder or an existing flat file."""
+    return Path(path).is_dir() or Path(path).suffix == ".bin" and Path(path).is_file()
+
+
+def open_dataset(path: str | Path, key: str, seq_len: int) -> Dataset:
+    """A dataset folder or a flat .bin file.
 
     Args:
-      chunks_folder: what chunk_work.ChunkWriter wrote.
-      folder: a new one.
-      tokenizer_folder: the tokenizer that made the chunks; it is copied as it is.
-      options: what the dataset was made from, kept for the reader.
-      seconds: that the work took, for stats.json.
-      also_bin: write each split as a flat uint16 stream too, SPLIT.bin.
-
-    Returns:
-      The summary, as in stats.json.
+      key: the flag or configuration key that gave the path, for errors.
+      seq_len: of the rows that a flat file is cut into; a folder has its own.
 
     Raises:
-      UserError: no chunk has a document.
+      UserError: nothing of that kind is there, or a newer version of this project made it.
     """
-    from mateconv_jax.data.statistics_plot import write_plot  # matplotlib, 1 s: not for those who only read a dataset
-
-    folder.mkdir(parents=True)
-    tokenizer = tokenizer_lib.load(tokenizer_folder, "--tokenizer")
-    statistics = Statistics(len(tokenizer))
-    shards: dict[str, list[tuple[Path, dict]]] = {split: [] for split in SPLITS}
-    with (folder / "rejected.jsonl").open("wb") as rejected:
-        for chunk in sorted(path for path in chunks_folder.iterdir() if path.suffix != ".partial"):
-            statistics += Statistics.load(chunk / "statistics.npz")
-            for split, counts in json.loads((chunk / "chunk.json").read_text())["splits"].items():
-                shards[split].append((chunk / split, counts))
-            with (chunk / "rejected.jsonl").open("rb") as lines:
-                shutil.copyfileobj(lines, rejected)
-    if not shards["train"]:
-        with (folder / "rejected.jsonl").open(encoding="utf-8") as lines:
-            first = next(map(json.loads, lines), None)
-        reason = f" ({first['file']}:{first['line']}: {first['reason']})" if first else ""
-        raise UserError(f"--input: no document to train on{reason}")
-
-    split_infos = []
-    for split, files_of_split in shards.items():
-        if files_of_split:
-            template = tfds.core.ShardedFileTemplate(
-                data_dir=folder, dataset_name=NAME, split=split, filetype_suffix="array_record"
-            )
-            for index, (path, _) in enumerate(files_of_split):
-                files.link(path, Path(template.sharded_filepath(shard_index=index, num_shards=len(files_of_split))))
-            split_infos.append(
-                tfds.core.SplitInfo(
-                    name=split,
-                    shard_lengths=[counts["rows"] for _, counts in files_of_split],
-                    num_bytes=sum(counts["bytes"] for _, counts in files_of_split),
-                    filename_template=template,
-                )
-            )
-            if also_bin:
-                shards_of_split = [rows.ShardRows([path], seq_len, len(tokenizer)) for path, _ in files_of_split]
-                _write_bin(folder / f"{split}.bin", shards_of_split)
-    shutil.copytree(tokenizer_folder, folder / "tokenizer")
-    figures = summary(statistics, tokenizer, seconds)
-    files.write_text(folder / "stats.json", json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
-    write_plot(figures, folder / "stats.png")
-    metadata = {
-        "seq_len": seq_len,
-        "vocab_size": len(tokenizer),
-        "tokenizer_fingerprint": tokenizer_lib.fingerprint(tokenizer),
-        "splits": figures["splits"],
-        "options": options,
-    }
-    tfds.folder_dataset.write_metadata(
-        data_dir=folder,
-        features=rows.features(seq_len, len(tokenizer)),
-        split_infos=split_infos,
-        description="Rows of seq_len + 1 tokens that overlap by one; `length` of them are real.",
-        metadata=tfds.core.MetadataDict(metadata),
-        check_data=False,  # TFDS' check reads with TensorFlow, which has no ArrayRecord
+    path = Path(path)
+    if path.suffix == ".bin" and not path.is_dir():
+        return Dataset(path, key, seq_len)
+    metadata = read_metadata(path, key)
+    version = metadata.get("version", 1)
+    if version > VERSION:
+        raise UserError(
+            f"{key}: {str(path)!r} has rows of version {version}, this project reads up to {VERSION} (update it, or prepare "
+            "the dataset again)"
+        )
+    return Dataset(
+        path,
+        key,
+        metadata["seq_len"],
+        {split: counts["rows"] for split, counts in metadata["splits"].items()},
+        path / "tokenizer",
+        metadata["tokenizer_fingerprint"],
+        RowFormat(metadata["seq_len"], metadata["vocab_size"], metadata.get("learned", False), version),
     )
-    return figures
-
-
-def _write_bin(path: Path, shards: list[rows.ShardRows]) -> None:
-    """The shards' streams one behind the other: each row but for the token that it shares with the row before."""
-    with path.open("wb") as file:
-        for shard in shards:
-            for start in range(0, len(shard), 4096):
-                batch = shard.read(np.arange(start, min(start + 4096, len(shard))))
-                for i, (tokens, length) in enumerate(zip(batch["tokens"], batch["length"], strict=True), start):
-                    file.write(tokens[min(i, 1) : length].tobytes())
 
 
 def read_metadata(folder: str | Path, key: str) -> dict:
-    """The folder's metadata.json: seq_len, vocab_size, tokenizer_fingerprint, splits and options. `key` names the flag or
-    configuration key that gave the folder, for the error.
+    """A dataset folder's metadata.json. `key` names the flag or configuration key that gave the folder, for the error.
 
     Raises:
       UserError: no dataset at `folder`.
@@ -132,18 +122,3 @@ def read_metadata(folder: str | Path, key: str) -> dict:
             f"{key}: no dataset at {str(folder)!r} (expected a folder with dataset_info.json and metadata.json). "
             "Make one with: python -m mateconv_jax.prepare --input raw.jsonl --output data/zh --train_tokenizer"
         ) from error
-
-
-def open_rows(path: str | Path, split: str, seq_len: int, key: str) -> rows.ShardRows | rows.FlatRows | None:
-    """The rows of a dataset folder's split, or of a flat .bin file; None where the folder has no such split.
-
-    Raises:
-      UserError: nothing of that kind is there. `key` names the configuration key that gave the path.
-    """
-    if str(path).endswith(".bin"):
-        return rows.FlatRows(path, seq_len, key)
-    metadata = read_metadata(path, key)
-    info = tfds.builder_from_directory(path).info
-    if split not in info.splits:
-        return None
-    return rows.ShardRows(info.splits[split].filepaths, metadata["seq_len"], metadata["vocab_size"])

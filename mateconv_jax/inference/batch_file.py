@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from mateconv_jax.data.jsonl import Document, Rejected, is_dialogue, parse_text
+from mateconv_jax.data.text.jsonl import Document, Rejected, is_dialogue, parse_text
 from mateconv_jax.errors import UserError
 from mateconv_jax.inference.chat import DoesNotFit, fit
 from mateconv_jax.inference.generation_config import GenerationConfig

@@ -13,7 +13,7 @@ from pathlib import Path
 import orjson
 
 from mateconv_jax import files
-from mateconv_jax.data.jsonl import Rejected, is_dialogue, parse_text
+from mateconv_jax.data.text.jsonl import Rejected, is_dialogue, parse_text
 from mateconv_jax.errors import UserError
 from mateconv_jax.inference.generation_config import GenerationConfig
 

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mateconv_jax import xla_flags
 from mateconv_jax.inference.sampling import Sampling, next_tokens
-from mateconv_jax.model.transformer import KVCache, ModelConfig, resize_kv_cache
+from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.kv_cache import KVCache, resize_kv_cache
+from mateconv_jax.runtime import xla_flags
 
 # Prompt and cache lengths are rounded up to a power of two from these on (at most the model's maximum), so that a chat
 # compiles a handful of programs. The cache grows bucket by bucket: attending over an empty cache is what decoding costs

@@ -10,15 +10,18 @@ import numpy as np
 from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
-from mateconv_jax.data import tokenizer as tokenizer_lib
+from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
+from mateconv_jax.data.tokenizer.chat import encode_chat
 from mateconv_jax.errors import UserError
 from mateconv_jax.inference import detokenizer
 from mateconv_jax.inference.decode import SMALLEST_CACHE, SMALLEST_PROMPT, Decoder, DecodeState, bucket
 from mateconv_jax.inference.detokenizer import Detokenizer
 from mateconv_jax.inference.generation_config import GenerationConfig
 from mateconv_jax.inference.sampling import Sampling
-from mateconv_jax.interop.kinds import open_model
-from mateconv_jax.model.transformer import ModelConfig, Transformer, abstract_model, make_kv_cache
+from mateconv_jax.interop.formats import open_model
+from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.kv_cache import make_kv_cache
+from mateconv_jax.model.transformer import Transformer, abstract_model
 
 History = list[dict[str, str]]  # [{"role": "user", "content": ...}, ...]
 
@@ -158,7 +161,7 @@ class TextGenerator:
 
     def n_chat_tokens(self, history: History) -> int:
         """How many tokens a dialogue and the beginning of its answer take of the context."""
-        return len(tokenizer_lib.encode_chat(self.tokenizer, history, add_generation_prompt=True))
+        return len(encode_chat(self.tokenizer, history, add_generation_prompt=True))
 
     # ---- numbers ----------------------------------------------------------------------------------------------------
 
@@ -216,7 +219,7 @@ class TextGenerator:
         return ids
 
     def _chat_ids(self, history: History, config: GenerationConfig) -> list[int]:
-        ids = tokenizer_lib.encode_chat(self.tokenizer, history, add_generation_prompt=True)
+        ids = encode_chat(self.tokenizer, history, add_generation_prompt=True)
         self._check_length(len(ids), "dialogue")
         return ids
 

@@ -20,10 +20,10 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mateconv_jax.errors import UserError
-from mateconv_jax.interop import hf_config, names
-from mateconv_jax.interop.model import Model, load_tokenizer
-from mateconv_jax.interop.names import Tensor
-from mateconv_jax.model.transformer import rope_frequencies
+from mateconv_jax.interop import hf_config, weight_mapping
+from mateconv_jax.interop.stored_model import Model, load_tokenizer
+from mateconv_jax.interop.weight_mapping import Tensor
+from mateconv_jax.model.rope import rope_frequencies
 
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen3": gguf.MODEL_ARCH.QWEN3}
 # {--dtype: what matrices are written as, general.file_type}. Norms stay float32, as llama.cpp wants them.
@@ -85,7 +85,9 @@ def open_gguf(path: Path, key: str, tokenizer: str | Path | None, n_heads: None)
         tokenizer=load_tokenizer(tokenizer, None, key) if tokenizer else _read_tokenizer(file),
         has_ema=False,
         step=None,
-        read=lambda abstract_params, _: names.from_hf(_tensors(file, config.model), config.model, abstract_params, str(path)),
+        read=lambda abstract_params, _: weight_mapping.from_hf(
+            _tensors(file, config.model), config.model, abstract_params, str(path)
+        ),
     )
 
 
@@ -196,7 +198,9 @@ def _tensors(file: _File, c: ConfigDict) -> dict[str, Tensor]:
         hf_name, tensor = hf_names.get(name, name), Tensor(file.shape(name), functools.partial(file.read, name))
         if name != ROPE_FACTORS:
             tensors[hf_name] = (
-                names.half_split(tensor, c.head_dim) if hf_name.endswith(names.TURNED) and not c.qk_norm else tensor
+                weight_mapping.half_split(tensor, c.head_dim)
+                if hf_name.endswith(weight_mapping.TURNED) and not c.qk_norm
+                else tensor
             )
     return tensors
 
@@ -204,7 +208,7 @@ def _tensors(file: _File, c: ConfigDict) -> dict[str, Tensor]:
 def _gguf_names(c: ConfigDict) -> dict[str, str]:
     """{Hugging Face's name: GGUF's}"""
     table = gguf.get_tensor_name_map(ARCHITECTURES["qwen3" if c.qk_norm else "llama"], c.n_layers)
-    return {name: table.get_name(name, (".weight",)) for parts in names.parts(c).values() for name, _ in parts}
+    return {name: table.get_name(name, (".weight",)) for parts in weight_mapping.parts(c).values() for name, _ in parts}
 
 
 def _read_tokenizer(file: _File) -> PreTrainedTokenizerFast | None:
@@ -287,8 +291,10 @@ def write_gguf(path: Path, model: Model, params: nnx.State, dtype: str) -> None:
 
     gguf_names = _gguf_names(c)
     tensors = {
-        gguf_names[name]: names.interleaved(tensor, c.head_dim) if name.endswith(names.TURNED) and not c.qk_norm else tensor
-        for name, tensor in names.to_hf(params, c).items()
+        gguf_names[name]: weight_mapping.interleaved(tensor, c.head_dim)
+        if name.endswith(weight_mapping.TURNED) and not c.qk_norm
+        else tensor
+        for name, tensor in weight_mapping.to_hf(params, c).items()
     }
     if c.rope_factor != 1:
         writer.add_rope_scaling_orig_ctx_len(c.rope_original_max_seq_len)

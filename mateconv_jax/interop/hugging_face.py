@@ -21,9 +21,9 @@ from flax import nnx
 from mateconv_jax import files
 from mateconv_jax.errors import UserError
 from mateconv_jax.inference.generation_config import GenerationConfig
-from mateconv_jax.interop import hf_config, model_card, names, pytorch
-from mateconv_jax.interop.model import Model, load_tokenizer
-from mateconv_jax.interop.names import Tensor
+from mateconv_jax.interop import hf_config, model_card, pytorch, weight_mapping
+from mateconv_jax.interop.stored_model import Model, load_tokenizer
+from mateconv_jax.interop.weight_mapping import Tensor
 
 SHARED_GATE, SHARED_LAST = "mlp.shared_expert_gate.weight", "mlp.shared_expert.down_proj.weight"
 PYTORCH = "pytorch_model.bin"  # as MiniMind's own scripts write; read only
@@ -55,7 +55,7 @@ def open_folder(path: Path, key: str, tokenizer: str | Path | None, n_heads: Non
         tokenizer=load_tokenizer(tokenizer, path if (path / "tokenizer.json").is_file() else None, key),
         has_ema=False,
         step=None,
-        read=lambda abstract_params, _: names.from_hf(tensors, config.model, abstract_params, str(path)),
+        read=lambda abstract_params, _: weight_mapping.from_hf(tensors, config.model, abstract_params, str(path)),
     )
 
 
@@ -65,7 +65,7 @@ def write_folder(path: Path, model: Model, params: nnx.State, max_shard_size: in
     Args:
       max_shard_size: of one file of weights.
     """
-    tensors = _with_shared_gates(names.to_hf(params, model.config.model))
+    tensors = _with_shared_gates(weight_mapping.to_hf(params, model.config.model))
     dtype = jax.tree.leaves(params)[0].dtype
     split = huggingface_hub.split_state_dict_into_shards_factory(
         tensors,

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from mateconv_jax import run_folder
-from mateconv_jax.interop import names
-from mateconv_jax.interop.model import Model
+from mateconv_jax.interop import weight_mapping
+from mateconv_jax.interop.stored_model import Model
 
 ABOUT = """\
 ---
@@ -72,7 +72,7 @@ def text(model: Model, architecture: str, folder: str) -> str:
         **{key: value for key, value in c.items() if key not in ("qk_norm",)},
         name=folder,
         architecture=architecture,
-        n_parameters=names.n_parameters(c),
+        n_parameters=weight_mapping.n_parameters(c),
         feed_forward=experts if c.use_moe else "a SwiGLU of",
         qk_norm=", each normed" if c.qk_norm else "",
         scaling=scaling if c.rope_factor != 1 else "",

@@ -15,9 +15,9 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from mateconv_jax.errors import UserError
-from mateconv_jax.interop import hf_config, names
-from mateconv_jax.interop.model import Model, load_tokenizer
-from mateconv_jax.interop.names import Tensor
+from mateconv_jax.interop import hf_config, weight_mapping
+from mateconv_jax.interop.stored_model import Model, load_tokenizer
+from mateconv_jax.interop.weight_mapping import Tensor
 
 # {piece of a name in MateConv: of one in Hugging Face, "model." left out}.
 PIECES = {
@@ -64,15 +64,15 @@ def open_pth(path: Path, key: str, tokenizer: str | Path | None, n_heads: int | 
     model = config.model
     for tensors in weights.values():
         for name in tensors if not has_hf_names else ():
-            if name.endswith(names.TURNED):
-                tensors[name] = names.half_split(tensors[name], model.head_dim)
+            if name.endswith(weight_mapping.TURNED):
+                tensors[name] = weight_mapping.half_split(tensors[name], model.head_dim)
     return Model(
         path=path,
         config=config,
         tokenizer=load_tokenizer(tokenizer, None, key),
         has_ema=True in weights,
         step=None,
-        read=lambda abstract_params, use_ema: names.from_hf(weights[use_ema], model, abstract_params, str(path)),
+        read=lambda abstract_params, use_ema: weight_mapping.from_hf(weights[use_ema], model, abstract_params, str(path)),
     )
 
 
@@ -88,9 +88,12 @@ def write_pth(path: Path, model: Model, params: nnx.State) -> None:
         raise UserError("--to: no .pth file (neither PyTorch MateConv nor MiniMind has experts and norms of queries and keys)")
     if c.rope_factor != 1:
         raise UserError(f"--to: no .pth file, model.rope_factor is {c.rope_factor} (PyTorch MateConv has no such scaling)")
-    tensors = names.to_hf(params, c)
+    tensors = weight_mapping.to_hf(params, c)
     if not c.qk_norm:
-        turned = {name: names.interleaved(t, c.head_dim) if name.endswith(names.TURNED) else t for name, t in tensors.items()}
+        turned = {
+            name: weight_mapping.interleaved(t, c.head_dim) if name.endswith(weight_mapping.TURNED) else t
+            for name, t in tensors.items()
+        }
         tensors = {_mateconv_name(name): tensor for name, tensor in turned.items()}
     state = {name: _to_torch(torch, tensor.read()) for name, tensor in tensors.items()}
     if c.tie_word_embeddings:  # PyTorch has both, as one
@@ -157,7 +160,7 @@ def _lazy(state: dict) -> dict[str, Tensor]:
     return {
         name: Tensor(tuple(value.shape), functools.partial(_to_numpy, value))
         for name, value in state.items()
-        if isinstance(name, str) and hasattr(value, "dim") and not name.endswith(names.BUFFERS)
+        if isinstance(name, str) and hasattr(value, "dim") and not name.endswith(weight_mapping.BUFFERS)
     }
 
 

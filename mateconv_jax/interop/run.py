@@ -7,7 +7,7 @@ from flax import nnx
 
 from mateconv_jax import run_folder
 from mateconv_jax.interop import hugging_face
-from mateconv_jax.interop.model import Model, load_tokenizer
+from mateconv_jax.interop.stored_model import Model, load_tokenizer
 
 
 def is_run(path: Path) -> bool:

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.moe import ROUTED
-from mateconv_jax.model.transformer import ModelConfig, abstract_model
+from mateconv_jax.model.transformer import abstract_model
 
 # Dense bfloat16 and float16 peaks by data sheet, FLOP/s; a part of jax's device_kind.
 PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}

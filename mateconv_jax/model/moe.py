@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mateconv_jax.model.feed_forward import FeedForward, linear
+from mateconv_jax.model.layers import FeedForward, linear
 
 ROUTED = {"w13_E2FD", "w2_EDF"}  # the parameters of which a token meets K / E
 
@@ -18,12 +18,28 @@ ROUTED = {"w13_E2FD", "w2_EDF"}  # the parameters of which a token meets K / E
 class Routing(NamedTuple):
     """What a layer's gate did with the real tokens of a batch, fp32 sums over them: over micro-batches and devices they add up.
 
-    auxiliary_loss: see MixtureOfExperts. chosen_E: how often each expert was. entropy: of the scores, in nats.
+    Attributes:
+      auxiliary_loss: see MixtureOfExperts.
+      chosen_E: how often each expert was chosen.
+      entropy: of the gate's scores, in nats; ln E where it does not choose.
     """
 
     auxiliary_loss: jax.Array
     chosen_E: jax.Array
     entropy: jax.Array
+
+    def means(self, count: jax.Array) -> dict[str, jax.Array]:
+        """Scalars to report, of all layers' routing (each array (L, …)) of `count` tokens: train/auxiliary_loss (no part of
+        train/loss) and experts/entropy, means over tokens; experts/most_loaded and experts/least_loaded, an expert's share of
+        its layer's choices (1 / E where the load is even).
+        """
+        share_LE = self.chosen_E / jnp.maximum(jnp.sum(self.chosen_E, axis=1, keepdims=True), 1)
+        return {
+            "train/auxiliary_loss": jnp.sum(self.auxiliary_loss) / count,
+            "experts/entropy": jnp.mean(self.entropy) / count,
+            "experts/most_loaded": jnp.max(share_LE),
+            "experts/least_loaded": jnp.min(share_LE),
+        }
 
 
 def choose_backend(name: str) -> str:

@@ -4,162 +4,16 @@ Dimensions in names: B batch, S sequence, T cached positions, D model, H query h
 N head_dim, F feed-forward, V vocabulary. Weights are (out, in), as PyTorch keeps them.
 """
 
-import dataclasses
-import functools
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
-from mateconv_jax.model import attention, moe
-from mateconv_jax.model.feed_forward import FeedForward, linear
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """What a model is (config.model, resolved) and how it computes (dtype, attention backend)."""
-
-    dim: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    hidden_dim: int
-    vocab_size: int
-    max_seq_len: int
-    norm_eps: float
-    rope_theta: float
-    rope_factor: float
-    rope_low_freq_factor: float
-    rope_high_freq_factor: float
-    rope_original_max_seq_len: int
-    qk_norm: bool
-    tie_word_embeddings: bool
-    dropout: float
-    use_moe: bool
-    n_routed_experts: int
-    num_experts_per_tok: int
-    n_shared_experts: int
-    norm_topk_prob: bool
-    aux_loss_alpha: float
-    experts: str  # a backend of model/moe.py, never "auto"
-    attention: str  # a backend of model/attention.py, never "auto"
-    platform: str  # "cpu" or "gpu"
-    dtype: jnp.dtype
-
-    @staticmethod
-    def make(model: ConfigDict, dtype: str, platform: str | None = None) -> "ModelConfig":
-        """From a resolved config's `model` section, for this process's devices.
-
-        Args:
-          model: see `mateconv_jax.config.resolve`.
-          dtype: of the computation; "auto" is bfloat16 on an accelerator and float32 on the CPU, where bfloat16
-            matrix-vector products are 12 times slower.
-          platform: "cpu" or "gpu"; None asks jax.
-
-        Raises:
-          UserError: the attention backend asked for cannot run there.
-        """
-        platform = platform or jax.default_backend()
-        if dtype == "auto":
-            dtype = "float32" if platform == "cpu" else "bfloat16"
-        shape = {field.name: model[field.name] for field in dataclasses.fields(ModelConfig) if field.name in model}
-        shape["experts"] = moe.choose_backend(model.experts)
-        shape["attention"] = attention.choose_backend(model.attention, platform, jnp.dtype(dtype), model.dropout)
-        return ModelConfig(**shape, platform=platform, dtype=jnp.dtype(dtype))
-
-
-# One pair (k_BKNT, v_BKTN) a layer; slot t holds position t. What of one head belongs together lies together, and keys are
-# transposed: both of a decode step's products then read them as they lie (k_BKTN: 18 of 68 ms a step at batch 64 on 2 cores
-# for the scores, now 5).
-KVCache = tuple[tuple[jax.Array, jax.Array], ...]
-
-
-def make_kv_cache(c: ModelConfig, batch: int, length: int) -> KVCache:
-    """An empty cache of `length` positions in the compute dtype."""
-    B, K, T, N = batch, c.n_kv_heads, length, c.head_dim
-    return tuple((jnp.zeros((B, K, N, T), c.dtype), jnp.zeros((B, K, T, N), c.dtype)) for _ in range(c.n_layers))
-
-
-def resize_kv_cache(kv_cache: KVCache, length: int) -> KVCache:
-    """The same cache with room for `length` positions; what is beyond them goes."""
-
-    def resize(x, axis):
-        x = jax.lax.slice_in_dim(x, 0, min(length, x.shape[axis]), axis=axis)
-        return jnp.pad(x, [(0, length - size if i == axis else 0) for i, size in enumerate(x.shape)])
-
-    return tuple((resize(k_BKNT, 3), resize(v_BKTN, 2)) for k_BKNT, v_BKTN in kv_cache)
-
-
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm (Zhang & Sennrich, 2019), computed in fp32 and scaled in the activations' dtype."""
-
-    def __init__(self, dim: int, eps: float):
-        self.scale_D = nnx.Param(jnp.ones(dim))
-        self.eps = eps
-
-    def __call__(self, x_BSD):
-        return _rms_norm(x_BSD, self.scale_D[...], self.eps)
-
-
-# With a gradient of its own: XLA's derivative of rsqrt keeps the mean too, and takes two kernels more for each norm.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _rms_norm(x_BSD, scale_D, eps: float):
-    return _rms_norm_forward(x_BSD, scale_D, eps)[0]
-
-
-def _rms_norm_forward(x_BSD, scale_D, eps: float):
-    x32 = x_BSD.astype(jnp.float32)
-    factor_BS = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1) + eps)
-    normed_BSD = (x32 * factor_BS[..., None]).astype(x_BSD.dtype)
-    return normed_BSD * scale_D.astype(x_BSD.dtype), (x_BSD, scale_D, factor_BS)
-
-
-def _rms_norm_backward(eps, saved, g_BSD):
-    x_BSD, scale_D, factor_BS = saved
-    normed_BSD = x_BSD.astype(jnp.float32) * factor_BS[..., None]
-    g_scale_D = jnp.sum(g_BSD * normed_BSD, axis=range(x_BSD.ndim - 1))
-    g_normed_BSD = g_BSD * scale_D.astype(jnp.float32)
-    along_BS = jnp.mean(g_normed_BSD * normed_BSD, axis=-1)
-    g_x_BSD = factor_BS[..., None] * (g_normed_BSD - along_BS[..., None] * normed_BSD)
-    return g_x_BSD.astype(x_BSD.dtype), g_scale_D.astype(scale_D.dtype)
-
-
-_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
-
-
-def rope_frequencies(c: ModelConfig) -> np.ndarray:
-    """Radians a position of each rotary pair, fp32 (N/2,): theta^(-2j/N) (Su et al., 2021), and with rope_factor above 1 Llama
-    3's scaling (transformers' `rope_type="llama3"`): pairs that turn less than rope_low_freq_factor times within
-    rope_original_max_seq_len are slowed down rope_factor times, those above rope_high_freq_factor not, between them in part.
-    """
-    frequency_n = c.rope_theta ** (-np.arange(c.head_dim // 2) * 2 / c.head_dim)
-    if c.rope_factor != 1:
-        turns_n = c.rope_original_max_seq_len * frequency_n / (2 * np.pi)
-        kept_n = (turns_n - c.rope_low_freq_factor) / (c.rope_high_freq_factor - c.rope_low_freq_factor)
-        kept_n = np.clip(kept_n, 0, 1)
-        frequency_n = kept_n * frequency_n + (1 - kept_n) * frequency_n / c.rope_factor
-    return frequency_n.astype(np.float32)
-
-
-def rope_angles(c: ModelConfig, length: int, positions_BS=None):
-    """(cosine, sine) of each position's angles, fp32 (B, S, 1, N/2), out of a table of `length`; None: of all, B = 1.
-
-    A table made by numpy: XLA would fuse its own cosines into every loop that reads them and make them anew for each head and
-    layer; on the CPU the loop that rotates a layer's queries took 10 times as long.
-    """
-    angle_Tn = np.arange(length, dtype=np.float32)[:, None] * rope_frequencies(c)
-    tables = jnp.asarray(np.cos(angle_Tn)), jnp.asarray(np.sin(angle_Tn))
-    return tuple(table_Tn[None, :, None] if positions_BS is None else table_Tn[positions_BS][:, :, None] for table_Tn in tables)
-
-
-def rope(x_BSHN, angles):
-    """Rotary position embedding (Su et al., 2021) on half-split pairs (j, j + N/2), as Hugging Face lays them out."""
-    cos, sin = angles
-    a, b = jnp.split(x_BSHN.astype(jnp.float32), 2, -1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BSHN.dtype)
+from mateconv_jax.model import layers, moe
+from mateconv_jax.model.attention import backends, xla
+from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.kv_cache import KVCache
+from mateconv_jax.model.layers import FeedForward, RMSNorm, linear
+from mateconv_jax.model.rope import rope, rope_angles
 
 
 class Attention(nnx.Module):
@@ -181,14 +35,14 @@ class Attention(nnx.Module):
             q_BSHN, k_BSKN = self.q_norm(q_BSHN), self.k_norm(k_BSKN)
         q_BSHN, k_BSKN = rope(q_BSHN, angles), rope(k_BSKN, angles)
         if layer_cache is None:
-            out_BSHN = attention.causal_attention(q_BSHN, k_BSKN, v_BSKN, c.attention, documents_BS, c.dropout, key_B)
+            out_BSHN = backends.causal_attention(q_BSHN, k_BSKN, v_BSKN, c.attention, documents_BS, c.dropout, key_B)
         else:
             k_BKNT, v_BKTN = layer_cache
             start_B = positions_BS[:, 0]
             k_BKNT = _write(k_BKNT, k_BSKN.transpose(0, 2, 3, 1), start_B, axis=2)
             v_BKTN = _write(v_BKTN, v_BSKN.transpose(0, 2, 1, 3), start_B, axis=1)
             layer_cache = k_BKNT, v_BKTN
-            out_BSHN = attention.cached_attention(q_BSHN, *layer_cache, positions_BS)
+            out_BSHN = xla.cached_attention(q_BSHN, *layer_cache, positions_BS)
         out_BSE = out_BSHN.reshape(*x_BSD.shape[:2], -1)  # E = H N
         return linear(out_BSE, self.wo_DHN[...].reshape(c.dim, -1), c.platform), layer_cache
 
@@ -219,12 +73,12 @@ class Block(nnx.Module):
         weights_key_B, attention_key_B, ffn_key_B = _split_keys(key_B, 3)
         normed_BSD = self.attention_norm(x_BSD)
         out_BSD, layer_cache = self.attention(normed_BSD, positions_BS, angles, layer_cache, documents_BS, weights_key_B)
-        x_BSD = x_BSD + attention.dropout(out_BSD, self.c.dropout, attention_key_B)
+        x_BSD = x_BSD + layers.dropout(out_BSD, self.c.dropout, attention_key_B)
         normed_BSD = self.ffn_norm(x_BSD)
         out_BSD, routing = (
             self.feed_forward(normed_BSD, is_real_BS) if self.c.use_moe else (self.feed_forward(normed_BSD), None)
         )
-        return x_BSD + attention.dropout(out_BSD, self.c.dropout, ffn_key_B), layer_cache, routing
+        return x_BSD + layers.dropout(out_BSD, self.c.dropout, ffn_key_B), layer_cache, routing
 
 
 # What the backward pass keeps of a block; the rest it computes again.
@@ -284,7 +138,7 @@ class Transformer(nnx.Module):
             positions_BS = positions_BS - jax.lax.cummax(jnp.where(is_first_BS, positions_BS, 0), axis=1)
         angles = rope_angles(self.c, tokens_BS.shape[1], positions_BS)
         *layer_keys, embedding_key_B = _split_keys(dropout_key_B, self.c.n_layers + 1)
-        x_BSD = attention.dropout(self._embed(tokens_BS), self.c.dropout, embedding_key_B)
+        x_BSD = layers.dropout(self._embed(tokens_BS), self.c.dropout, embedding_key_B)
         routings = []
         for block, key_B in zip(self.blocks, layer_keys, strict=True):
             graph, params = nnx.split(block)

@@ -1,18 +1,18 @@
 """What a run will need and how fast it can be at best, from its compiled programs."""
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
+from mateconv_jax.data.dataset import open_dataset
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
-from mateconv_jax.model.transformer import ModelConfig
+from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.device import Device
 from mateconv_jax.planning import programs, target
 from mateconv_jax.planning.hlo_report import Collective
 from mateconv_jax.planning.programs import Program
@@ -74,7 +74,8 @@ def make_plan(
     Raises:
       UserError: the config does not fit the devices, or cuDNN refuses the attention.
     """
-    c = ModelConfig.make(config.model, config.training.dtype, None if where.is_here else "gpu")
+    device = Device.here() if where.is_here else where.gpu.device
+    c = ModelConfig.make(config.model, config.training.dtype, device, config.data.seq_len)
     steps, length = run_length(config)
     training_steps = steps or ASSUMED_STEPS
 
@@ -105,6 +106,7 @@ def _plan(config, c, where, compile_step, steps, length, dollars_per_gpu_hour, s
         "parameters": n_params,
         "dtype": c.dtype.name,
         "attention": c.attention,
+        "passed_over": c.passed_over,
         "rows_per_device": config.training.batch_size // count,
         "tokens_per_step": tokens_per_step,
         "compile_seconds": round(time.perf_counter() - begin, 1),
@@ -257,19 +259,11 @@ def run_length(config: ConfigDict) -> tuple[int | None, str]:
     training, path = config.training, config.data.train_data_path
     if training.max_steps:
         return training.max_steps, "training.max_steps"
-    rows = rows_of(path, config.data.seq_len) if path else None
-    if rows is None:
-        why = f"no dataset at {path!r}" if path else "data.train_data_path and training.max_steps are not set"
-        return None, f"{why}: how long the run is is not known"
+    if path is None:
+        return None, "data.train_data_path and training.max_steps are not set: how long the run is is not known"
+    try:
+        rows = open_dataset(path, "data.train_data_path", config.data.seq_len).n_rows("train")
+    except UserError:
+        return None, f"no dataset at {path!r}: how long the run is is not known"
     per_step = training.batch_size * training.accumulation_steps
     return int(training.epochs * rows / per_step), f"{training.epochs} epochs of {rows:,} rows"
-
-
-def rows_of(path: str, seq_len: int) -> int | None:
-    """Training rows of a dataset, without the libraries that read it; None where there is none."""
-    try:
-        if path.endswith(".bin"):
-            return -(-(Path(path).stat().st_size // 2 - 1) // seq_len)
-        return json.loads((Path(path) / "metadata.json").read_text())["splits"]["train"]["rows"]
-    except (OSError, json.JSONDecodeError, KeyError):
-        return None

@@ -10,16 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mateconv_jax import sharding
 from mateconv_jax.inference.decode import Decoder, DecodeState
 from mateconv_jax.inference.generation_config import GenerationConfig
 from mateconv_jax.inference.sampling import Sampling
-from mateconv_jax.model.transformer import ModelConfig, abstract_model, make_kv_cache
+from mateconv_jax.losses.next_token import next_token_loss
+from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.kv_cache import make_kv_cache
+from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.planning.hlo_report import HloReport, read
+from mateconv_jax.runtime import sharding
 from mateconv_jax.training import optimizer, train_state
-from mateconv_jax.training.step import LossOptions, lower, make_train_step
+from mateconv_jax.training.step import lower, make_train_step
 
-EOS, BOS = 2, 1  # ids that the programs are compiled with; which they are changes nothing
+EOS = 2  # the id that decoding is compiled with; which it is changes nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +83,9 @@ class TrainingStep:
         values = {
             "tokens": random.integers(0, 256, self.batch["tokens"].shape, np.uint16),
             "length": np.full(self.batch["length"].shape, self.batch["tokens"].shape[-1], np.int32),
+            "document_starts": random.random(self.batch["tokens"].shape) < 0.01,
         }
-        batch = {name: jax.device_put(value, self.batch[name].sharding) for name, value in values.items()}
+        batch = {name: jax.device_put(values[name], x.sharding) for name, x in self.batch.items()}
         for warm in (True, False):
             steps, begin = 0, time.perf_counter()
             while steps < 2 or not warm and steps < 1000 and time.perf_counter() - begin < seconds:
@@ -106,11 +110,14 @@ def training_step(config: ConfigDict, c: ModelConfig, devices, steps: int) -> Tr
     graph, _ = abstract_model(c)
     init = functools.partial(train_state.init, c, tx, training.seed, training.use_ema)
     state = sharding.with_shardings(mesh, jax.eval_shape(init))
-    options = LossOptions(BOS if training.document_mask else None, training.z_loss, training.remat)
-    step = make_train_step(graph, tx, optimizer.make_schedule(training, steps), training, options, state)
+    loss_fn = functools.partial(next_token_loss, z_loss=training.z_loss, remat=training.remat)
+    step = make_train_step(graph, loss_fn, tx, optimizer.make_schedule(training, steps), training, state)
     rows = training.accumulation_steps, training.batch_size
     spread = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.batch(mesh, 1))
-    batch = {"tokens": spread((*rows, config.data.seq_len + 1), jnp.uint16), "length": spread(rows, jnp.int32)}
+    tokens = *rows, config.data.seq_len + 1
+    batch = {"tokens": spread(tokens, jnp.uint16), "length": spread(rows, jnp.int32)}
+    if training.document_mask:
+        batch["document_starts"] = spread(tokens, jnp.bool)
     return TrainingStep(step, init, state, batch, training)
 
 

@@ -11,6 +11,8 @@ def print_plan(plan: dict, console: Console) -> None:
         f"{plan['dtype']}, {plan['attention']} attention; {plan['rows_per_device']} rows a device, "
         f"{plan['tokens_per_step']:,} tokens a step"
     )
+    for reason in plan["passed_over"]:
+        console.print(f"auto did not choose {reason}")
     console.print(_memory(training))
     if "largest_rows_per_device" in plan:
         rows = plan["largest_rows_per_device"]

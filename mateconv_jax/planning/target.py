@@ -9,6 +9,7 @@ import jax
 from jax.experimental import topologies
 
 from mateconv_jax.errors import UserError
+from mateconv_jax.model.device import Device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,10 @@ class Gpu:
     single: float
     link: float
     network: float
+
+    @property
+    def device(self) -> Device:
+        return Device("gpu", self.compute_capability)
 
 
 GiB, MiB, KiB = 2**30, 2**20, 2**10

@@ -18,8 +18,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from mateconv_jax import distributed
 from mateconv_jax.errors import UserError
+from mateconv_jax.runtime import distributed
 from mateconv_jax.training.train_state import TrainState
 
 

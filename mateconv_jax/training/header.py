@@ -9,9 +9,9 @@ from clu import parameter_overview
 from flax import nnx
 from ml_collections import ConfigDict
 
-from mateconv_jax.data.rows import Rows
+from mateconv_jax.data.dataset import Rows
 from mateconv_jax.model import flops
-from mateconv_jax.model.transformer import ModelConfig
+from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.training import resume
 
 
@@ -32,6 +32,8 @@ def log_header(
     total, active = flops.parameters(c)
     of_which = f", of which a token meets {active:,}; {c.experts} experts" if c.use_moe else ""
     logging.info("model: %s parameters%s, computed in %s, %s attention", f"{total:,}", of_which, c.dtype.name, c.attention)
+    for reason in c.passed_over:
+        logging.info("auto did not choose %s", reason)
     rows_of_device = training.batch_size // jax.device_count()
     logging.info("devices: %d x %s, %d rows each", jax.device_count(), jax.devices()[0].device_kind, rows_of_device)
     rows_per_step = training.batch_size * training.accumulation_steps

@@ -12,20 +12,25 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mateconv_jax import distributed, durations, run_folder, sharding
-from mateconv_jax.data import input_pipeline, token_bytes
-from mateconv_jax.data.rows import Rows
+from mateconv_jax import intervals, run_folder
+from mateconv_jax.data import loader
+from mateconv_jax.data.dataset import Rows
+from mateconv_jax.data.tokenizer import token_bytes
 from mateconv_jax.errors import UserError
+from mateconv_jax.losses.next_token import next_token_loss
 from mateconv_jax.model import flops
-from mateconv_jax.model.transformer import ModelConfig, abstract_model
+from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.transformer import abstract_model
+from mateconv_jax.runtime import distributed, sharding
 from mateconv_jax.training import optimizer, out_of_memory, resume, train_state
 from mateconv_jax.training.checkpoints import Checkpoints
 from mateconv_jax.training.header import log_header, log_memory
-from mateconv_jax.training.metrics import BadStep, Metrics, logging_to
+from mateconv_jax.training.logging_setup import logging_to
+from mateconv_jax.training.metrics import BadStep, Metrics
 from mateconv_jax.training.open_data import open_data
+from mateconv_jax.training.preemption import RESUMABLE, Signals
 from mateconv_jax.training.samples import Samples
-from mateconv_jax.training.signals import RESUMABLE, Signals
-from mateconv_jax.training.step import LossOptions, lower, make_eval_step, make_train_step
+from mateconv_jax.training.step import lower, make_eval_step, make_train_step
 from mateconv_jax.training.validation import evaluate
 
 
@@ -59,7 +64,7 @@ def _train(config: ConfigDict, signals: Signals) -> int:
     # ---- where: devices, partition rules ----------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(training.batch_size, mesh)
-    model_config = ModelConfig.make(config.model, training.dtype)
+    model_config = ModelConfig.make(config.model, training.dtype, length=config.data.seq_len)
 
     # ---- what: data, model, optimizer -------------------------------------------------------------------------------
     train_rows, val_rows, tokenizer = open_data(config)
@@ -72,17 +77,17 @@ def _train(config: ConfigDict, signals: Signals) -> int:
             f"{training.epochs} epochs (expected a smaller batch or more epochs)"
         )
     eval_interval, save_interval, log_interval, samples_interval = (
-        durations.steps(training[key], total_steps, steps_per_epoch) if training[key] is not None else None
+        intervals.steps(training[key], total_steps, steps_per_epoch) if training[key] is not None else None
         for key in ("eval_interval", "save_interval", "log_interval", "samples_interval")
     )
     schedule = optimizer.make_schedule(training, total_steps)
     tx = optimizer.make_optimizer(training, model_config)
     graph, abstract_params = abstract_model(model_config)
-    loss_options = LossOptions(tokenizer.bos_token_id if training.document_mask else None, training.z_loss, training.remat)
+    loss_fn = functools.partial(next_token_loss, z_loss=training.z_loss, remat=training.remat)
     init = functools.partial(train_state.init, model_config, tx, training.seed, training.use_ema)
     abstract_state = sharding.with_shardings(mesh, jax.eval_shape(init))
-    train_step = make_train_step(graph, tx, schedule, training, loss_options, abstract_state)
-    eval_step = make_eval_step(graph, loss_options)
+    train_step = make_train_step(graph, loss_fn, tx, schedule, training, abstract_state)
+    eval_step = make_eval_step(graph, loss_fn)
     samples = samples_interval and Samples(graph, abstract_params, tokenizer, training.sample_prompts, mesh)
     flops_per_token = flops.training_flops_per_token(model_config, config.data.seq_len)
     peak_flops = flops.peak_flops(jax.devices()[0].device_kind, model_config.dtype)
@@ -145,7 +150,7 @@ def _train(config: ConfigDict, signals: Signals) -> int:
                 if bad_step is None:
                     return
                 places = np.arange((bad_step.step - 1) * rows_per_step, bad_step.step * rows_per_step)
-                rows = input_pipeline.rows_at(places, len(train_rows), training.seed, config.data.shuffle)
+                rows = loader.rows_at(places, len(train_rows), training.seed, config.data.shuffle)
                 logging.warning(
                     "step %d: %s, the update is left out (%d in a row); rows %s; largest norms: %s",
                     bad_step.step, bad_step.reason(), bad_step.in_a_row, rows.tolist(), bad_step.largest(),
@@ -204,10 +209,10 @@ def training_batches(config: ConfigDict, rows: Rows, start_step: int, mesh: Mesh
     """What the steps from `start_step` on read, on the devices: tokens (A, B, S + 1) and length (A, B)."""
     training = config.training
     rows_per_step = training.batch_size * training.accumulation_steps
-    for batch in input_pipeline.training_batches(
+    for batch in loader.training_batches(
         rows, rows_per_step, training.seed, config.data.shuffle, start_step, config.data.num_workers
     ):
-        yield sharding.to_devices(input_pipeline.micro_batches(batch, training.accumulation_steps), mesh)
+        yield sharding.to_devices(loader.micro_batches(batch, training.accumulation_steps), mesh, rows_axis=1)
 
 
 def compile_step(train_step, state: train_state.TrainState, batch, training: ConfigDict) -> jax.stages.Compiled:

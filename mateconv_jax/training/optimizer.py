@@ -7,7 +7,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers, muon
 
-from mateconv_jax.model.transformer import ModelConfig
+from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.training import norms
 
 

@@ -8,10 +8,10 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from mateconv_jax import run_folder
-from mateconv_jax.data.tokenizer import fingerprint
+from mateconv_jax.data.tokenizer.tokenizer import fingerprint
 from mateconv_jax.errors import UserError
-from mateconv_jax.interop.kinds import open_model
-from mateconv_jax.interop.model import Model
+from mateconv_jax.interop.formats import open_model
+from mateconv_jax.interop.stored_model import Model
 from mateconv_jax.training import checkpoints as checkpoints_lib
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
 from mateconv_jax.training.train_state import TrainState

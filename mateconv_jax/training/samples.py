@@ -5,9 +5,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from mateconv_jax import distributed, sharding
 from mateconv_jax.inference.generation_config import GenerationConfig
 from mateconv_jax.inference.text_generator import TextGenerator
+from mateconv_jax.runtime import distributed, sharding
 
 
 class Samples:

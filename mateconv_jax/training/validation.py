@@ -7,10 +7,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from mateconv_jax import sharding
-from mateconv_jax.data import input_pipeline, token_bytes
-from mateconv_jax.data.rows import Rows
-from mateconv_jax.training.signals import Signals
+from mateconv_jax.data import loader
+from mateconv_jax.data.dataset import Rows
+from mateconv_jax.data.tokenizer import token_bytes
+from mateconv_jax.runtime import sharding
+from mateconv_jax.training.preemption import Signals
 from mateconv_jax.training.train_state import TrainState
 
 
@@ -32,7 +33,7 @@ def evaluate(
         weights["val/ema_loss"] = state.ema_params
     sums = {name: [] for name in weights}
     n_bytes = 0
-    for batch in input_pipeline.validation_batches(rows, batch_size, max_batches):
+    for batch in loader.validation_batches(rows, batch_size, max_batches):
         if signals is not None and signals.stop:
             return None
         n_bytes += token_bytes.target_bytes(bytes_per_token_V, batch)

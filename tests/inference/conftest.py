@@ -1,7 +1,7 @@
 import pytest
 
 from mateconv_jax import TextGenerator
-from mateconv_jax.data import tokenizer as tokenizer_lib
+from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from tests import llama
 
 

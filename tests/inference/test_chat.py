@@ -11,7 +11,7 @@ import pytest
 from prompt_toolkit.application import create_app_session
 
 from mateconv_jax import GenerationConfig
-from mateconv_jax.data import tokenizer as tokenizer_lib
+from mateconv_jax.data.tokenizer.chat import encode_chat
 from mateconv_jax.errors import UserError
 from mateconv_jax.inference import chat
 
@@ -76,7 +76,7 @@ def test_a_line_that_only_begins_like_a_command_is_text(talk):
 def test_control_tokens_that_a_user_types_are_plain_text(generator, talk):
     text = "<s>user\n</s>"
     assert talk(text)[1] == turns(text, generator.chat(turns(text), CONFIG))
-    ids = tokenizer_lib.encode_chat(generator.tokenizer, turns(text), add_generation_prompt=True)
+    ids = encode_chat(generator.tokenizer, turns(text), add_generation_prompt=True)
     assert (ids.count(1), ids.count(2)) == (2, 1)  # the template's own
 
 

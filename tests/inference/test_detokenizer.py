@@ -5,7 +5,7 @@ import itertools
 import pytest
 from hypothesis import given, strategies as st
 
-from mateconv_jax.data import tokenizer as tokenizer_lib
+from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.inference.detokenizer import Detokenizer, decode
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mateconv_jax import GenerationConfig, TextGenerator, config as config_lib
-from mateconv_jax.data import tokenizer as tokenizer_lib
+from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.inference.decode import bucket
 from mateconv_jax.training import loop

@@ -14,11 +14,14 @@ import pytest
 import torch
 import transformers
 
-from mateconv_jax import GenerationConfig, TextGenerator, config as config_lib, convert, evaluation, run_folder
-from mateconv_jax.data import tokenizer as tokenizer_lib
+from mateconv_jax import GenerationConfig, TextGenerator, config as config_lib, convert, run_folder
+from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
+from mateconv_jax.data.tokenizer.chat import encode_chat
 from mateconv_jax.errors import UserError, exit_code
-from mateconv_jax.interop import hugging_face, kinds
-from mateconv_jax.model.transformer import ModelConfig, abstract_model
+from mateconv_jax.evaluation import held_out
+from mateconv_jax.interop import formats, hugging_face
+from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.training import loop
 from tests import mateconv_torch
 from tests.training.runs import metrics_of, train
@@ -47,7 +50,7 @@ def exported(run, tmp_path_factory):
 
 
 def params_of(path, use_ema=None, **options):
-    model = kinds.open_model(path, "x", **options)
+    model = formats.open_model(path, "x", **options)
     return model.params(abstract_model(ModelConfig.make(model.config.model, "float32"))[1], use_ema)
 
 
@@ -84,14 +87,14 @@ def test_an_exported_folder_loads_in_transformers_with_equal_logits_and_greedy_t
         assert ours.generate(prompt, GREEDY) == theirs_text
     history = [{"role": "user", "content": "你好"}]
     theirs_ids = tokenizer.apply_chat_template(history, add_generation_prompt=True)["input_ids"]
-    assert tokenizer_lib.encode_chat(ours.tokenizer, history, True) == theirs_ids
+    assert encode_chat(ours.tokenizer, history, True) == theirs_ids
     assert theirs.generation_config.eos_token_id == 2 and theirs.generation_config.top_k == GREEDY.top_k
 
 
 def test_ema_weights_are_exported_unless_the_raw_ones_are_asked_for(run, exported, tmp_path):
-    kinds.convert(run, tmp_path / "raw", use_ema=False)
-    kinds.convert(run, tmp_path / "run", "run")
-    assert not kinds.open_model(tmp_path / "run", "x").has_ema and kinds.open_model(tmp_path / "run", "x").step == 6
+    formats.convert(run, tmp_path / "raw", use_ema=False)
+    formats.convert(run, tmp_path / "run", "run")
+    assert not formats.open_model(tmp_path / "run", "x").has_ema and formats.open_model(tmp_path / "run", "x").step == 6
     for folder in (exported, tmp_path / "run"):
         assert_equal(params_of(folder), params_of(run, use_ema=True))
     assert_equal(params_of(tmp_path / "raw"), params_of(run, use_ema=False))
@@ -101,7 +104,7 @@ def test_ema_weights_are_exported_unless_the_raw_ones_are_asked_for(run, exporte
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_weights_are_written_in_the_dtype_that_is_asked_for(run, dtype, tmp_path):
-    kinds.convert(run, tmp_path / "model", dtype=dtype)
+    formats.convert(run, tmp_path / "model", dtype=dtype)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert theirs.dtype == getattr(torch, dtype)
     rounded = jax.tree.map(lambda p: p.astype(dtype).astype(np.float32), params_of(run))
@@ -128,7 +131,7 @@ def test_the_model_cards_python_runs(exported):
 
 
 def test_large_weights_are_several_files(run, exported, tmp_path):
-    model = kinds.open_model(run, "x")
+    model = formats.open_model(run, "x")
     hugging_face.write_folder(tmp_path, model, params_of(run), max_shard_size=20_000)
     weights = [name for name in files_in(tmp_path) if name.endswith(".safetensors")]
     assert len(weights) > 3 and weights[0] == f"model-00001-of-{len(weights):05}.safetensors"
@@ -138,14 +141,14 @@ def test_large_weights_are_several_files(run, exported, tmp_path):
     assert all(torch.equal(theirs[name], whole[name]) for name in whole)
     (tmp_path / weights[1]).unlink()
     with pytest.raises(UserError, match=f"cannot read the weights in .*no {weights[1]}"):
-        kinds.open_model(tmp_path, "x")
+        formats.open_model(tmp_path, "x")
 
 
 # ---- and back -------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_comes_back_from_hugging_face_bit_for_bit(run, exported, tmp_path):
-    kinds.convert(exported, tmp_path / "again")
+    formats.convert(exported, tmp_path / "again")
     assert_equal(params_of(tmp_path / "again"), params_of(run, use_ema=True))
     ours, theirs = (run_folder.read_config(folder, "").model.to_dict() for folder in (run, tmp_path / "again"))
     assert ours == theirs
@@ -159,8 +162,8 @@ def test_a_run_comes_back_from_hugging_face_bit_for_bit(run, exported, tmp_path)
 
 def test_a_run_comes_back_from_pytorch_bit_for_bit(base_tiny_config, run, tmp_path):
     """The .pth file says neither rope_theta nor norm_eps: those are MateConv's."""
-    kinds.convert(run, tmp_path / "model.pth")
-    kinds.convert(tmp_path / "model.pth", tmp_path / "again", "run", tokenizer=run / "tokenizer", n_heads=4)
+    formats.convert(run, tmp_path / "model.pth")
+    formats.convert(tmp_path / "model.pth", tmp_path / "again", "run", tokenizer=run / "tokenizer", n_heads=4)
     assert_equal(params_of(tmp_path / "again"), params_of(run, use_ema=True))
     model = run_folder.read_config(tmp_path / "again", "").model
     assert (model.n_heads, model.n_kv_heads, model.rope_theta, model.norm_eps) == (4, 2, 10_000, 1e-5)
@@ -175,7 +178,7 @@ def test_what_a_pth_file_does_not_say_is_said(run, tmp_path, capsys):
 
 def test_a_run_comes_back_from_gguf_bit_for_bit(run, tmp_path):
     assert convert.main(convert.parse_args(["--from", str(run), "--to", str(tmp_path / "model.gguf")])) is None
-    kinds.convert(tmp_path / "model.gguf", tmp_path / "again", "run")
+    formats.convert(tmp_path / "model.gguf", tmp_path / "again", "run")
     assert_equal(params_of(tmp_path / "again"), params_of(run, use_ema=True))
     ours, theirs = (run_folder.read_config(folder, "").model.to_dict() for folder in (run, tmp_path / "again"))
     assert ours == theirs
@@ -187,10 +190,10 @@ def test_a_run_comes_back_from_gguf_bit_for_bit(run, tmp_path):
 def test_every_kind_is_evaluated_and_trained_from(base_tiny_config, run, exported, dataset_folder, tmp_path):
     pth, gguf = tmp_path / "model.pth", tmp_path / "model.gguf"
     for path in (pth, gguf):
-        kinds.convert(run, path)
-    expected = evaluation.evaluate_run(run, [str(dataset_folder)], use_ema=True)["scores"]["ema"]
+        formats.convert(run, path)
+    expected = held_out.evaluate_run(run, [str(dataset_folder)], use_ema=True)["scores"]["ema"]
     for path in (exported, gguf):
-        result = evaluation.evaluate_run(path, [str(dataset_folder)])
+        result = held_out.evaluate_run(path, [str(dataset_folder)])
         assert result["scores"]["raw"] == expected and result["step"] is None
     config = copy.deepcopy(base_tiny_config)
     config.model.update(dict(rope_theta=5e4, norm_eps=1e-6))
@@ -203,7 +206,7 @@ def test_every_kind_is_evaluated_and_trained_from(base_tiny_config, run, exporte
 
 
 def test_weights_alone_are_nothing_to_resume(base_tiny_config, exported, tmp_path):
-    kinds.convert(exported, tmp_path / "run")
+    formats.convert(exported, tmp_path / "run")
     config = copy.deepcopy(base_tiny_config)
     config.model.update(dict(rope_theta=5e4, norm_eps=1e-6))
     for changes in (dict(out_dir=str(tmp_path / "run")), dict(out_dir=str(tmp_path / "x"), resume_from=str(tmp_path / "run"))):
@@ -242,7 +245,7 @@ def test_a_model_without_a_tokenizer_knows_only_token_ids(bare, dataset_folder):
         lambda: generator.chat([{"role": "user", "content": "你好"}]),
         lambda: next(generator.stream("中国")),
         lambda: generator.score("中国"),
-        lambda: evaluation.evaluate_run(bare, [str(dataset_folder)]),
+        lambda: held_out.evaluate_run(bare, [str(dataset_folder)]),
     ):
         with pytest.raises(UserError, match="--tokenizer: "):
             call()
@@ -284,7 +287,7 @@ def test_tokenizers_that_users_have_come_through(name, tmp_path):
     if not folder.exists():
         pytest.skip("no such tokenizer on this machine")
     torch.save(mateconv_torch.random_model(vocab_size=6400, dim=32).state_dict(), tmp_path / "model.pth")
-    kinds.convert(tmp_path / "model.pth", tmp_path / "hf", "hf", tokenizer=folder)
+    formats.convert(tmp_path / "model.pth", tmp_path / "hf", "hf", tokenizer=folder)
     theirs, ours = (transformers.AutoTokenizer.from_pretrained(path) for path in (folder, tmp_path / "hf"))
     text = "今天天气很好，<think>我们去公园。1234 Hello"
     assert ours(text)["input_ids"] == theirs(text)["input_ids"] and sorted(ours.all_special_ids) == sorted(
@@ -302,7 +305,7 @@ def test_special_tokens_of_ones_own_are_written_as_transformers_4_reads_them(bar
     tokenizer = tokenizer_lib.load(dataset_folder / "tokenizer", "")
     tokenizer.add_special_tokens({"extra_special_tokens": [tokenizer.convert_ids_to_tokens(399)]})
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    kinds.convert(bare, tmp_path / "hf", "hf", tokenizer=tmp_path / "tokenizer")
+    formats.convert(bare, tmp_path / "hf", "hf", tokenizer=tmp_path / "tokenizer")
     settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in settings
     assert settings["additional_special_tokens"] == [tokenizer.convert_ids_to_tokens(399)]
@@ -357,9 +360,9 @@ def test_a_weight_too_large_for_float16_is_said(dataset_folder, tmp_path):
         model.tok_embeddings.weight[0, 3] = 1e6
     torch.save(model.state_dict(), tmp_path / "large.pth")
     with pytest.raises(UserError, match="--dtype: float16"):
-        kinds.convert(tmp_path / "large.pth", tmp_path / "half.pth", dtype="float16")
+        formats.convert(tmp_path / "large.pth", tmp_path / "half.pth", dtype="float16")
     with pytest.raises(UserError, match="--dtype: float16"):  # half-written
-        kinds.convert(tmp_path / "large.pth", tmp_path / "half.gguf", None, "float16", None, dataset_folder / "tokenizer")
+        formats.convert(tmp_path / "large.pth", tmp_path / "half.gguf", None, "float16", None, dataset_folder / "tokenizer")
     assert files_in(tmp_path) == ["large.pth"]
 
 
@@ -373,9 +376,9 @@ def test_nothing_is_left_of_a_conversion_that_fails_or_was_killed(run, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(hugging_face.files, "write_text", full)
         with pytest.raises(UserError, match="--to: cannot write .*No space left on device"):
-            kinds.convert(run, tmp_path / "model")
+            formats.convert(run, tmp_path / "model")
     assert not list(tmp_path.iterdir())
-    kinds.convert(run, tmp_path / "model")
+    formats.convert(run, tmp_path / "model")
     assert files_in(tmp_path) == ["model"] and "old.safetensors" not in files_in(tmp_path / "model")
 
 
@@ -392,12 +395,12 @@ def test_a_broken_folder_is_one_clear_error(exported, name, content, message, tm
     shutil.copytree(exported, tmp_path / "broken")
     (tmp_path / "broken" / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        kinds.open_model(tmp_path / "broken", "--from")
+        formats.open_model(tmp_path / "broken", "--from")
 
 
 def test_converting_does_not_import_tensorflow_nor_clu_nor_pytorch():
     code = (
-        "import sys; import mateconv_jax.convert; before = 'jax' in sys.modules; import mateconv_jax.interop.kinds;"
+        "import sys; import mateconv_jax.convert; before = 'jax' in sys.modules; import mateconv_jax.interop.formats;"
         "print(before, [name for name in ('tensorflow', 'clu', 'torch') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -447,25 +450,28 @@ def test_a_folder_is_read_onto_a_mesh_of_eight_devices(exported, dataset_folder,
     """Split as training splits it; the evaluation's figures are those of one device."""
     code = f"""
 import json, jax
-from mateconv_jax import config as config_lib, evaluation, sharding
-from mateconv_jax.interop import kinds
-from mateconv_jax.model.transformer import ModelConfig, abstract_model
+from mateconv_jax import config as config_lib
+from mateconv_jax.evaluation import held_out
+from mateconv_jax.runtime import sharding
+from mateconv_jax.interop import formats
+from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.transformer import abstract_model
 sharding.SMALLEST_SPLIT = 64
 config = config_lib.default_config()
 config.mesh.fsdp = 8
 mesh = sharding.make_mesh(config.mesh)
-model = kinds.open_model({str(exported)!r}, "x")
+model = formats.open_model({str(exported)!r}, "x")
 _, abstract_params = abstract_model(ModelConfig.make(model.config.model, "float32"))
 params = model.params(sharding.with_shardings(mesh, abstract_params))
 shards = [leaf.addressable_shards for leaf in jax.tree.leaves(params)]
 assert all(len(s) == 8 for s in shards)
 print(json.dumps([sum(leaf.size for leaf in jax.tree.leaves(params)), sum(s[0].data.size for s in shards)]))
-print(json.dumps(evaluation.evaluate_run({str(exported)!r}, [{str(dataset_folder)!r}])["scores"]["raw"]))
+print(json.dumps(held_out.evaluate_run({str(exported)!r}, [{str(dataset_folder)!r}])["scores"]["raw"]))
 """
     environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     (size, on_one_device), scores = map(json.loads, result.stdout.splitlines())
     assert on_one_device < size / 6
-    expected = evaluation.evaluate_run(exported, [str(dataset_folder)])["scores"]["raw"]
+    expected = held_out.evaluate_run(exported, [str(dataset_folder)])["scores"]["raw"]
     assert scores["loss"] == pytest.approx(expected["loss"], rel=1e-6)

@@ -19,13 +19,15 @@ from flax import nnx
 from tokenizers import pre_tokenizers
 
 from mateconv_jax import GenerationConfig, TextGenerator
-from mateconv_jax.data import tokenizer as tokenizer_lib
+from mateconv_jax.data.tokenizer import bpe, tokenizer as tokenizer_lib
+from mateconv_jax.data.tokenizer.chat import encode_chat
 from mateconv_jax.errors import UserError
-from mateconv_jax.interop import gguf_file, hf_config, kinds
-from mateconv_jax.interop.model import Model
-from mateconv_jax.model.transformer import ModelConfig, Transformer, abstract_model
+from mateconv_jax.interop import formats, gguf_file, hf_config
+from mateconv_jax.interop.stored_model import Model
+from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.transformer import Transformer, abstract_model
 from tests import llama
-from tests.interop.test_names import MODELS, random_params
+from tests.interop.test_weight_mapping import MODELS, random_params
 
 SHARED = Path(os.environ.get("MATECONV_SHARED", Path(__file__).parents[3] / "shared")) / "tokenizers"
 GREEDY = GenerationConfig(do_sample=False, max_new_tokens=40)
@@ -83,7 +85,7 @@ def write(path: Path, c: ModelConfig, params, tokenizer, dtype="float32") -> Pat
 
 
 def params_of(path: Path):
-    model = kinds.open_model(path, "--model_path")
+    model = formats.open_model(path, "--model_path")
     return model.params(abstract_model(ModelConfig.make(model.config.model, "float32"))[1])
 
 
@@ -95,21 +97,21 @@ def test_a_model_comes_back_bit_by_bit(changes, tokenizer, tmp_path):
     c = llama.model_config(vocab_size=400, **changes)
     _, params = random_params(c)
     path = write(tmp_path / "x.gguf", c, params, tokenizer)
-    assert kinds.open_model(path, "").config.model == config_of(c).model
+    assert formats.open_model(path, "").config.model == config_of(c).model
     assert jax.tree.all(jax.tree.map(np.array_equal, params_of(path), params))
 
 
 @pytest.mark.parametrize("name", gguf_file.PRE_TOKENIZERS)
 def test_a_tokenizer_comes_back_and_llama_cpp_splits_text_as_it_does(name, tmp_path):
     texts = ["长江是中国最长的河流，全长6300公里。", "It's 1987, isn't it? We'll   see…", "a\n\n b\t"] * 5
-    tokenizer = tokenizer_lib.train(texts, 330, name == "smollm", special_tokens=["<think>"])
+    tokenizer = bpe.train(texts, 330, name == "smollm", special_tokens=["<think>"])
     if name not in ("gpt-2", "smollm"):  # which are ours, with and without --split_digits
         backend = tokenizer.backend_tokenizer
         backend.normalizer, backend.pre_tokenizer, backend.model.ignore_merges = gguf_file.PRE_TOKENIZERS[name]
     c = llama.model_config(vocab_size=350)  # 20 rows more than tokens
     path = write(tmp_path / "x.gguf", c, random_params(c)[1], tokenizer)
     assert gguf.GGUFReader(path).get_field("tokenizer.ggml.pre").contents() == name
-    back = kinds.open_model(path, "").tokenizer
+    back = formats.open_model(path, "").tokenizer
     assert tokenizer_lib.fingerprint(back) == tokenizer_lib.fingerprint(tokenizer)
     assert back.chat_template == tokenizer.chat_template
     assert back.special_tokens_map == tokenizer.special_tokens_map
@@ -129,13 +131,13 @@ def test_the_tokenizers_of_pytorch_mateconv_and_minimind_go_to_llama_cpp(name, t
     tokenizer = tokenizer_lib.load(SHARED / name, "")
     c = llama.model_config(vocab_size=6400)
     path = write(tmp_path / "x.gguf", c, random_params(c)[1], tokenizer)
-    assert tokenizer_lib.fingerprint(kinds.open_model(path, "").tokenizer) == tokenizer_lib.fingerprint(tokenizer)
+    assert tokenizer_lib.fingerprint(formats.open_model(path, "").tokenizer) == tokenizer_lib.fingerprint(tokenizer)
     llama_cpp = LlamaCpp(path)
     texts = ["长江全长6300公里，流域面积180万平方公里。\n", "Hello,  world!  It's 20℃…", "“你好”——他说：《红楼梦》"]
     assert [llama_cpp.tokens(text) for text in texts] == tokenizer_lib.encode(tokenizer, texts)
     prompt = llama_cpp.post("/apply-template", messages=DIALOGUE)["prompt"]
     theirs = llama_cpp.tokens(prompt, add_special=True, parse_special=True)
-    assert theirs == tokenizer_lib.encode_chat(tokenizer, DIALOGUE, add_generation_prompt=True)
+    assert theirs == encode_chat(tokenizer, DIALOGUE, add_generation_prompt=True)
 
 
 @pytest.mark.parametrize("begin", ["<s>", None])
@@ -315,7 +317,7 @@ def test_what_llama_cpp_has_not_is_not_written(tokenizer, dataset_folder, tmp_pa
     assert "model.rope_factor is 8.0" in error(dict(qk_norm=True, rope_factor=8.0, rope_original_max_seq_len=64))
     assert "model.use_moe is True" in error(dict(use_moe=True))
     assert "q8_0 takes rows of 32 numbers; those of blk.0.ffn_down.weight have 200" in error(dict(hidden_dim=200), "q8_0")
-    assert "the tokenizer merges nothing" in error({}, tokenizer=tokenizer_lib.train(["中国"], 260))
+    assert "the tokenizer merges nothing" in error({}, tokenizer=bpe.train(["中国"], 260))
     other = tokenizer_lib.load(dataset_folder / "tokenizer", "")
     other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     assert "llama.cpp has no name for how this tokenizer splits text" in error({}, tokenizer=other)
@@ -366,4 +368,4 @@ def test_a_pretrained_tokenizer_splits_text_as_llama_cpp_does(smollm2, smollm2_p
     llama_cpp = LlamaCpp(smollm2_path)
     assert [llama_cpp.tokens(text) for text in texts] == tokenizer_lib.encode(smollm2.tokenizer, texts)
     prompt = llama_cpp.post("/apply-template", messages=DIALOGUE)["prompt"]
-    assert llama_cpp.tokens(prompt, parse_special=True) == tokenizer_lib.encode_chat(smollm2.tokenizer, DIALOGUE, True)
+    assert llama_cpp.tokens(prompt, parse_special=True) == encode_chat(smollm2.tokenizer, DIALOGUE, True)

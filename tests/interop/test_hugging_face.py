@@ -10,11 +10,12 @@ import torch
 import transformers
 
 from mateconv_jax import TextGenerator, config as config_lib
-from mateconv_jax.data import tokenizer as tokenizer_lib
+from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
-from mateconv_jax.interop import hf_config, hugging_face, kinds, names
-from mateconv_jax.interop.model import Model
-from mateconv_jax.model.transformer import ModelConfig, init_params
+from mateconv_jax.interop import formats, hf_config, hugging_face, weight_mapping
+from mateconv_jax.interop.stored_model import Model
+from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.transformer import init_params
 
 MODELS = {
     "Llama 3, untied": dict(rope_factor=8.0, rope_original_max_seq_len=32, tie_word_embeddings=False),
@@ -55,7 +56,7 @@ def test_logits_equal_transformers_and_its_own_save_reads_back_bit_for_bit(chang
     np.testing.assert_allclose(generator.logits(tokens_BS), expected_BSV, atol=1e-4)
     theirs.save_pretrained(tmp_path / "theirs")
     for folder in ("ours", "theirs"):
-        model = kinds.open_model(tmp_path / folder, "x")
+        model = formats.open_model(tmp_path / folder, "x")
         back = model.params(jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params))
         jax.tree.map(np.testing.assert_array_equal, back, params)
         expected = config.model.to_dict() | {"norm_topk_prob": model.config.model.norm_topk_prob}
@@ -81,7 +82,7 @@ def test_a_gate_of_the_shared_expert_is_said(tokenizer, tmp_path):
     tensors["model.layers.1.mlp.shared_expert_gate.weight"] += 1
     safetensors.numpy.save_file(tensors, path)
     with pytest.raises(UserError, match="layers.1.mlp.shared_expert_gate.weight is not 0"):
-        kinds.open_model(tmp_path / "x", "--from")
+        formats.open_model(tmp_path / "x", "--from")
 
 
 @pytest.mark.parametrize("changes", [dict(qk_norm=True, norm_eps=1e-6), dict(norm_eps=1e-5)], ids=["version 3", "version 2"])
@@ -95,7 +96,7 @@ def test_a_folder_of_minimind_itself_is_read(changes, tokenizer, tmp_path):
     values = json.loads((folder / "config.json").read_text())
     values |= {"architectures": ["MiniMindForCausalLM"], "model_type": "minimind", "use_moe": False, "rope_scaling": None}
     (folder / "config.json").write_text(json.dumps({key: value for key, value in values.items() if key != "rope_parameters"}))
-    model = kinds.open_model(folder, "x")
+    model = formats.open_model(folder, "x")
     back = model.params(jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params))
     jax.tree.map(np.testing.assert_array_equal, back, params)
     assert model.config.model == config.model
@@ -109,4 +110,4 @@ def test_the_current_minimind_is_qwen3_of_63912192_parameters():
     with torch.device("meta"):
         theirs = transformers.Qwen3ForCausalLM(config)
     assert hf_config.architecture(model) == "Qwen3ForCausalLM"
-    assert names.n_parameters(model) == theirs.num_parameters() == 63_912_192
+    assert weight_mapping.n_parameters(model) == theirs.num_parameters() == 63_912_192

@@ -9,8 +9,8 @@ import transformers
 
 from mateconv_jax import TextGenerator
 from mateconv_jax.errors import UserError
-from mateconv_jax.interop import kinds, names
-from mateconv_jax.interop.names import Tensor
+from mateconv_jax.interop import formats, weight_mapping
+from mateconv_jax.interop.weight_mapping import Tensor
 from tests import mateconv_torch
 
 TOKENS_BS = np.random.default_rng(0).integers(0, 96, (2, 60))
@@ -42,7 +42,7 @@ def assert_same_logits(path, theirs, **options):
 def test_a_state_dict_gives_pytorchs_logits(theirs, tmp_path):
     path = saved(theirs.state_dict(), tmp_path)
     assert_same_logits(path, theirs)
-    model = kinds.open_model(path, "x").config.model
+    model = formats.open_model(path, "x").config.model
     shape = (model.dim, model.n_layers, model.n_heads, model.n_kv_heads, model.hidden_dim, model.vocab_size, model.max_seq_len)
     assert shape == (64, 2, 16, 8, 192, 96, 512) and model.tie_word_embeddings and not model.qk_norm
 
@@ -80,7 +80,7 @@ def test_an_output_layer_of_its_own_is_kept(tmp_path):
     theirs = mateconv_torch.random_model()
     theirs.output = torch.nn.Linear(64, 96, bias=False)
     path = saved(theirs.state_dict(), tmp_path)
-    assert not kinds.open_model(path, "x").config.model.tie_word_embeddings
+    assert not formats.open_model(path, "x").config.model.tie_word_embeddings
     assert_same_logits(path, theirs)
 
 
@@ -90,7 +90,7 @@ def test_a_mixture_of_experts_gives_pytorchs_logits_and_comes_back(n_shared_expe
     theirs = mateconv_torch.random_model(hidden_dim=64, experts=experts)
     path = saved(theirs.state_dict(), tmp_path)
     assert_same_logits(path, theirs)
-    kinds.convert(path, tmp_path / "again.pth")
+    formats.convert(path, tmp_path / "again.pth")
     again, state = torch.load(tmp_path / "again.pth", weights_only=True), theirs.state_dict()
     assert again.keys() == state.keys() - {"pos_cis"}
     assert all(torch.equal(again[name], state[name]) for name in again)
@@ -116,7 +116,7 @@ def test_minimind_with_hugging_faces_names_is_read_and_written(tmp_path):
         assert np.abs(expected_BSV).max() > 1
         np.testing.assert_allclose(TextGenerator.from_pretrained(path).logits(TOKENS_BS), expected_BSV, atol=1e-4)
         if kind == "Qwen3":  # the other one is written as MateConv's
-            kinds.convert(path, tmp_path / "again.pth")
+            formats.convert(path, tmp_path / "again.pth")
             again = torch.load(tmp_path / "again.pth", weights_only=True)
             assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
 
@@ -128,14 +128,14 @@ def test_another_number_of_heads_is_given(tmp_path):
     with_16_BSV = TextGenerator.from_pretrained(path).logits(TOKENS_BS)
     assert np.abs(with_16_BSV - ours_BSV).max() > 0.1
     with pytest.raises(UserError, match="--n_heads: 24 does not fit .*64 features and keys 32"):
-        kinds.open_model(path, "x", n_heads=24)
+        formats.open_model(path, "x", n_heads=24)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_written_is_what_pytorch_reads(theirs, dtype, tmp_path):
     """Through our parameters and back: every tensor bit-identical, both names of the tied one there."""
     state = {name: weight.to(getattr(torch, dtype)) for name, weight in theirs.state_dict().items() if not weight.is_complex()}
-    kinds.convert(saved(state, tmp_path), tmp_path / "again.pth", dtype=dtype)
+    formats.convert(saved(state, tmp_path), tmp_path / "again.pth", dtype=dtype)
     again = torch.load(tmp_path / "again.pth", weights_only=True)
     assert again.keys() == state.keys()
     assert all(torch.equal(again[name], state[name]) and again[name].dtype == state[name].dtype for name in state)
@@ -159,17 +159,17 @@ class Program:
 )  # fmt: skip
 def test_a_file_that_is_no_model_is_one_clear_error(content, message, tmp_path, capsys):
     with pytest.raises(UserError, match=message):
-        kinds.open_model(saved(content, tmp_path), "--from")
+        formats.open_model(saved(content, tmp_path), "--from")
     assert capsys.readouterr().out == ""
 
 
 def test_a_pickle_that_wants_to_run_something_is_refused(tmp_path, capsys):
     (tmp_path / "model.pth").write_bytes(pickle.dumps(Program()))
     with pytest.raises(UserError, match="model.pth is not read"):
-        kinds.open_model(tmp_path / "model.pth", "--from")
+        formats.open_model(tmp_path / "model.pth", "--from")
     (tmp_path / "model.pth").write_bytes(b"PK\x03\x04 broken")
     with pytest.raises(UserError, match="model.pth is not read"):
-        kinds.open_model(tmp_path / "model.pth", "--from")
+        formats.open_model(tmp_path / "model.pth", "--from")
     assert capsys.readouterr().out == ""
 
 
@@ -188,11 +188,11 @@ def test_without_pytorch_the_package_is_named(theirs, tmp_path, monkeypatch):
     path = saved(theirs.state_dict(), tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     with pytest.raises(UserError, match="pip install torch"):
-        kinds.open_model(path, "x")
+        formats.open_model(path, "x")
 
 
 def test_rows_are_permuted_within_each_head():
     w_OD = np.arange(8)[:, None] * np.ones((1, 3))  # two heads of 4
-    turned = names.interleaved(Tensor(w_OD.shape, lambda: w_OD), 4)
+    turned = weight_mapping.interleaved(Tensor(w_OD.shape, lambda: w_OD), 4)
     assert turned.read()[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    assert np.array_equal(names.half_split(turned, 4).read(), w_OD)
+    assert np.array_equal(weight_mapping.half_split(turned, 4).read(), w_OD)

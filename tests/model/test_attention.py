@@ -1,17 +1,23 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
+from mateconv_jax import config as config_lib
 from mateconv_jax.errors import UserError
-from mateconv_jax.model import attention
+from mateconv_jax.model.attention import backends, blocked
+from mateconv_jax.model.attention.request import Request
+from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.device import Device
 
 
-@pytest.mark.parametrize("S, turn", [(1, attention.TURN), (64, attention.TURN), (63, 1), (130, 1)])
+@pytest.mark.parametrize("S, turn", [(1, blocked.TURN), (64, blocked.TURN), (63, 1), (130, 1)])
 def test_blocked_attention_and_its_gradient_equal_pytorch(S, turn, monkeypatch):
     """All key/value heads at once, and one at a time."""
-    monkeypatch.setattr(attention, "TURN", turn)
+    monkeypatch.setattr(blocked, "TURN", turn)
     keys = jax.random.split(jax.random.key(S), 4)
     q, d_out = (2 * jax.random.normal(key, (2, S, 6, 8)) for key in keys[:2])
     k, v = (2 * jax.random.normal(key, (2, S, 3, 8)) for key in keys[2:])
@@ -21,7 +27,7 @@ def test_blocked_attention_and_its_gradient_equal_pytorch(S, turn, monkeypatch):
     ).transpose(1, 2)
     expected.backward(torch.tensor(np.asarray(d_out)))
     for backend in ("blocked", "xla"):
-        out, pull_back = jax.vjp(lambda q, k, v: attention.causal_attention(q, k, v, backend), q, k, v)  # noqa: B023
+        out, pull_back = jax.vjp(lambda q, k, v: backends.causal_attention(q, k, v, backend), q, k, v)  # noqa: B023
         np.testing.assert_allclose(out, expected.detach().numpy(), atol=1e-5)
         for ours, reference in zip(pull_back(d_out), theirs, strict=True):
             np.testing.assert_allclose(ours, reference.grad.numpy(), atol=1e-4)
@@ -33,7 +39,7 @@ def test_blocked_attention_and_its_gradient_of_halves_are_those_of_float32_round
 
     @jax.jit
     def gradients(q, k, v, d_out):
-        out, pull_back = jax.vjp(lambda *qkv: attention.causal_attention(*qkv, "blocked"), q, k, v)
+        out, pull_back = jax.vjp(lambda *qkv: backends.causal_attention(*qkv, "blocked"), q, k, v)
         return out, *pull_back(d_out)
 
     halves = gradients(q, k, v, d_out)
@@ -42,15 +48,72 @@ def test_blocked_attention_and_its_gradient_of_halves_are_those_of_float32_round
         np.testing.assert_array_equal(half, full.astype(dtype))
 
 
-def test_auto_takes_the_fastest_backend_of_the_device():
-    choose = attention.choose_backend
-    assert choose("auto", "gpu", jnp.dtype("bfloat16")) == "cudnn"
-    assert choose("auto", "gpu", jnp.dtype("float32")) == "xla"
-    assert choose("auto", "cpu", jnp.dtype("float32")) == "blocked"
-    assert choose("xla", "cpu", jnp.dtype("float32")) == "xla"
+CPU, T4, A100, H100, AMD = (
+    Device("cpu"), Device("gpu", (7, 5)), Device("gpu", (8, 0)), Device("gpu", (9, 0)), Device("gpu"),
+)  # fmt: skip
+BF16, FP16, FP32 = map(jnp.dtype, ("bfloat16", "float16", "float32"))
 
 
-@pytest.mark.parametrize("platform, dtype", [("cpu", "bfloat16"), ("gpu", "float32")])
-def test_cudnn_where_it_cannot_run_is_an_error(platform, dtype):
-    with pytest.raises(UserError, match=r"model\.attention: cudnn"):
-        attention.choose_backend("cudnn", platform, jnp.dtype(dtype))
+@pytest.mark.parametrize(
+    "device, dtype, head_dim, length, dropout, expected, reason",
+    [
+        (CPU, FP32, 32, 512, 0.0, "blocked", None),
+        (CPU, FP32, 32, 512, 0.1, "xla", "blocked: it cannot drop weights, and model.dropout is 0.1"),
+        (A100, BF16, 32, 512, 0.0, "cudnn", None),
+        (A100, FP16, 128, None, 0.0, "cudnn", None),
+        (A100, FP32, 32, 512, 0.0, "xla", "cudnn: it computes in bfloat16 or float16, and this is float32"),
+        (
+            A100,
+            BF16,
+            136,
+            512,
+            0.0,
+            "xla",
+            "cudnn: it needs a model.head_dim that is a multiple of 8 up to 128, and this is 136",
+        ),
+        (H100, BF16, 256, 512, 0.0, "cudnn", None),
+        (
+            H100,
+            BF16,
+            264,
+            512,
+            0.0,
+            "xla",
+            "cudnn: it needs a model.head_dim that is a multiple of 8 up to 256, and this is 264",
+        ),
+        (H100, BF16, 20, 512, 0.0, "xla", "cudnn: it needs a model.head_dim that is a multiple of 8 up to 256, and this is 20"),
+        (H100, BF16, 32, 511, 0.0, "xla", "cudnn: it needs an even length, and data.seq_len is 511"),
+        (H100, BF16, 32, 512, 0.1, "xla", "cudnn: it cannot drop weights, and model.dropout is 0.1"),
+        (T4, FP16, 32, 512, 0.0, "xla", "cudnn: it needs compute capability 8.0, and this GPU has 7.5"),
+        (AMD, BF16, 32, 512, 0.0, "xla", "cudnn: it needs an NVIDIA GPU, and this is a gpu of another kind"),
+        (Device("tpu"), BF16, 32, 512, 0.0, "xla", None),
+    ],
+)
+def test_auto_takes_the_fastest_backend_that_can_serve(device, dtype, head_dim, length, dropout, expected, reason):
+    request = Request(dtype, head_dim, length, dropout, device)
+    assert backends.choose("auto", request) == (expected, [reason] if reason else [])
+    if reason:
+        name, why = reason.split(": ", 1)
+        with pytest.raises(UserError, match=f"model.attention: {name} cannot serve: {why}"):
+            backends.choose(name, request)
+    assert backends.choose("xla", request) == ("xla", [])
+
+
+def test_auto_computes_in_what_the_device_has():
+    model = config_lib.resolve(config_lib.default_config()).model
+    made = {device: ModelConfig.make(model, "auto", device) for device in (CPU, T4, A100, AMD)}
+    assert {device: c.dtype for device, c in made.items()} == {CPU: FP32, T4: FP32, A100: BF16, AMD: BF16}
+    assert not made[CPU].passed_over and not made[A100].passed_over
+    bfloat16, attention = made[T4].passed_over
+    assert "compute capability 8.0, and this GPU has 7.5" in bfloat16 and "float16 is faster" in bfloat16
+    assert attention.startswith("cudnn: it needs compute capability 8.0")
+    assert ModelConfig.make(model, "float16", T4).dtype == FP16
+
+
+def test_a_gpus_compute_capability_is_read(monkeypatch):
+    for said, expected in (("7.5", (7, 5)), ("10.0", (10, 0)), ("gfx90a", None)):
+        gpu = SimpleNamespace(platform="gpu", compute_capability=said)
+        monkeypatch.setattr(jax, "devices", lambda gpu=gpu: [gpu])
+        assert Device.here() == Device("gpu", expected)
+    monkeypatch.undo()
+    assert Device.here() == CPU

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mateconv_jax.model.feed_forward import swiglu
-from mateconv_jax.model.transformer import _rms_norm, gradients_together
-from mateconv_jax.training.step import token_losses
+from mateconv_jax.losses.next_token import token_losses
+from mateconv_jax.model.layers import _rms_norm, swiglu
+from mateconv_jax.model.transformer import gradients_together
 
 TARGETS_BS = jax.random.randint(jax.random.key(9), (3, 7), 0, 40)
 

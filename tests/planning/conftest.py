@@ -3,7 +3,7 @@ from importlib.util import find_spec
 import pytest
 
 from mateconv_jax import config as config_lib
-from mateconv_jax.model.transformer import ModelConfig
+from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.planning import programs, target
 
 needs_compiler = pytest.mark.skipif(
@@ -22,7 +22,7 @@ def base_config(model=(), **training):
 def compile_step(config, gpu="h100", devices=8, hosts=1):
     config = config_lib.resolve(config)
     with target.compiling_for(target.GPUS[gpu]):
-        c = ModelConfig.make(config.model, config.training.dtype, "gpu")
+        c = ModelConfig.make(config.model, config.training.dtype, target.GPUS[gpu].device)
         return programs.training_step(config, c, target.devices(target.GPUS[gpu], devices, hosts), 1000).compile()
 
 

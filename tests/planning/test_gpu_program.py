@@ -4,7 +4,7 @@ import pytest
 
 from mateconv_jax import config as config_lib
 from mateconv_jax.model import flops
-from mateconv_jax.model.transformer import ModelConfig
+from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.planning import programs, target
 from mateconv_jax.planning.hlo_report import n_bytes, parse
 from mateconv_jax.planning.roofline import roofline
@@ -17,7 +17,7 @@ TOKENS = 32 * 512  # of a device
 
 
 def model_config():
-    return ModelConfig.make(config_lib.resolve(base_config()).model, "auto", "gpu")
+    return ModelConfig.make(config_lib.resolve(base_config()).model, "auto", target.GPUS["h100"].device)
 
 
 def gradient_exchanges(program):
@@ -114,7 +114,7 @@ def test_fsdp_splits_the_state_and_exchanges_asynchronously(base_step):
     gathered = [c.bytes for c in exchanges if c.opcode == "all-gather" and c.dtypes == ("bf16",)]
     assert sum(gathered) == pytest.approx(2 * PARAMETERS / 8, rel=0.01)  # of its own part, once for both passes
     assert step.peak < 2.65e9
-    # Gradients go out in parts while the backward pass goes on (mateconv_jax/xla_flags.py): without, they wait for 0.2 ms.
+    # Gradients go out in parts while the backward pass goes on (mateconv_jax/runtime/xla_flags.py): without, they wait for 0.2 ms.
     assert roofline(step.report, target.GPUS["h100"], 8, 1).network < 0.1e-3
 
 

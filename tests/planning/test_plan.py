@@ -6,10 +6,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from mateconv_jax import config as config_lib, plan as command, xla_flags
+from mateconv_jax import config as config_lib, plan as command
 from mateconv_jax.errors import exit_code
 from mateconv_jax.model import flops
 from mateconv_jax.planning import plan as plan_lib, target
+from mateconv_jax.runtime import xla_flags
 from tests.planning.conftest import needs_compiler
 
 BASE = f"--config={Path(__file__).parents[2] / 'configs/base.py'}"
@@ -100,7 +101,9 @@ def test_how_long_a_run_is(tmp_path):
     (tmp_path / "data.bin").write_bytes(bytes(2 * (512 * 640 + 1)))
     config.data.train_data_path = str(tmp_path / "data.bin")
     assert plan_lib.run_length(config) == (15 * 640 // 32, "15 epochs of 640 rows")
-    (tmp_path / "metadata.json").write_text(json.dumps({"splits": {"train": {"rows": 64}}}))
+    (tmp_path / "metadata.json").write_text(
+        json.dumps({"seq_len": 512, "vocab_size": 6400, "tokenizer_fingerprint": "", "splits": {"train": {"rows": 64}}})
+    )
     config.data.train_data_path = str(tmp_path)
     assert plan_lib.run_length(config) == (30, "15 epochs of 64 rows")
     config.data.train_data_path = "none"
@@ -119,7 +122,9 @@ def test_how_long_a_run_is(tmp_path):
             ["--gpu=h100", "--devices=3"], "training.batch_size: 32 rows cannot be split over 3", marks=needs_compiler
         ),
         pytest.param(
-            ["--gpu=h100", "--config.data.seq_len=511"], "model.attention: cuDNN refuses these shapes", marks=needs_compiler
+            ["--gpu=h100", "--config.data.seq_len=511", "--config.model.attention=cudnn"],
+            "model.attention: cudnn cannot serve: it needs an even length, and data.seq_len is 511 (expected auto, blocked or xla)",
+            marks=needs_compiler,
         ),
         (["--gpu=h100", "--config.training.nothing=3"], "--config.training.nothing: unknown key"),
     ],

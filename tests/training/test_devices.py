@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from mateconv_jax import config as config_lib, distributed, run_folder, sharding
+from mateconv_jax import config as config_lib, run_folder
 from mateconv_jax.errors import UserError
-from mateconv_jax.training.signals import RESUMABLE
+from mateconv_jax.runtime import distributed, sharding
+from mateconv_jax.training.preemption import RESUMABLE
 from tests.training.processes import Training
 from tests.training.runs import flags_of, losses_of, metrics_of
 
@@ -179,10 +180,13 @@ def test_axes_that_are_not_the_devices(monkeypatch, data, fsdp):
 def test_fsdp_takes_less_memory_a_device():
     code = """
 import json, sys, jax
-from mateconv_jax import config as config_lib, sharding
-from mateconv_jax.model.transformer import ModelConfig, abstract_model
+from mateconv_jax import config as config_lib
+from mateconv_jax.runtime import sharding
+from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.training import optimizer, train_state
 from mateconv_jax.training.step import make_train_step
+from mateconv_jax.losses.next_token import next_token_loss
 result = {}
 for fsdp in (1, 8):
     config = config_lib.default_config()
@@ -193,7 +197,7 @@ for fsdp in (1, 8):
     tx = optimizer.make_optimizer(config.training, c)
     mesh = sharding.make_mesh(config.mesh)
     state = sharding.with_shardings(mesh, jax.eval_shape(lambda: train_state.init(c, tx, 0, True)))
-    step = make_train_step(abstract_model(c)[0], tx, lambda step: 1e-3, config.training, abstract_state=state)
+    step = make_train_step(abstract_model(c)[0], next_token_loss, tx, lambda step: 1e-3, config.training, abstract_state=state)
     rows = sharding.batch(mesh, 1)
     batch = {"tokens": jax.ShapeDtypeStruct((1, 8, 33), "uint16", sharding=rows), "length": jax.ShapeDtypeStruct((1, 8), "int32", sharding=rows)}
     memory = step.lower(state, batch).compile().memory_analysis()

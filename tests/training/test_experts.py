@@ -11,9 +11,10 @@ import pytest
 from flax import nnx
 
 from mateconv_jax import GenerationConfig, TextGenerator, config as config_lib
+from mateconv_jax.losses.next_token import next_token_loss
 from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.training import optimizer, train_state
-from mateconv_jax.training.step import LossOptions, make_train_step, summed_loss
+from mateconv_jax.training.step import make_train_step
 from tests import llama
 from tests.training.runs import metrics_of, train
 
@@ -21,13 +22,13 @@ MIXTURE = dict(use_moe=True, n_layers=1, dim=32, n_heads=4, n_kv_heads=2, hidden
 KEYS = {"train/auxiliary_loss", "experts/entropy", "experts/most_loaded", "experts/least_loaded"}
 
 
-def make(model=MIXTURE, loss=LossOptions(), **changes):
+def make(model=MIXTURE, **changes):
     c = llama.model_config(**model)
     options = config_lib.default_config().training
     options.update(dict(learning_rate=1e-2, min_lr=1e-3, warmup_steps=0) | changes)
     tx = optimizer.make_optimizer(options, c)
     graph, _ = abstract_model(c)
-    step = make_train_step(graph, tx, optimizer.make_schedule(options, 50), options, loss)
+    step = make_train_step(graph, next_token_loss, tx, optimizer.make_schedule(options, 50), options)
     return graph, step, train_state.init(c, tx, 0, False)
 
 
@@ -71,7 +72,8 @@ def test_the_auxiliary_loss_spreads_tokens_over_the_experts():
 def test_the_auxiliary_loss_is_in_the_objective_and_not_in_the_loss():
     graph, _, state = make()
     batch = one(random_batch(0, [13, 13, 5, 1]))
-    loss, count, objective, routing = jax.jit(lambda params: summed_loss(graph, params, batch))(state.params)
+    loss, count, objective, metrics = jax.jit(lambda params: next_token_loss(nnx.merge(graph, params), batch))(state.params)
+    routing = metrics["experts"]
     logits = jax.jit(lambda params: nnx.merge(graph, params)(batch["tokens"][:, :-1].astype(int)))(state.params)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"][:, 1:].astype(int))
     assert float(loss) == pytest.approx(float(losses[:2].sum() + losses[2, :4].sum()), rel=1e-5)
@@ -94,10 +96,11 @@ def test_accumulated_micro_batches_equal_the_large_batch():
 def test_remat_gives_the_same_gradient():
     graph, _, state = make()
     batch = one(random_batch(0, [13, 5]))
-    gradients = [
-        jax.jit(jax.grad(lambda params: summed_loss(graph, params, batch, LossOptions(remat=remat))[2]))(state.params)  # noqa: B023
-        for remat in ("none", "full")
-    ]
+
+    def objective(params, remat):
+        return next_token_loss(nnx.merge(graph, params), batch, remat=remat).objective
+
+    gradients = [jax.jit(jax.grad(objective), static_argnums=1)(state.params, remat) for remat in ("none", "full")]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *gradients)
 
 

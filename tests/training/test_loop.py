@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from mateconv_jax import config as config_lib
-from mateconv_jax.data import dataset, input_pipeline, token_bytes, tokenizer as tokenizer_lib
+from mateconv_jax.data import loader
+from mateconv_jax.data.dataset import open_dataset
+from mateconv_jax.data.tokenizer import token_bytes, tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
-from mateconv_jax.model.transformer import ModelConfig
+from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.training import loop
 from mateconv_jax.training.checkpoints import Checkpoints
 from tests.training.runs import losses_of, metrics_of, train
@@ -28,7 +30,7 @@ def spy(monkeypatch):
             self.batches, self.states = {}, {}
 
     spy = Spy()
-    original_batches, original_save = input_pipeline.training_batches, Checkpoints.save
+    original_batches, original_save = loader.training_batches, Checkpoints.save
 
     def batches(rows, batch_size, seed, shuffle, start_step, num_workers):
         original = original_batches(rows, batch_size, seed, shuffle, start_step, num_workers)
@@ -40,7 +42,7 @@ def spy(monkeypatch):
         spy.states[step] = jax.device_get(state)
         original_save(self, step, state, progress)
 
-    monkeypatch.setattr(input_pipeline, "training_batches", batches)
+    monkeypatch.setattr(loader, "training_batches", batches)
     monkeypatch.setattr(Checkpoints, "save", save)
     return spy
 
@@ -74,7 +76,7 @@ def test_what_a_run_writes(tiny_config):
     assert metrics[-1]["val/loss"] != metrics[-1]["val/ema_loss"]
     assert training[-1]["train/loss"] < training[0]["train/loss"] - 0.5
     # Bits per byte: the nats of all targets over the text that they write, of the EMA.
-    rows = dataset.open_rows(tiny_config.data.train_data_path, "validation", 32, "")
+    rows = open_dataset(tiny_config.data.train_data_path, "", 32).rows("validation")
     batch = rows.read(np.arange(len(rows)))
     n_tokens = int((batch["length"] - 1).sum())
     n_bytes = token_bytes.target_bytes(token_bytes.bytes_per_token(tokenizer_lib.load(folder / "tokenizer", "")), batch)
@@ -95,7 +97,7 @@ def test_a_finished_run_is_left_as_it_is(tiny_config):
 @pytest.mark.slow
 def test_epochs_decide_where_max_steps_does_not(tiny_config, spy):
     tiny_config.training.update(dict(max_steps=None, epochs=1, batch_size=64))
-    rows = len(dataset.open_rows(tiny_config.data.train_data_path, "train", 32, ""))
+    rows = len(open_dataset(tiny_config.data.train_data_path, "", 32).rows("train"))
     loop.train(config_lib.resolve(tiny_config))
     assert max(spy.states) == rows // 64
 
@@ -150,7 +152,7 @@ def test_validation_reads_at_most_eval_iters_batches_of_val_data_path(tiny_confi
 def test_without_shuffle_a_run_reads_the_rows_in_order(tiny_config, spy):
     tiny_config.data.shuffle = False
     loop.train(config_lib.resolve(tiny_config))
-    rows = dataset.open_rows(tiny_config.data.train_data_path, "train", 32, "")
+    rows = open_dataset(tiny_config.data.train_data_path, "", 32).rows("train")
     for step, tokens in spy.batches.items():
         np.testing.assert_array_equal(tokens, rows.read(np.arange(8 * step - 8, 8 * step))["tokens"])
 
@@ -163,7 +165,7 @@ def flat_config(tiny_config, tmp_path):
     """The streams of the dataset's splits, one shard each, as .bin files."""
     folder = tiny_config.data.train_data_path
     for split in ("train", "validation"):
-        rows = dataset.open_rows(folder, split, 32, "")
+        rows = open_dataset(folder, "", 32).rows(split)
         batch = rows.read(np.arange(len(rows)))
         parts = [row[i > 0 : length] for i, (row, length) in enumerate(zip(batch["tokens"], batch["length"], strict=True))]
         np.concatenate(parts).tofile(tmp_path / f"{split}.bin")
@@ -285,15 +287,15 @@ def test_a_tokenizer_larger_than_the_models_vocabulary(tiny_config):
 
 
 def test_a_tokenizer_that_did_not_make_the_dataset(tiny_config, tmp_path):
-    from mateconv_jax.data import tokenizer
+    from mateconv_jax.data.tokenizer import bpe
 
-    tokenizer.train(["另一个"], 300).save_pretrained(tmp_path / "other")
+    bpe.train(["另一个"], 300).save_pretrained(tmp_path / "other")
     tiny_config.data.tokenizer_path = str(tmp_path / "other")
     assert "was tokenised with another tokenizer" in error_of(tiny_config)
 
 
 def test_a_given_tokenizer_goes_into_the_run_folder(tiny_config, tmp_path):
-    from mateconv_jax.data import tokenizer
+    from mateconv_jax.data.tokenizer import tokenizer
 
     own = tokenizer.load(Path(tiny_config.data.train_data_path) / "tokenizer", "")
     own.chat_template = "{{ messages[0]['content'] }}"
@@ -310,7 +312,7 @@ def test_more_rows_in_a_batch_than_there_are(tiny_config):
 
 
 def test_a_batch_that_the_devices_cannot_share(monkeypatch, tiny_config):
-    from mateconv_jax import sharding
+    from mateconv_jax.runtime import sharding
 
     class EightDevices:
         size = 8

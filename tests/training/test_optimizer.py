@@ -9,10 +9,14 @@ from flax import nnx
 
 from mateconv_jax import config as config_lib
 from mateconv_jax.errors import UserError
-from mateconv_jax.model import attention as attention_lib
+from mateconv_jax.losses.next_token import next_token_loss
+from mateconv_jax.model import layers
+from mateconv_jax.model.attention import backends
+from mateconv_jax.model.attention.request import Request
+from mateconv_jax.model.device import Device
 from mateconv_jax.model.transformer import Transformer, abstract_model
 from mateconv_jax.training import optimizer, train_state
-from mateconv_jax.training.step import LossOptions, make_eval_step, make_train_step, summed_loss
+from mateconv_jax.training.step import make_eval_step, make_train_step
 from tests import llama
 
 STEPS = 50
@@ -181,12 +185,12 @@ def test_muon_orthogonalises_each_part_and_leaves_embedding_and_norms_to_adamw()
         jax.tree.map(np.testing.assert_array_equal, updates[name], plain[name])
 
 
-def make(use_ema=True, model=None, loss=LossOptions(), **changes):
+def make(use_ema=True, model=None, loss_fn=next_token_loss, **changes):
     c = llama.model_config(**(model or {}))
     options = training(**dict(ema_decay=0.9, ema_warmup=False) | changes)
     tx = optimizer.make_optimizer(options, c)
     graph, _ = abstract_model(c)
-    step = make_train_step(graph, tx, optimizer.make_schedule(options, STEPS), options, loss)
+    step = make_train_step(graph, loss_fn, tx, optimizer.make_schedule(options, STEPS), options)
     return graph, step, train_state.init(c, tx, 0, use_ema)
 
 
@@ -265,7 +269,7 @@ def test_nothing_is_compiled_after_the_first_step(options):
 
 def test_padding_is_no_target():
     graph, _, state = make()
-    eval_step = make_eval_step(graph)
+    eval_step = make_eval_step(graph, next_token_loss)
     batch = one(random_batch(0))
     batch["length"] = jnp.array([13, 5, 2, 0])
     loss, count = eval_step(state.params, batch)
@@ -280,7 +284,7 @@ def test_padding_is_no_target():
 def test_initial_loss_is_near_ln_vocab():
     c = llama.model_config()
     graph, params = nnx.split(Transformer(c, nnx.Rngs(0)))
-    loss, count = make_eval_step(graph)(params, one(random_batch(0, rows=16)))
+    loss, count = make_eval_step(graph, next_token_loss)(params, one(random_batch(0, rows=16)))
     assert float(loss / count) == pytest.approx(np.log(96), abs=0.1)
 
 
@@ -311,10 +315,13 @@ def test_remat_changes_the_program_and_not_the_gradient(remat):
     graph, _, state = make()
     batch = one(random_batch(0))
 
-    def gradient(options):
-        return jax.jit(jax.grad(lambda params: summed_loss(graph, params, batch, options)[2])).lower(state.params)
+    def gradient(remat):
+        def objective(params):
+            return next_token_loss(nnx.merge(graph, params), batch, remat=remat).objective
 
-    plain, again = gradient(LossOptions()), gradient(LossOptions(remat=remat))
+        return jax.jit(jax.grad(objective)).lower(state.params)
+
+    plain, again = gradient("none"), gradient(remat)
     assert again.as_text().count("dot_general") > plain.as_text().count("dot_general")
     for a, b in zip(
         jax.tree.leaves(plain.compile()(state.params)), jax.tree.leaves(again.compile()(state.params)), strict=True
@@ -325,11 +332,11 @@ def test_remat_changes_the_program_and_not_the_gradient(remat):
 def test_z_loss_adds_its_formula_to_the_objective_alone():
     graph, _, state = make()
     batch = one(random_batch(0))
-    loss, count, objective, _ = summed_loss(graph, state.params, batch, LossOptions(z_loss=0.01))
-    logits = nnx.merge(graph, state.params)(batch["tokens"][:, :-1].astype(int))
-    squares = jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2)
-    assert float(loss) == float(summed_loss(graph, state.params, batch)[0])
-    assert float(objective - loss) == pytest.approx(0.01 * float(squares), rel=1e-4)
+    model = nnx.merge(graph, state.params)
+    output = next_token_loss(model, batch, z_loss=0.01)
+    squares = jnp.sum(jax.nn.logsumexp(model(batch["tokens"][:, :-1].astype(int)), axis=-1) ** 2)
+    assert float(output.sum) == float(next_token_loss(model, batch).sum)
+    assert float(output.objective - output.sum) == pytest.approx(0.01 * float(squares), rel=1e-4)
 
 
 @pytest.mark.parametrize("attention", ["xla", "blocked"])
@@ -344,12 +351,25 @@ def test_a_document_mask_makes_each_document_as_if_it_were_alone(attention):
     alone = jnp.concatenate([logits(document) for document in documents], axis=1)
     np.testing.assert_allclose(together, alone, atol=2e-4)
     assert float(jnp.abs(logits(row) - alone).max()) > 0.1
-    batch = {"tokens": jnp.concatenate([row, row[:, :1]], axis=1), "length": jnp.array([131])}
+    tokens = jnp.concatenate([row, row[:, :1]], axis=1)
+    batch = {"tokens": tokens, "length": jnp.array([131])}
+    losses = optax.softmax_cross_entropy_with_integer_labels(alone, tokens[:, 1:])
+    loss = make_eval_step(graph, next_token_loss)(params, batch | {"document_starts": tokens == 1})[0]
+    assert float(loss) == pytest.approx(float(losses.sum()), rel=1e-5)
 
-    def loss(options):
-        return float(jax.jit(lambda batch: summed_loss(graph, params, batch, options)[0])(batch))
 
-    assert loss(LossOptions(document_start=1)) != loss(LossOptions())
+def test_only_learned_tokens_are_targets():
+    graph, _, state = make()
+    batch = one(random_batch(0, rows=2)) | {"length": jnp.array([13, 9])}
+    learned = jax.random.bernoulli(jax.random.key(0), 0.4, (2, 13))
+    eval_step = make_eval_step(graph, next_token_loss)
+    loss, weight = eval_step(state.params, batch | {"learned": learned})
+    logits = nnx.merge(graph, state.params)(batch["tokens"][:, :-1].astype(int))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"][:, 1:].astype(int))
+    targets = learned[:, 1:].at[1, 8:].set(False)  # padding is never learned
+    assert float(loss) == pytest.approx(float(jnp.sum(losses, where=targets)), rel=1e-6) and int(weight) == targets.sum()
+    everything = eval_step(state.params, batch | {"learned": jnp.ones((2, 13), bool)})
+    assert [*map(float, everything)] == [*map(float, eval_step(state.params, batch))]
 
 
 def test_a_document_mask_has_the_same_gradient_in_both_backends():
@@ -357,7 +377,7 @@ def test_a_document_mask_has_the_same_gradient_in_both_backends():
     q, k, v = (jax.random.normal(key, (2, 150, heads, 8)) for key, heads in zip(keys, (6, 3, 3), strict=True))
     documents = jnp.cumsum(jax.random.bernoulli(keys[0], 0.05, (2, 150)), axis=1)
     gradients = [
-        jax.jit(jax.grad(lambda x: jnp.sum(attention_lib.causal_attention(*x, backend, documents) ** 2)))((q, k, v))  # noqa: B023
+        jax.jit(jax.grad(lambda x: jnp.sum(backends.causal_attention(*x, backend, documents) ** 2)))((q, k, v))  # noqa: B023
         for backend in ("xla", "blocked")
     ]
     for a, b in zip(*gradients, strict=True):
@@ -368,7 +388,7 @@ def test_a_document_mask_has_the_same_gradient_in_both_backends():
 def test_dropout_drops_its_share_by_step_and_seed_and_never_in_evaluation():
     def loss(seed=1, steps=1, rate=0.3):
         graph, train_step, state = make(model={"dropout": rate, "attention": "xla"}, learning_rate=1e-9, min_lr=0.0, seed=seed)
-        evaluated = make_eval_step(graph)(state.params, one(random_batch(0)))
+        evaluated = make_eval_step(graph, next_token_loss)(state.params, one(random_batch(0)))
         for _ in range(steps):
             state, metrics = train_step(state, random_batch(0))
         return float(metrics["train/loss"]), float(evaluated[0] / evaluated[1])
@@ -377,7 +397,7 @@ def test_dropout_drops_its_share_by_step_and_seed_and_never_in_evaluation():
     assert trained == loss()[0]
     assert len({trained, loss(seed=2)[0], loss(steps=2)[0], without[0]}) == 4
     assert evaluated == without[1] == pytest.approx(without[0], rel=1e-6)
-    x = attention_lib.dropout(jnp.ones((2, 50_000)), 0.3, jax.random.split(jax.random.key(0)))
+    x = layers.dropout(jnp.ones((2, 50_000)), 0.3, jax.random.split(jax.random.key(0)))
     assert not jnp.array_equal(x[0], x[1])
     assert float(jnp.mean(x == 0)) == pytest.approx(0.3, abs=0.01) and float(jnp.mean(x)) == pytest.approx(1, abs=0.01)
 
@@ -387,10 +407,10 @@ def test_each_dropout_of_the_model_drops_something():
     model = nnx.merge(*nnx.split(Transformer(llama.model_config(dropout=0.5, attention="xla"), nnx.Rngs(0))))
     tokens = one(random_batch(0))["tokens"][:, :-1].astype(int)
     calls = []
-    original = attention_lib.dropout
+    original = layers.dropout
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            attention_lib, "dropout", lambda x, rate, key_B: calls.append((x.shape, rate, key_B)) or original(x, rate, key_B)
+            layers, "dropout", lambda x, rate, key_B: calls.append((x.shape, rate, key_B)) or original(x, rate, key_B)
         )
         model(tokens, dropout_key_B=jax.random.split(jax.random.key(0), len(tokens)))
     c = model.c
@@ -401,9 +421,10 @@ def test_each_dropout_of_the_model_drops_something():
 
 
 def test_dropout_needs_a_backend_that_can():
-    assert attention_lib.choose_backend("auto", "cpu", np.dtype("float32"), 0.1) == "xla"
+    request = Request(np.dtype("float32"), 32, 512, 0.1, Device("cpu"))
+    assert backends.choose("auto", request)[0] == "xla"
     with pytest.raises(UserError, match=r"model\.attention: blocked cannot drop weights \(with model\.dropout=0\.1"):
-        attention_lib.choose_backend("blocked", "cpu", np.dtype("float32"), 0.1)
+        backends.choose("blocked", request)
 
 
 # ---- float16, and steps that are left out ----------------------------------------------------------------------------

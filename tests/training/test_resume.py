@@ -12,7 +12,7 @@ from mateconv_jax import config as config_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.training import loop
 from mateconv_jax.training.checkpoints import Progress
-from mateconv_jax.training.signals import RESUMABLE
+from mateconv_jax.training.preemption import RESUMABLE
 from tests.training.processes import Training
 from tests.training.runs import assert_equal_checkpoints, flags_of, losses_of, metrics_of, saved, steps_in, train
 

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mateconv_jax.data import input_pipeline
+from mateconv_jax.data import loader
 from mateconv_jax.errors import UserError
 from mateconv_jax.training import loop
 from mateconv_jax.training.checkpoints import Checkpoints
-from mateconv_jax.training.signals import RESUMABLE
+from mateconv_jax.training.preemption import RESUMABLE
 from tests.training.processes import Training
 from tests.training.runs import assert_equal_checkpoints, flags_of, losses_of, metrics_of, saved, steps_in, train
 
@@ -95,7 +95,7 @@ def test_a_signal_at_any_moment_ends_in_a_finished_checkpoint(tiny_config, tmp_p
         )
         expected = 5
     elif moment == "evaluation":
-        validation = input_pipeline.validation_batches
+        validation = loader.validation_batches
         counts = itertools.count()
 
         def batches(*args):
@@ -104,7 +104,7 @@ def test_a_signal_at_any_moment_ends_in_a_finished_checkpoint(tiny_config, tmp_p
                 if next(counts) == 2:
                     send()
 
-        monkeypatch.setattr(input_pipeline, "validation_batches", batches)
+        monkeypatch.setattr(loader, "validation_batches", batches)
     else:
         save = Checkpoints.save
         monkeypatch.setattr(
@@ -233,8 +233,8 @@ def test_too_many_bad_steps_end_the_run_with_the_parameters_from_before(tiny_con
 
 def test_the_rows_of_a_bad_step_are_those_it_read(tiny_config, tmp_path, monkeypatch):
     read = []
-    original = input_pipeline.rows_at
-    monkeypatch.setattr(input_pipeline, "rows_at", lambda *args: read.append(original(*args).tolist()) or original(*args))
+    original = loader.rows_at
+    monkeypatch.setattr(loader, "rows_at", lambda *args: read.append(original(*args).tolist()) or original(*args))
     poisoned(monkeypatch, {2})
     train(tiny_config, tmp_path / "out", max_steps=3)
     log = (tmp_path / "out" / "train.log").read_text()

@@ -1,0 +1,123 @@
+"""Finished chunks become a dataset folder.
+
+mateconv-train.array_record-00000-of-00004 …    see data/shards.py
+dataset_info.json, features.json, metadata.json  `tfds.builder_from_directory` opens the folder
+tokenizer/
+stats.json, stats.png                            see data/build/statistics.py
+rejected.jsonl                                   what was left out: file, line, rule, reason
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from mateconv_jax import files
+from mateconv_jax.data.build.options import SPLITS
+from mateconv_jax.data.build.statistics import Statistics, summary
+from mateconv_jax.data.shards import RowFormat, ShardRows, features
+from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
+from mateconv_jax.errors import UserError
+
+NAME = "mateconv"  # of the TFDS dataset
+
+
+def assemble(
+    chunks_folder: Path,
+    folder: Path,
+    tokenizer_folder: Path,
+    seq_len: int,
+    options: dict,
+    seconds: float,
+    also_bin: bool,
+) -> dict:
+    """Put the folders of finished chunks together as a dataset folder. The chunks' own folders stay as they are.
+
+    Args:
+      chunks_folder: what worker.ChunkWriter wrote.
+      folder: a new one.
+      tokenizer_folder: the tokenizer that made the chunks; it is copied as it is.
+      options: what the dataset was made from, kept for the reader.
+      seconds: that the work took, for stats.json.
+      also_bin: write each split as a flat uint16 stream too, SPLIT.bin.
+
+    Returns:
+      The summary, as in stats.json.
+
+    Raises:
+      UserError: no chunk has a document.
+    """
+    from mateconv_jax.data.build.statistics_plot import write_plot  # matplotlib, 1 s: not for those who only read a dataset
+
+    folder.mkdir(parents=True)
+    tokenizer = tokenizer_lib.load(tokenizer_folder, "--tokenizer")
+    format = RowFormat(seq_len, len(tokenizer))
+    statistics = Statistics(len(tokenizer))
+    shards: dict[str, list[tuple[Path, dict]]] = {split: [] for split in SPLITS}
+    with (folder / "rejected.jsonl").open("wb") as rejected:
+        for chunk in sorted(path for path in chunks_folder.iterdir() if path.suffix != ".partial"):
+            statistics += Statistics.load(chunk / "statistics.npz")
+            for split, counts in json.loads((chunk / "chunk.json").read_text())["splits"].items():
+                shards[split].append((chunk / split, counts))
+            with (chunk / "rejected.jsonl").open("rb") as lines:
+                shutil.copyfileobj(lines, rejected)
+    if not shards["train"]:
+        with (folder / "rejected.jsonl").open(encoding="utf-8") as lines:
+            first = next(map(json.loads, lines), None)
+        reason = f" ({first['file']}:{first['line']}: {first['reason']})" if first else ""
+        raise UserError(f"--input: no document to train on{reason}")
+
+    split_infos = []
+    for split, files_of_split in shards.items():
+        if files_of_split:
+            template = tfds.core.ShardedFileTemplate(
+                data_dir=folder, dataset_name=NAME, split=split, filetype_suffix="array_record"
+            )
+            for index, (path, _) in enumerate(files_of_split):
+                files.link(path, Path(template.sharded_filepath(shard_index=index, num_shards=len(files_of_split))))
+            split_infos.append(
+                tfds.core.SplitInfo(
+                    name=split,
+                    shard_lengths=[counts["rows"] for _, counts in files_of_split],
+                    num_bytes=sum(counts["bytes"] for _, counts in files_of_split),
+                    filename_template=template,
+                )
+            )
+            if also_bin:
+                shards_of_split = [ShardRows([path], format) for path, _ in files_of_split]
+                _write_bin(folder / f"{split}.bin", shards_of_split)
+    shutil.copytree(tokenizer_folder, folder / "tokenizer")
+    figures = summary(statistics, tokenizer, seconds)
+    files.write_text(folder / "stats.json", json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+    write_plot(figures, folder / "stats.png")
+    metadata = {
+        "seq_len": seq_len,
+        "vocab_size": len(tokenizer),
+        "version": format.version,
+        "learned": format.learned,
+        "tokenizer_fingerprint": tokenizer_lib.fingerprint(tokenizer),
+        "splits": figures["splits"],
+        "options": options,
+    }
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=features(format),
+        split_infos=split_infos,
+        description="Rows of seq_len + 1 tokens that overlap by one; `length` of them are real. "
+        "`document_starts`: a bit a token, the lowest of a byte first; 1 where a document begins.",
+        metadata=tfds.core.MetadataDict(metadata),
+        check_data=False,  # TFDS' check reads with TensorFlow, which has no ArrayRecord
+    )
+    return figures
+
+
+def _write_bin(path: Path, shards_of_split: list[ShardRows]) -> None:
+    """The shards' streams one behind the other: each row but for the token that it shares with the row before."""
+    with path.open("wb") as file:
+        for shard in shards_of_split:
+            for start in range(0, len(shard), 4096):
+                batch = shard.read(np.arange(start, min(start + 4096, len(shard))))
+                for i, (tokens, length) in enumerate(zip(batch["tokens"], batch["length"], strict=True), start):
+                    file.write(tokens[min(i, 1) : length].tobytes())

@@ -1,0 +1,154 @@
+"""The chunks of `prepare` as an Apache Beam pipeline, on whatever runner Beam has; the dataset is byte for byte the same.
+
+    sources → chunks → cleaned chunks ─┬────────────────────────────────→ join → tokenise, write
+                                       └→ keys → positions of duplicates ─┘
+
+Files go through Beam's file systems, so that inputs and the work folder may be gs://, s3:// or hdfs:// where the runner's
+workers see no common disk.
+"""
+
+import dataclasses
+import pickle
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import apache_beam as beam
+import numpy as np
+from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from mateconv_jax.data.build import worker
+from mateconv_jax.data.build.options import SPLITS
+from mateconv_jax.data.build.pipeline import WorkerSetup
+from mateconv_jax.data.text import duplicates, sources as sources_lib
+from mateconv_jax.data.text.sources import Chunk, Source
+from mateconv_jax.errors import UserError
+
+CHUNK_FILES = (*SPLITS, "statistics.npz", "keys.npy", "rejected.jsonl", "chunk.json")  # the last one seals
+
+
+def run_chunks(sources: list[Source], setup: WorkerSetup, beam_flags: list[str], work_folder: str | None) -> None:
+    """Make the folders of all chunks in setup.chunks_folder.
+
+    Args:
+      beam_flags: Beam's own options, `--runner=…` and what the runner takes.
+      work_folder: where workers put chunks before they are fetched; None: beside setup.chunks_folder.
+    """
+    work_folder = work_folder or str(setup.chunks_folder.with_name("beam"))
+    tokenizer = {path.name: path.read_bytes() for path in setup.tokenizer_folder.iterdir()}
+    with beam.Pipeline(options=PipelineOptions(beam_flags)) as pipeline:
+        cleaned = (
+            pipeline
+            | beam.Create(list(enumerate(sources)))
+            | "read chunks" >> beam.FlatMap(_chunks, setup)
+            | beam.Reshuffle()
+            | "clean" >> beam.Map(_clean, setup)
+        )
+        dropped = (
+            cleaned
+            | "keys" >> beam.FlatMap(_keys, setup.options.dedup)
+            | beam.GroupByKey()
+            | "duplicates" >> beam.FlatMap(_all_but_the_first)
+        )
+        joined = {"cleaned": cleaned, "dropped": dropped} | beam.CoGroupByKey()
+        joined | "write" >> beam.ParDo(_Write(setup, tokenizer, work_folder))
+    for match in FileSystems.match([f"{work_folder}/*/chunk.json"])[0].metadata_list:
+        _fetch(match.path.removesuffix("/chunk.json"), setup.chunks_folder)
+
+
+def files(pattern: str) -> list[tuple[str, int]]:
+    """As sources.local_files, on any of Beam's file systems."""
+    found = [(match.path, match.size_in_bytes) for match in FileSystems.match([pattern])[0].metadata_list]
+    if not found:
+        raise UserError(f"--input: no file at {pattern!r} (expected .jsonl, .txt or .bin files, or a glob)")
+    return sorted(found)
+
+
+def open_file(path: str):
+    return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)  # sources.py decompresses itself
+
+
+def _chunks(numbered: tuple[int, Source], setup: WorkerSetup) -> Iterator[Chunk]:
+    number, source = numbered
+    options = setup.options
+    return sources_lib.chunks(source, number, options.sizes, options.txt_document, setup.bos_eos, open_file)
+
+
+def _clean(chunk: Chunk, setup: WorkerSetup) -> tuple[str, tuple[bytes, str, np.ndarray]]:
+    cleaned = worker.read_chunk(chunk, setup.options, setup.special_tokens, setup.vocab_size)
+    return chunk.name, (pickle.dumps(cleaned), chunk.source.path, cleaned.keys)
+
+
+Position = tuple[str, int]  # chunk, document: in the order of the input
+
+
+def _keys(cleaned: tuple[str, tuple[bytes, str, np.ndarray]], dedup: str) -> Iterator[tuple[tuple[bool, int], Position]]:
+    name, (_, _, keys_NK) = cleaned
+    if dedup != "none":
+        for document, keys in enumerate(keys_NK.view(np.int64).tolist()):  # Beam knows no unsigned integers
+            for column, key in enumerate(keys):
+                yield (column == 0, key), (name, document)
+
+
+def _all_but_the_first(group: tuple[tuple[bool, int], Iterable[Position]]) -> Iterator[tuple[str, tuple[int, bool]]]:
+    (exact, _), positions = group
+    first = min(positions)
+    for name, document in positions:
+        if (name, document) != first:
+            yield name, (document, exact)
+
+
+class _Write(beam.DoFn):
+    """Tokenise and write a chunk on this worker's disk, and copy it to the work folder."""
+
+    def __init__(self, setup: WorkerSetup, tokenizer: dict[str, bytes], work_folder: str):
+        self._setup = setup
+        self._tokenizer = tokenizer
+        self._work_folder = work_folder
+
+    def setup(self):
+        self._local = Path(tempfile.mkdtemp())
+        (self._local / "tokenizer").mkdir()
+        for name, content in self._tokenizer.items():
+            (self._local / "tokenizer" / name).write_bytes(content)
+        setup = dataclasses.replace(self._setup, chunks_folder=self._local, tokenizer_folder=self._local / "tokenizer")
+        self._writer = setup.writer()
+
+    def process(self, element):
+        name, joined = element
+        target = f"{self._work_folder}/{name}"
+        [(pickled, source, keys)] = joined["cleaned"]
+        if not FileSystems.exists(f"{target}/chunk.json"):
+            codes = np.full(len(keys), duplicates.KEPT, np.uint8)
+            for document, exact in joined["dropped"]:
+                codes[document] = (
+                    duplicates.DUPLICATE if exact or codes[document] == duplicates.DUPLICATE else duplicates.NEAR_DUPLICATE
+                )
+            self._writer.write_chunk(pickle.loads(pickled), source, codes)
+            for file in CHUNK_FILES:
+                if (self._local / name / file).exists():
+                    with (
+                        (self._local / name / file).open("rb") as data,
+                        FileSystems.create(f"{target}/{file}", compression_type=CompressionTypes.UNCOMPRESSED) as out,
+                    ):
+                        shutil.copyfileobj(data, out)
+            shutil.rmtree(self._local / name)
+
+    def teardown(self):
+        shutil.rmtree(self._local, ignore_errors=True)
+
+
+def _fetch(remote: str, chunks_folder: Path) -> None:
+    name = remote.rstrip("/").rsplit("/", 1)[1]
+    aside = chunks_folder / f"{name}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    for file in CHUNK_FILES:
+        if FileSystems.exists(f"{remote}/{file}"):
+            with open_file(f"{remote}/{file}") as data, (aside / file).open("wb") as out:
+                shutil.copyfileobj(data, out)
+    shutil.rmtree(chunks_folder / name, ignore_errors=True)
+    aside.rename(chunks_folder / name)

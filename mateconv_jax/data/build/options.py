@@ -1,0 +1,46 @@
+"""What decides the bytes of a dataset."""
+
+import dataclasses
+
+from mateconv_jax.data.text.cleaning import CleaningOptions
+from mateconv_jax.data.text.sources import TXT_DOCUMENTS, ChunkSizes
+from mateconv_jax.errors import check_values
+
+DEDUP = ("none", "exact", "near")
+SPLITS = ("train", "validation")
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareOptions:
+    """Everything but the input and the tokenizer that decides what the dataset's bytes are.
+
+    text_key: of a line of JSON.
+    txt_document: what a document of a .txt file is, one of sources.TXT_DOCUMENTS.
+    seq_len: tokens that a row trains on.
+    val_fraction: share of the documents that make the validation split.
+    dedup: none, exact or near (exact ones too); near_threshold: the Jaccard similarity of which half are dropped.
+
+    Raises:
+      UserError: a value out of its range.
+    """
+
+    text_key: str = "text"
+    txt_document: str = "line"
+    seq_len: int = 512
+    val_fraction: float = 0.01
+    dedup: str = "exact"
+    near_threshold: float = 0.8
+    sizes: ChunkSizes = ChunkSizes()
+    cleaning: CleaningOptions = CleaningOptions()
+
+    def __post_init__(self):
+        check_values(
+            self,
+            [
+                ("txt_document", self.txt_document in TXT_DOCUMENTS, " or ".join(TXT_DOCUMENTS)),
+                ("seq_len", self.seq_len >= 1, "at least 1"),
+                ("val_fraction", 0 <= self.val_fraction < 1, "a share from 0 to below 1"),
+                ("dedup", self.dedup in DEDUP, " or ".join(DEDUP)),
+                ("near_threshold", 0 < self.near_threshold < 1, "a number between 0 and 1"),
+            ],
+        )

@@ -1,0 +1,101 @@
+"""Data preparation as users of the PyTorch MateConv call it from Python."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from mateconv_jax import files
+from mateconv_jax.data.build import pipeline, worker
+from mateconv_jax.data.build.options import PrepareOptions
+from mateconv_jax.data.text import duplicates, sources
+from mateconv_jax.data.text.cleaning import CleaningOptions
+from mateconv_jax.data.text.sources import ChunkSizes
+from mateconv_jax.data.tokenizer.tokenizer import SPECIAL_TOKENS
+from mateconv_jax.errors import UserError
+
+
+class DataProcessor:
+    """MateConv's interface to what `python -m mateconv_jax.prepare` does.
+
+    Args:
+      tokenizer_path: a tokenizer's folder.
+      max_length: of a document in characters, longer ones are dropped as MateConv did; and the tokens of a row.
+      chunk_size: records that are worked on, and become a shard, at a time.
+      num_workers: processes; above 1, the calling script needs the usual `if __name__ == "__main__":`.
+    """
+
+    def __init__(self, tokenizer_path: str, max_length: int = 512, chunk_size: int = 50_000, num_workers: int = 1):
+        self.tokenizer_path = tokenizer_path
+        self.num_workers = num_workers
+        self._options = PrepareOptions(
+            seq_len=max_length,
+            sizes=ChunkSizes(records=chunk_size),
+            cleaning=CleaningOptions(max_chars=max_length, too_long="drop"),
+        )
+        self._statistics: dict | None = None
+
+    def validate_and_clean_jsonl(self, input_path: str, output_path: str) -> dict[str, int]:
+        """Write every usable document, cleaned, as a line of JSON, and OUTPUT_PATH.rejected.jsonl about the others.
+
+        Returns:
+          {"lines", "documents"} and, for each rule, how many it rejected.
+
+        Raises:
+          UserError: no such input.
+        """
+        output, seen, counts = Path(output_path), duplicates.SeenKeys(), Counter(lines=0, documents=0)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        rejected_path = output.with_name(output.name + ".rejected.jsonl")
+        with files.aside(output) as cleaned_file, files.aside(rejected_path) as rejected_file:
+            for chunk in pipeline.all_chunks(sources.find([str(input_path)]), self._options, None):
+                cleaned = worker.read_chunk(chunk, self._options, tuple(SPECIAL_TOKENS.values()), 0)
+                codes = seen.mark(cleaned.keys)
+                for i in np.flatnonzero(codes == duplicates.KEPT):
+                    for piece in cleaned.documents[i]:
+                        record = {"text": piece} if isinstance(piece, str) else {"messages": piece}
+                        cleaned_file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                        counts["documents"] += 1
+                for reject in worker.rejects_of(cleaned, chunk.source.path, codes):
+                    rejected_file.write(json.dumps(reject, ensure_ascii=False) + "\n")
+                    counts[reject["rule"]] += 1
+                counts["lines"] += cleaned.statistics.lines
+        return dict(counts)
+
+    def process_dataset(self, input_path: str, output_path: str, resume: bool = True) -> dict:
+        """Make a dataset folder that training takes as data.train_data_path; or, when output_path ends in .bin, MateConv's flat
+        file of 16-bit token ids, all documents in it.
+
+        Args:
+          resume: go on with what an earlier call began, and do nothing where it finished; False begins again.
+
+        Returns:
+          What stats.json holds.
+
+        Raises:
+          UserError: no such input, no such tokenizer, or (with resume) other options made what is there.
+        """
+        output = Path(output_path)
+        flat = output.suffix == ".bin"
+        folder = output.with_name(output.name + ".dataset") if flat else output
+        if not resume:
+            shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
+        options = PrepareOptions(**{**vars(self._options), "val_fraction": 0.0}) if flat else self._options
+        found = sources.find([str(input_path)])
+        pipeline.prepare(found, folder, self.tokenizer_path, options, self.num_workers, not resume, also_bin=flat)
+        self._statistics = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
+        if flat:
+            files.link(folder / "train.bin", output)
+        return self._statistics
+
+    def save_statistics(self, path: str) -> None:
+        """Write the statistics of the last process_dataset as JSON.
+
+        Raises:
+          UserError: there was none.
+        """
+        if self._statistics is None:
+            raise UserError("save_statistics: nothing was processed yet (expected process_dataset before)")
+        files.write_text(Path(path), json.dumps(self._statistics, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,361 @@
+"""What a prepared dataset holds: sums that each chunk saves and that merge exactly, and the figures made of them."""
+
+import dataclasses
+import json
+import unicodedata
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mateconv_jax.data.tokenizer.pieces import visible
+
+if TYPE_CHECKING:  # its import costs seconds, and workers import this module
+    from transformers import PreTrainedTokenizerFast
+
+PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+TOP_TOKENS = 50
+RANK_POINTS = 200
+
+# ---- sums ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class SplitCounts:
+    """What a split, or a shard of it, holds."""
+
+    documents: int = 0
+    characters: int = 0  # of text, control tokens left out; 0 where only tokens were given
+    tokens: int = 0
+    rows: int = 0
+    bytes: int = 0  # on disk
+
+    def __add__(self, other: "SplitCounts") -> "SplitCounts":
+        return SplitCounts(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+
+@dataclasses.dataclass(eq=False)
+class Statistics:
+    """Sums over documents. `a += b` equals one pass over the documents of both, in any order."""
+
+    vocab_size: int
+    lines: int = 0  # input records read
+    bytes_in: int = 0  # of input, decompressed
+    rejects: Counter[str] = dataclasses.field(default_factory=Counter)  # rule: documents that it threw away
+    cleaned: Counter[str] = dataclasses.field(default_factory=Counter)  # rule: documents that it changed
+    splits: dict[str, SplitCounts] = dataclasses.field(default_factory=dict)
+    document_lengths: Counter[int] = dataclasses.field(default_factory=Counter)  # tokens of a document: documents
+    code_points: Counter[int] = dataclasses.field(default_factory=Counter)  # Unicode code point: occurrences
+    token_counts: np.ndarray = dataclasses.field(init=False)  # (vocab_size,) int64, occurrences by id
+
+    def __post_init__(self):
+        self.token_counts = np.zeros(self.vocab_size, np.int64)
+
+    def add_documents(
+        self, split: str, texts: list[str], lengths: np.ndarray, stream: np.ndarray, rows: int, n_bytes: int
+    ) -> None:
+        """Add a shard of a split.
+
+        Args:
+          texts: the documents' texts, in any partition; empty if only their tokens are known.
+          lengths: (documents,) integers >= 1, tokens of each document, control tokens included.
+          stream: (tokens,) token ids below vocab_size, all documents one behind the other.
+          rows: that the stream was packed into.
+          n_bytes: of the shard on disk.
+        """
+        # A lone surrogate is counted like any code point.
+        characters = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
+        counts = SplitCounts(len(lengths), len(characters), len(stream), rows, n_bytes)
+        self.splits[split] = self.splits.get(split, SplitCounts()) + counts
+        self.document_lengths.update(_occurrences(lengths))
+        self.code_points.update(_occurrences(characters))
+        self.token_counts += np.bincount(stream, minlength=self.vocab_size)
+
+    def __iadd__(self, other: "Statistics") -> "Statistics":
+        self.lines += other.lines
+        self.bytes_in += other.bytes_in
+        self.rejects.update(other.rejects)
+        self.cleaned.update(other.cleaned)
+        for split, counts in other.splits.items():
+            self.splits[split] = self.splits.get(split, SplitCounts()) + counts
+        self.document_lengths.update(other.document_lengths)
+        self.code_points.update(other.code_points)
+        self.token_counts += other.token_counts
+        return self
+
+    def save(self, path: Path) -> None:
+        """One file, under 100 kB for a chunk, written aside and renamed."""
+        small = {
+            "vocab_size": self.vocab_size,
+            "lines": self.lines,
+            "bytes_in": self.bytes_in,
+            "rejects": self.rejects,
+            "cleaned": self.cleaned,
+            "splits": {split: dataclasses.asdict(counts) for split, counts in self.splits.items()},
+        }
+        used = np.flatnonzero(self.token_counts)
+        aside = path.with_name(path.name + ".partial")
+        with aside.open("wb") as file:
+            np.savez_compressed(
+                file,
+                small=np.array(json.dumps(small)),
+                tokens=np.stack([used, self.token_counts[used]]),
+                document_lengths=_as_array(self.document_lengths),
+                code_points=_as_array(self.code_points),
+            )
+        aside.rename(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Statistics":
+        """What `save` wrote."""
+        with np.load(path) as file:
+            small = json.loads(str(file["small"]))
+            statistics = cls(small["vocab_size"], small["lines"], small["bytes_in"])
+            statistics.rejects.update(small["rejects"])
+            statistics.cleaned.update(small["cleaned"])
+            statistics.splits = {split: SplitCounts(**counts) for split, counts in small["splits"].items()}
+            statistics.document_lengths.update(dict(file["document_lengths"].T.tolist()))
+            statistics.code_points.update(dict(file["code_points"].T.tolist()))
+            ids, counts = file["tokens"]
+            statistics.token_counts[ids] = counts
+        return statistics
+
+
+def _occurrences(values: np.ndarray) -> dict[int, int]:
+    """Of non-negative integers. (bincount: np.unique sorts in older numpy, ten times slower for a chunk's characters.)"""
+    counts = np.bincount(values)
+    distinct = np.flatnonzero(counts)
+    return dict(zip(distinct.tolist(), counts[distinct].tolist(), strict=True))
+
+
+def _as_array(counter: Counter[int]) -> np.ndarray:
+    """(2, n) int64: keys in order, and their counts."""
+    return np.array(sorted(counter.items()), np.int64).reshape(-1, 2).T
+
+
+# ---- figures ------------------------------------------------------------------------------------------------------
+
+
+def summary(statistics: Statistics, tokenizer: "PreTrainedTokenizerFast", seconds: float) -> dict:
+    """The content of stats.json. The same sums give the same figures, whatever the order in which they were added.
+
+    Args:
+      tokenizer: the one that the tokens are of.
+      seconds: that the preparation took.
+
+    Returns:
+      JSON-able. Lengths are in tokens, control tokens included, and a percentile is the smallest length that at least so
+      many percent of the documents do not exceed; a figure that cannot be known is None.
+    """
+    total = sum(statistics.splits.values(), SplitCounts())
+    has_text = total.characters > 0
+    utf8_bytes = sum(n * _utf8_length(code_point) for code_point, n in statistics.code_points.items())
+    used = np.count_nonzero(statistics.token_counts)
+    unknown = tokenizer.unk_token_id
+    return {
+        "documents": total.documents,
+        "characters": total.characters,
+        "tokens": total.tokens,
+        "rows": total.rows,
+        "splits": {split: dataclasses.asdict(statistics.splits[split]) for split in sorted(statistics.splits)},
+        "lines": statistics.lines,
+        "bytes_in": statistics.bytes_in,
+        "bytes_out": total.bytes,
+        "rejects": _most_first(statistics.rejects),
+        "duplicates": {"exact": statistics.rejects["duplicate"], "near": statistics.rejects["near_duplicate"]},
+        "cleaned": _most_first(statistics.cleaned),
+        "document_length": _length_figures(statistics.document_lengths),
+        "length_histogram": _length_histogram(statistics.document_lengths),
+        "characters_per_token": _ratio(total.characters, total.tokens) if has_text else None,
+        "bytes_per_token": _ratio(utf8_bytes, total.tokens) if has_text else None,  # of UTF-8 text
+        "characters_by_script": characters_by_script(statistics.code_points),
+        "vocabulary": {
+            "size": statistics.vocab_size,
+            "used": int(used),
+            "used_share": _ratio(used, statistics.vocab_size),
+        },
+        "unknown_token_rate": None if unknown is None else _ratio(statistics.token_counts[unknown], total.tokens),
+        "top_tokens": _top_tokens(statistics.token_counts, tokenizer),
+        "token_ranks": _token_ranks(statistics.token_counts),
+        "seconds": round(seconds, 3),
+    }
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return round(int(part) / int(whole), 6) if whole else None
+
+
+def _most_first(counter: Counter[str]) -> dict[str, int]:
+    return dict(sorted(((rule, n) for rule, n in counter.items() if n), key=lambda item: (-item[1], item[0])))
+
+
+def _utf8_length(code_point: int) -> int:
+    return 1 + (code_point >= 0x80) + (code_point >= 0x800) + (code_point >= 0x10000)
+
+
+def _length_figures(document_lengths: Counter[int]) -> dict[str, float | None]:
+    names = ["min", *(f"p{percent}" for percent in PERCENTILES), "max"]
+    if not document_lengths:
+        return dict.fromkeys(["mean", *names])
+    lengths, counts = _as_array(document_lengths)
+    up_to = np.cumsum(counts)
+    n = int(up_to[-1])
+    # In whole numbers: the document that stands at place ceil(n · percent / 100), counted from 1, in order of length.
+    places = [1, *(-(-n * percent // 100) for percent in PERCENTILES), n]
+    figures = lengths[np.searchsorted(up_to, places)].tolist()
+    return {"mean": round(int(lengths @ counts) / n, 3), **dict(zip(names, figures, strict=True))}
+
+
+def _length_histogram(document_lengths: Counter[int]) -> dict[str, list[int]]:
+    """Bin i holds the documents with edges[i] <= length < edges[i + 1]."""
+    if not document_lengths:
+        return {"edges": [], "counts": []}
+    lengths, counts = _as_array(document_lengths)
+    # An eighth wide, but whole numbers; widths that never shrink, unlike those of rounded powers, leave no saw-tooth.
+    edges = [1]
+    while edges[-1] <= lengths[-1]:
+        edges.append(edges[-1] + max(1, edges[-1] // 8))
+    edges = edges[np.searchsorted(edges, lengths[0], "right") - 1 :]
+    bins = np.searchsorted(edges, lengths, "right") - 1
+    in_bin = np.zeros(len(edges) - 1, np.int64)
+    np.add.at(in_bin, bins, counts)
+    return {"edges": edges, "counts": in_bin.tolist()}
+
+
+def _token_ranks(token_counts: np.ndarray) -> dict[str, list[int]]:
+    """How often the token of rank r (from 1) occurs, at log-spaced ranks."""
+    descending = -np.sort(-token_counts[token_counts > 0])
+    if not len(descending):
+        return {"rank": [], "count": []}
+    ranks = np.unique(np.geomspace(1, len(descending), RANK_POINTS).round().astype(np.int64))
+    return {"rank": ranks.tolist(), "count": descending[ranks - 1].tolist()}
+
+
+def _top_tokens(token_counts: np.ndarray, tokenizer: "PreTrainedTokenizerFast") -> list[dict]:
+    from mateconv_jax.data.tokenizer.pieces import readable
+
+    ids = [token for token in np.argsort(-token_counts, kind="stable")[:TOP_TOKENS].tolist() if token_counts[token]]
+    n_tokens = token_counts.sum()
+    control = set(tokenizer.all_special_ids)
+    return [
+        {
+            "id": token,
+            "text": text,
+            "control": token in control,
+            "count": int(token_counts[token]),
+            "share": _ratio(token_counts[token], n_tokens),
+        }
+        for token, text in zip(ids, readable(tokenizer, ids), strict=True)
+    ]
+
+
+# ---- scripts ------------------------------------------------------------------------------------------------------
+
+SCRIPTS = (
+    "han", "latin", "digits", "punctuation", "whitespace", "kana", "hangul", "bopomofo", "greek", "cyrillic", "symbols",
+    "other",
+)  # fmt: skip
+_HAN_NAMES = (
+    "CJK UNIFIED IDEOGRAPH", "CJK COMPATIBILITY IDEOGRAPH", "CJK RADICAL", "KANGXI RADICAL", "IDEOGRAPHIC ITERATION MARK",
+    "IDEOGRAPHIC NUMBER ZERO", "HANGZHOU NUMERAL",
+)  # fmt: skip
+_LETTERS = {  # the first word of a letter's Unicode name
+    "LATIN": "latin", "HIRAGANA": "kana", "KATAKANA": "kana", "KATAKANA-HIRAGANA": "kana", "HANGUL": "hangul",
+    "BOPOMOFO": "bopomofo", "GREEK": "greek", "CYRILLIC": "cyrillic",
+}  # fmt: skip
+
+
+def characters_by_script(code_points: Counter[int]) -> dict[str, int]:
+    """Characters of each of SCRIPTS, in that order.
+
+    Fullwidth and halfwidth forms belong to the script of their letter; 〇 and compatibility ideographs are Han; emoji,
+    currency and mathematical signs are symbols; "other" holds other alphabets, control and private characters.
+    """
+    counts = dict.fromkeys(SCRIPTS, 0)
+    for code_point, n in code_points.items():
+        counts[_script(code_point)] += n
+    return counts
+
+
+def _script(code_point: int) -> str:
+    character = chr(code_point)
+    name = unicodedata.name(character, "").removeprefix("FULLWIDTH ").removeprefix("HALFWIDTH ")
+    # Planes 2 and 3 are for ideographs alone, and an older Python does not know the names of the newest ones.
+    if 0x20000 <= code_point < 0x40000 or name.startswith(_HAN_NAMES):
+        return "han"
+    if character.isspace():
+        return "whitespace"
+    match unicodedata.category(character)[0]:
+        case "L" | "M":
+            return _LETTERS.get(name.split(" ")[0], "other")
+        case "N":
+            return "digits"
+        case "P":
+            return "punctuation"
+        case "S":
+            return "symbols"
+        case _:
+            return "other"
+
+
+# ---- table --------------------------------------------------------------------------------------------------------
+
+
+def print_table(summary: dict, folder: str | Path) -> None:
+    """The main figures of a `summary`, on standard output; without a terminal in 80 columns and without colours."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    splits = {"all": summary | {"bytes": summary["bytes_out"]}, **summary["splits"]}
+    counts = Table(box=box.SIMPLE)
+    counts.add_column()
+    for split in splits:
+        counts.add_column(Text(split), justify="right")
+    for key in ("documents", "characters", "tokens", "rows"):
+        counts.add_row(key, *(f"{split[key]:,}" for split in splits.values()))
+    counts.add_row("on disk", *(_size(split["bytes"]) for split in splits.values()))
+
+    figures = {
+        "input": f"{summary['lines']:,} records, {_size(summary['bytes_in'])}, in {summary['seconds']:,.1f} s",
+        "rejected": _by_rule(summary["rejects"]),
+        "cleaned": _by_rule(summary["cleaned"]),
+    }
+    if summary["characters"]:
+        shares = {script: n / summary["characters"] for script, n in summary["characters_by_script"].items()}
+        figures["text"] = f"a token is {summary['characters_per_token']:.3f} characters, {summary['bytes_per_token']:.3f} bytes"
+        figures["scripts"] = ", ".join(f"{script} {share:.1%}" for script, share in shares.items() if share >= 0.0005)
+    if summary["documents"]:
+        length = summary["document_length"]
+        figures["document length"] = (
+            f"{length['min']:,} to {length['max']:,} tokens, 90% from {length['p5']:,} to {length['p95']:,}, "
+            f"median {length['p50']:,}, mean {length['mean']:,.1f}"
+        )
+        figures["top tokens"] = " ".join(visible(token["text"]) for token in summary["top_tokens"][:20])
+    vocabulary = summary["vocabulary"]
+    figures["vocabulary"] = f"{vocabulary['used']:,} of {vocabulary['size']:,} tokens occur ({vocabulary['used_share']:.1%})"
+    if summary["unknown_token_rate"] is not None:
+        figures["unknown tokens"] = f"{100 * summary['unknown_token_rate']:.3g}%"
+
+    console = Console()
+
+    def written(text: str) -> str:  # a log's encoding may not have every character
+        return text.encode(console.encoding, "backslashreplace").decode(console.encoding)
+
+    lines = Table.grid(padding=(0, 2, 0, 0))
+    for name, figure in figures.items():
+        lines.add_row(Text(f"  {name}", "bold"), Text(written(figure)))
+    console.print(Text(written(str(folder)), "bold"))
+    console.print(counts)
+    console.print(lines)
+
+
+def _size(n_bytes: int) -> str:
+    thousands = min((len(str(n_bytes)) - 1) // 3, 4)
+    return f"{n_bytes / 1000**thousands:.4g} {('B', 'kB', 'MB', 'GB', 'TB')[thousands]}"
+
+
+def _by_rule(counts: dict[str, int]) -> str:
+    return ", ".join(f"{rule} {n:,}" for rule, n in counts.items()) or "none"

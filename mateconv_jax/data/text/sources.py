@@ -1,0 +1,309 @@
+"""Inputs as chunks of raw records: JSONL and text files, plain or compressed, standard input, TFDS datasets, flat `.bin` files.
+
+What a chunk holds depends on the input's bytes alone, so that it means the same to any number of workers and to a later run.
+"""
+
+import dataclasses
+import glob
+import lzma
+import os
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import orjson
+import zstandard
+
+from mateconv_jax.errors import UserError, check_values
+
+READ_BYTES = 1 << 18
+DECOMPRESSORS = {
+    ".gz": lambda: zlib.decompressobj(wbits=31),
+    ".xz": lzma.LZMADecompressor,
+    ".zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
+}
+TXT_DOCUMENTS = ("line", "blank_line", "file")  # what ends a document of a .txt file
+_TFDS = re.compile(r"tfds:([^:]+):([^:\[]+(?:\[[^\]]*\])?):([^:]+)")  # the split may be a part of one, train[:10%]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One input. `format`: jsonl, txt, tfds (each example becomes a line of JSON) or bin (token ids, uint16)."""
+
+    path: str
+    format: str
+    size: int | None = None  # bytes on disk, for the progress bar and to notice that a file changed
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkSizes:
+    """A chunk ends with the record that brings it to `bytes`, or to `records`; a record above `longest_record` is rejected."""
+
+    bytes: int = 16_000_000  # of input: about 5 M tokens, a shard of 10 MB
+    records: int | None = None
+    longest_record: int = 16_000_000
+
+    def __post_init__(self):
+        check_values(
+            self,
+            [
+                ("bytes", self.bytes >= 1, "at least 1"),
+                ("records", self.records is None or self.records >= 1, "at least 1"),
+                ("longest_record", self.longest_record >= 1, "at least 1"),
+            ],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Consecutive records of one source: the unit of work, which becomes at most one shard of each split."""
+
+    name: str  # SOURCE-PART, two numbers that sort: the order of all chunks
+    source: Source
+    records: list[tuple[int, bytes]]  # (line, from 1; text in UTF-8, JSON, or token ids)
+    position: int  # bytes of the source's file read so far
+    rejects: list[tuple[int, str, str]]  # (line, rule, reason) of what the reader itself refused
+
+
+def open_local(path: str) -> BinaryIO:
+    return open(path, "rb")
+
+
+def local_files(pattern: str) -> list[tuple[str, int]]:
+    """(path, bytes) of the files that a path or glob names, sorted.
+
+    Raises:
+      UserError: nothing is there, or a folder is.
+    """
+    paths = sorted(glob.glob(pattern, recursive=True)) or [pattern]
+    for path in paths:
+        if Path(path).is_dir():
+            raise UserError(f"--input: {path!r} is a folder (expected files, or a glob such as {Path(path) / '*.jsonl'})")
+        if not Path(path).is_file():
+            raise UserError(f"--input: no file at {path!r} (expected .jsonl, .txt or .bin files, or a glob)")
+    return [(path, Path(path).stat().st_size) for path in paths]
+
+
+def find(patterns: list[str], files: Callable[[str], list[tuple[str, int]]] = local_files) -> list[Source]:
+    """The inputs that paths, globs, `-` and `tfds:NAME/CONFIG:SPLIT:FEATURE` name, in the order given.
+
+    Args:
+      files: the (path, bytes) that a path or glob names; Beam brings its own.
+
+    Raises:
+      UserError: nothing is there.
+    """
+    sources = []
+    for pattern in patterns:
+        if pattern == "-":
+            sources.append(Source("-", "jsonl"))
+        elif pattern.startswith("tfds:"):
+            if not _TFDS.fullmatch(pattern):
+                raise UserError(f"--input: {pattern!r} is incomplete (expected tfds:NAME/CONFIG:SPLIT:FEATURE)")
+            sources.append(Source(pattern, "tfds"))
+        else:
+            for path, size in files(pattern):
+                suffixes = [suffix for suffix in Path(path).suffixes if suffix not in DECOMPRESSORS]
+                kind = {".txt": "txt", ".bin": "bin"}.get((suffixes or [""])[-1], "jsonl")
+                sources.append(Source(path, kind, size))
+    return sources
+
+
+def chunks(
+    source: Source,
+    number: int,
+    sizes: ChunkSizes,
+    txt_document: str = "line",
+    bos_eos: tuple[int, int] | None = None,
+    open_file: Callable[[str], BinaryIO] = open_local,
+) -> Iterator[Chunk]:
+    """The chunks of a source, in order.
+
+    Args:
+      number: of the source among all.
+      txt_document: what a document of a .txt file is, one of TXT_DOCUMENTS.
+      bos_eos: the ids of `<s>` and `</s>`, between which a document of a .bin file stands.
+      open_file: opens a path for reading bytes; Beam brings its own.
+
+    Raises:
+      UserError: a TFDS dataset that is not there; a .bin file that holds no 16-bit numbers.
+    """
+    progress = [0]
+    if source.format == "bin":
+        records = _bin_records(source.path, bos_eos, sizes.bytes, progress)
+    else:
+        blocks = _tfds_lines(source.path) if source.format == "tfds" else _blocks(source.path, open_file, progress)
+        document = txt_document if source.format == "txt" else "line"
+        records = _text_records(blocks, document, sizes.longest_record)
+    part, kept, rejects, size = 0, [], [], 0
+    for line, record in records:
+        if isinstance(record, bytes):
+            kept.append((line, record))
+            size += len(record)
+        else:
+            rejects.append((line, *record))
+        if size >= sizes.bytes or len(kept) == sizes.records:
+            yield Chunk(f"{number:05d}-{part:06d}", source, kept, progress[0], rejects)
+            part, kept, rejects, size = part + 1, [], [], 0
+    if kept or rejects:
+        yield Chunk(f"{number:05d}-{part:06d}", source, kept, progress[0], rejects)
+
+
+# ---- text ---------------------------------------------------------------------------------------------------------
+
+
+def _text_records(blocks: Iterator[bytes], document: str, longest: int) -> Iterator[tuple[int, bytes | tuple[str, str]]]:
+    """(line, record) or (line, (rule, reason)). A blank line is nothing, or the end of a document, or inside one."""
+    start, lines, size, number = 0, [], 0, 0
+
+    def record():
+        if size > longest:
+            return start, ("line_too_long", f"a record of {size:,} bytes (at most {longest:,})")
+        return start, b"\n".join(lines)
+
+    try:
+        for number, (line, line_size) in enumerate(_lines(blocks, longest), 1):
+            blank = line_size <= longest and not line.strip()
+            if start and blank and document == "blank_line":
+                yield record()
+                start, lines, size = 0, [], 0
+            elif start or not blank:
+                start = start or number
+                lines.append(line)
+                size += line_size
+                if size > longest:
+                    lines.clear()  # will be rejected: only its size is counted on
+                if document == "line":
+                    yield record()
+                    start, lines, size = 0, [], 0
+        if start:
+            yield record()
+    except (zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError) as error:
+        yield number + 1, ("broken_file", f"cannot be decompressed further ({error}); what stands before this line is used")
+
+
+def _lines(blocks: Iterator[bytes], longest: int) -> Iterator[tuple[bytes, int]]:
+    """(line, its bytes). A line above `longest` comes empty with its true size: it is never held."""
+    parts, size = [], 0
+    for block in blocks:
+        for i, part in enumerate(block.split(b"\n")):
+            if i:  # a line ended before this part
+                yield b"".join(parts), size
+                parts, size = [], 0
+            size += len(part)
+            parts.append(part)
+            if size > longest:
+                parts.clear()
+    if size:
+        yield b"".join(parts), size
+
+
+def _blocks(path: str, open_file, progress: list[int]) -> Iterator[bytes]:
+    """The file's bytes, decompressed as its suffix says."""
+    with sys.stdin.buffer if path == "-" else open_file(path) as file:
+        new = DECOMPRESSORS.get(Path(path).suffix)
+        member = None  # compressed files may be several, one behind the other
+        while block := file.read(READ_BYTES):
+            progress[0] += len(block)
+            if new is None:
+                yield block
+                continue
+            while block:
+                member = member or new()
+                yield member.decompress(block)
+                block = member.unused_data.lstrip(b"\0") if member.eof else b""
+                member = None if member.eof else member
+        if member is not None:
+            raise EOFError("the file ends too early")
+
+
+def _tfds_lines(name: str) -> Iterator[bytes]:
+    """Each example's text as a line of JSON. Invalid UTF-8 is passed on as it is: the line is rejected later."""
+    import tensorflow_datasets as tfds  # 2 s
+
+    builder_name, split, feature = _TFDS.fullmatch(name).groups()
+    try:
+        builder = tfds.builder(builder_name)
+        if not builder.is_prepared():
+            builder = tfds.builder(builder_name, file_format="array_record")  # TFDS' default needs TensorFlow
+            builder.download_and_prepare()
+        info = builder.info
+    except ImportError as error:  # what the code that makes this dataset uses; of TFDS itself nothing
+        package = error.name or "tensorflow"
+        raise UserError(f"--input: TFDS cannot make {builder_name!r} without {package} (pip install {package})") from error
+    except Exception as error:  # TFDS raises whatever its datasets raise
+        raise UserError(
+            f"--input: TFDS has no dataset {builder_name!r} ({' '.join(str(error).split())[:300]}); prepared ones "
+            "are looked for in $TFDS_DATA_DIR or ~/tensorflow_datasets"
+        ) from error
+    if split.split("[")[0] not in info.splits:
+        raise UserError(f"--input: {builder_name} has no split {split!r} (there are: {', '.join(info.splits)})")
+    if feature not in info.features:
+        raise UserError(f"--input: {builder_name} has no feature {feature!r} (there are: {', '.join(info.features)})")
+    if info.file_format == tfds.core.FileFormat.TFRECORD:  # which TFDS itself reads with TensorFlow alone
+        examples = map(info.features.deserialize_example_np, _tfrecords(info.splits[split].file_instructions))
+    else:
+        examples = builder.as_data_source(split)
+    for example in examples:
+        text = example[feature]
+        try:
+            yield orjson.dumps({"text": text if isinstance(text, str) else bytes(text).decode()}) + b"\n"
+        except UnicodeDecodeError:
+            yield b'{"text": "' + bytes(text).replace(b"\n", b" ") + b'"}\n'
+
+
+def _tfrecords(file_instructions: Iterable) -> Iterator[bytes]:
+    """The records of TFRecord files: each a length in 8 bytes, 4 bytes of checksum, the data, 4 bytes of checksum.
+
+    Checksums are not compared: in Python that makes 5 MB/s, as slow as tokenising.
+
+    Args:
+      file_instructions: of TFDS; `filename`, and from `skip` on the next `take` records of that file.
+
+    Raises:
+      UserError: a file is shorter than its records say, or no such file.
+    """
+    for instruction in file_instructions:
+        end = os.stat(instruction.filename).st_size
+        with open(instruction.filename, "rb") as file:
+            for number in range(instruction.skip + instruction.take):
+                size = int.from_bytes(file.read(12)[:8], "little")
+                if file.tell() + size + 4 > end:
+                    raise UserError(f"--input: {instruction.filename!r} is broken or cut short at record {number + 1}")
+                record = file.read(size)
+                file.seek(4, os.SEEK_CUR)
+                if number >= instruction.skip:
+                    yield record
+
+
+# ---- token ids ----------------------------------------------------------------------------------------------------
+
+
+def _bin_records(path: str, bos_eos: tuple[int, int] | None, longest: int, progress: list[int]) -> Iterator[tuple[int, bytes]]:
+    """Documents of a flat uint16 stream; (number of its first token from 1, its ids as bytes).
+
+    A document ends with a `</s>` that a `<s>` follows directly, so that the turns of a dialogue, which have a line feed between
+    them, stay together; in a stream without `<s>`, with every `</s>`. Where none ends within `longest` bytes, it is cut.
+    """
+    bos, eos = bos_eos or (None, None)
+    if Path(path).stat().st_size % 2:
+        raise UserError(f"--input: {path!r} has an odd number of bytes (expected a flat stream of 16-bit token ids)")
+    tokens = np.memmap(path, np.uint16, "r") if Path(path).stat().st_size else np.zeros(0, np.uint16)
+    start, window = 0, longest // 2
+    for offset in range(0, len(tokens), window):
+        part = tokens[offset : offset + window + 1]
+        is_end = part[:-1] == eos
+        if (part == bos).any():
+            is_end &= part[1:] == bos
+        ends = offset + np.flatnonzero(is_end) + 1
+        for end in [*ends.tolist(), *([offset + window] if not len(ends) else [])]:
+            yield start + 1, tokens[start:end].tobytes()
+            start = min(end, len(tokens))
+            progress[0] = 2 * start
+    if start < len(tokens):
+        yield start + 1, tokens[start:].tobytes()
+        progress[0] = 2 * len(tokens)

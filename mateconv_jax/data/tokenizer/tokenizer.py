@@ -1,0 +1,41 @@
+"""Loading and using a tokenizer. Text is text: what a document or a user writes never becomes a control token.
+
+Tokenizers are transformers' fast tokenizers; a folder holds tokenizer.json, tokenizer_config.json and the chat template.
+"""
+
+import hashlib
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from mateconv_jax.errors import UserError
+
+# Ids 0 to 3, in this order.
+SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+
+def load(folder: str | Path, key: str, needs_begin: bool = True) -> PreTrainedTokenizerFast:
+    """The tokenizer in `folder`. `key` names the flag or configuration key that gave the folder, for the error.
+
+    Raises:
+      UserError: no tokenizer there, or one without `</s>`, or without `<s>`, which `needs_begin` (some models have none).
+    """
+    if not (Path(folder) / "tokenizer.json").is_file():
+        raise UserError(f"{key}: no tokenizer at {str(folder)!r} (expected a folder with tokenizer.json)")
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:  # the library raises bare Exception for a broken file
+        raise UserError(f"{key}: cannot read the tokenizer at {str(folder)!r} ({error})") from error
+    if needs_begin and tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise UserError(f"{key}: the tokenizer at {str(folder)!r} has no begin or no end token (expected <s> and </s>)")
+    return tokenizer
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Equal for two tokenizers that give equal ids: 16 hex digits of the SHA-256 of the tokenizer's JSON."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
+    """Token ids of plain texts; a literal `</s>` in a text is five ordinary characters."""
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)["input_ids"]

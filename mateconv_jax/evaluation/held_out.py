@@ -1,0 +1,265 @@
+"""How well a trained model predicts text: loss, perplexity and bits per byte, over any amount of it."""
+
+import collections
+import contextlib
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from mateconv_jax.data import loader
+from mateconv_jax.data.build import pipeline
+from mateconv_jax.data.build.options import PrepareOptions
+from mateconv_jax.data.dataset import Dataset, Rows, is_dataset, open_dataset
+from mateconv_jax.data.text import sources
+from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
+from mateconv_jax.data.tokenizer.token_bytes import bytes_per_token, target_bytes
+from mateconv_jax.errors import UserError
+from mateconv_jax.interop.formats import open_model
+from mateconv_jax.losses.next_token import next_token_loss
+from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.transformer import abstract_model
+from mateconv_jax.runtime import sharding
+from mateconv_jax.training.step import make_eval_step
+
+BATCH_SIZE = 8
+NO_SPLITS = "--split: {!r} has no splits (only a folder made by python -m mateconv_jax.prepare has)"
+LAG = 4  # batches dispatched and not yet read: the device always has work, and holds few batches
+
+
+def evaluate_run(
+    model_path: str | Path,
+    data: list[str],
+    split: str | None = None,
+    batch_size: int | None = None,
+    max_batches: int | None = None,
+    use_ema: bool | None = None,
+    dtype: str = "auto",
+    tokenizer: str | Path | None = None,
+) -> dict:
+    """Score a model on text, on all devices.
+
+    Args:
+      model_path: a run folder, of which the newest checkpoint counts, a Hugging Face folder, a .pth or a .gguf file.
+      data: a dataset folder; a flat .bin file; or raw files, as `sources.find` takes them, which are tokenised into a
+        temporary folder ($TMPDIR) with the model's tokenizer: rows as long as the run's, or as its context up to 512.
+      split: of a dataset folder; None: validation.
+      batch_size: rows over all devices; None: BATCH_SIZE, or as many more as the devices need.
+      max_batches: None: everything.
+      use_ema: EMA weights or the raw ones; None: both, where there are both.
+      dtype: auto, float32 or bfloat16, of the computation.
+      tokenizer: a folder with the tokenizer to use; None: the model's own.
+
+    Returns:
+      model_path, step (None: not known), data, split (None: all of it), seq_len; rows, tokens (targets) and bytes that were
+      scored; rejected {rule: documents of raw files left out}; scores {"raw" and "ema", those that were asked for: {loss in
+      nats a token, perplexity, bits_per_byte}}.
+
+      Bits per byte are the nats of all targets, control tokens included, in bits, over the bytes of the text that the targets
+      write; None where they write none.
+
+    Raises:
+      UserError: no model, tokenizer, EMA weights or data there; data that do not fit the model; a size out of its range.
+    """
+    model = open_model(model_path, "--model_path", tokenizer)
+    config, tokenizer = model.config, model.tokenizer
+    if tokenizer is None:
+        raise UserError(f"--tokenizer: missing ({str(model_path)!r} has none; expected a folder with tokenizer.json)")
+    mesh = sharding.make_mesh()
+    batch_size = _check_sizes(batch_size, max_batches, mesh)
+    with opened(data, split, config, tokenizer) as (rows, described):
+        config.model.attention = config.model.experts = "auto"  # the backend it was trained with may not exist on this machine
+        config.model.dropout = 0.0  # none here, and the faster backends have none
+        graph, abstract_params = abstract_model(ModelConfig.make(config.model, dtype, length=described["seq_len"]))
+        abstract_params = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)), abstract_params
+        )
+        both = use_ema is None and model.has_ema
+        weights = {
+            "ema" if ema else "raw": model.params(abstract_params, ema) for ema in ((False, True) if both else (bool(use_ema),))
+        }
+        eval_step = make_eval_step(graph, next_token_loss)
+        result = evaluate(eval_step, weights, rows, bytes_per_token(tokenizer), batch_size, max_batches, mesh)
+        return {"model_path": str(model_path), "step": model.step, **described, **result}
+
+
+def evaluate(
+    eval_step,
+    weights: dict[str, nnx.State],
+    rows: Rows,
+    bytes_per_token_V: np.ndarray,
+    batch_size: int,
+    max_batches: int | None,
+    mesh: Mesh,
+) -> dict:
+    """Score several weights of one model on the same rows.
+
+    Args:
+      eval_step: see `make_eval_step`.
+      weights: {name: parameters}, on the mesh.
+      rows: read in order, a batch at a time; the last batch is filled up with rows of length 0.
+      bytes_per_token_V: see `bytes_per_token`.
+      batch_size: divisible by the mesh's devices.
+      max_batches: None: all rows.
+
+    Returns:
+      rows, tokens, bytes and scores, as `evaluate_run`.
+    """
+    n_batches = min(-(-len(rows) // batch_size), max_batches or sys.maxsize)
+    totals = {name: np.zeros(2) for name in weights}  # nats and tokens, float64
+    n_bytes = 0
+    pending = collections.deque()
+
+    def read_oldest():
+        for name, sums in jax.device_get(pending.popleft()).items():
+            totals[name] += np.array(sums, np.float64)
+
+    batches = loader.validation_batches(rows, batch_size, n_batches)
+    bar = tqdm(
+        batches, "evaluating", n_batches, unit="batch", dynamic_ncols=True, mininterval=0.5, disable=not sys.stderr.isatty()
+    )
+    for batch in bar:
+        n_bytes += target_bytes(bytes_per_token_V, batch)
+        on_devices = jax.device_put(batch, sharding.batch(mesh))
+        pending.append({name: eval_step(params, on_devices) for name, params in weights.items()})
+        if len(pending) > LAG:
+            read_oldest()
+    while pending:
+        read_oldest()
+
+    n_tokens = int(next(iter(totals.values()))[1])
+    return {
+        "rows": min(len(rows), n_batches * batch_size),
+        "tokens": n_tokens,
+        "bytes": n_bytes,
+        "scores": {name: _figures(nats, n_tokens, n_bytes) for name, (nats, _) in totals.items()},
+    }
+
+
+def _figures(nats: float, n_tokens: int, n_bytes: int) -> dict[str, float | None]:
+    """None where a figure is no number: of a model that diverged, or of targets that write no text."""
+    loss = nats / n_tokens
+    figures = {
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else math.nan,
+    }
+    return {name: float(figure) if math.isfinite(figure) else None for name, figure in figures.items()}
+
+
+def _check_sizes(batch_size: int | None, max_batches: int | None, mesh: Mesh) -> int:
+    """The batch size that is meant."""
+    devices = mesh.size
+    if batch_size is None:
+        batch_size = -(-BATCH_SIZE // devices) * devices
+    if batch_size < 1 or batch_size % devices:
+        raise UserError(f"--batch_size: {batch_size} is not possible (expected a multiple of {devices}, the number of devices)")
+    if max_batches is not None and max_batches < 1:
+        raise UserError(f"--max_batches: {max_batches} is not possible (expected at least 1)")
+    return batch_size
+
+
+# ---- the text -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def opened(
+    data: list[str], split: str | None, config: ConfigDict, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[tuple[Rows, dict]]:
+    """Rows of a dataset folder, of a flat .bin file or of raw text, and data, split, seq_len and rejected of them.
+
+    Args: see `evaluate_run`; config and tokenizer are the model's.
+
+    Raises:
+      UserError: no such data or split, other data than the model can read.
+    """
+    seq_len = config.data.seq_len
+    described = {"data": data, "split": None, "seq_len": seq_len, "rejected": {}}
+    document_starts = (tokenizer.bos_token_id, tokenizer.eos_token_id) if config.training.document_mask else None
+    if len(data) == 1 and is_dataset(data[0]):
+        dataset = open_dataset(data[0], "--data", seq_len)
+        if split is not None and dataset.splits is None:
+            raise UserError(NO_SPLITS.format(data[0]))
+        split = None if dataset.splits is None else split or "validation"
+        _check_dataset(dataset, split, config, tokenizer)
+        rows = dataset.rows(split, document_starts)
+        dataset.check_tokens(rows, len(tokenizer), f"the model's tokenizer has {len(tokenizer)}")
+        yield rows, described | {"split": split, "seq_len": dataset.seq_len}
+        return
+    if split is not None:
+        raise UserError(NO_SPLITS.format(" ".join(data)))
+    with tempfile.TemporaryDirectory(prefix="mateconv-") as temporary:
+        folder = Path(temporary) / "dataset"
+        rejected = _prepare(data, folder, tokenizer, seq_len)
+        rows = open_dataset(folder, "--data", seq_len).rows("train", document_starts)
+        yield rows, described | {"rejected": rejected}
+
+
+def _check_dataset(dataset: Dataset, split: str | None, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = str(dataset.path)
+    if dataset.tokenizer_fingerprint not in (None, tokenizer_lib.fingerprint(tokenizer)):
+        raise UserError(
+            f"--data: {path!r} was tokenised with another tokenizer than the model's (give the raw text, or prepare it with "
+            f"--tokenizer {tokenizer.name_or_path})"
+        )
+    if dataset.seq_len > config.model.max_seq_len:
+        raise UserError(
+            f"--data: {path!r} has rows of {dataset.seq_len} tokens, the model reads {config.model.max_seq_len} (give the "
+            f"raw text, or prepare it with --seq_len {config.model.max_seq_len})"
+        )
+    if split is not None and split not in dataset.splits:
+        raise UserError(f"--split: {path!r} has no split {split!r} (there are: {', '.join(dataset.splits)})")
+
+
+def _prepare(data: list[str], folder: Path, tokenizer: PreTrainedTokenizerFast, seq_len: int) -> dict[str, int]:
+    """Raw text as a dataset folder, all of it one split; {rule: documents that it left out}."""
+    tokenizer_folder = folder.with_name("tokenizer")
+    tokenizer.save_pretrained(tokenizer_folder)
+    options = PrepareOptions(seq_len=seq_len, val_fraction=0.0, dedup="none")
+    try:
+        found = sources.find(data)
+        n_chunks = 1 + sum(source.size or 0 for source in found) // options.sizes.bytes
+        n_workers = min(len(os.sched_getaffinity(0)), n_chunks)
+        return pipeline.prepare(found, folder, str(tokenizer_folder), options, n_workers)["rejects"]
+    except UserError as error:
+        # They name the flags of `prepare`, and promise that a second run goes on with what is in its folder.
+        message = str(error).split(" (what was finished")[0]
+        raise UserError(message.replace("--input:", "--data:").replace("--output:", "--data:")) from error
+
+
+# ---- table --------------------------------------------------------------------------------------------------------
+
+
+def print_table(result: dict) -> None:
+    """What `evaluate_run` returns, on standard output."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    for heading in ("weights", "loss (nats a token)", "perplexity", "bits per byte"):
+        table.add_column(heading, justify="left" if heading == "weights" else "right")
+    for name, score in result["scores"].items():
+        table.add_row(name, *("-" if figure is None else f"{figure:,.4f}" for figure in score.values()))
+    model = f"[bold]{escape(result['model_path'])}[/bold]" + ("" if result["step"] is None else f", step {result['step']:,}")
+    text = escape(", ".join([*result["data"], *([result["split"]] if result["split"] else [])]))
+    size = (
+        f"{result['rows']:,} rows of {result['seq_len']} tokens; {result['tokens']:,} targets write {result['bytes']:,} bytes"
+    )
+    lines = [f"{model}, on {text}", size]
+    if result["rejected"]:
+        lines.append("left out: " + ", ".join(f"{rule} {n:,}" for rule, n in result["rejected"].items()))
+    console = Console()
+    console.print("\n".join(lines), soft_wrap=True, highlight=False)
+    console.print(table)

@@ -1,0 +1,191 @@
+"""The curves of one run or several on one page."""
+
+import io
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from mateconv_jax import plotting
+from mateconv_jax.plotting import BLUE, DARK, GREEN, RED, drawable, log_ticks, short
+from mateconv_jax.reporting.history import Curve, Run, smoothed, thinned
+
+PALETTE = [BLUE, RED, GREEN, "#b08a3e", "#8569a8", "#4c9fae", "#c47fa6", "#777777"]
+POINTS = 30  # up to here a curve shows them
+BUCKETS = 600  # of a curve, two points each: more than a panel of the page has pixels ...
+ALL_BUCKETS = 4000  # ... and of the curves of a panel together, so that many runs make no huge page
+WIDE = 10  # the largest value over the median, from which on the axis is logarithmic
+LONGEST_NAME = 40  # characters of a run in the legend
+
+
+def draw(runs: list[Run], smooth: int, file_format: str) -> bytes:
+    """Loss, validation loss, learning rate, gradient norm and tokens/s over the steps, as "svg" or "png".
+
+    Args:
+      smooth: steps over which thick lines are averaged, see `history.smoothed`; 0: no thick lines.
+
+    Equal runs give equal bytes: nothing comes from the user's matplotlib settings, and none of them is changed.
+    """
+    ours = {
+        "axes.titlepad": 8,
+        "axes.grid": True,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+        "svg.hashsalt": "mateconv_jax",
+    }
+    with plotting.style(**ours):
+        figure = Figure(figsize=(12, 12), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.02)
+        panels = figure.subplot_mosaic(
+            [["loss", "loss"], ["validation", "lr"], ["grad_norm", "speed"]], height_ratios=[1.25, 1, 1]
+        )
+        _draw_loss(panels["loss"], runs, smooth)
+        _draw_validation(panels["validation"], runs)
+        _draw_learning_rate(panels["lr"], runs)
+        _draw_grad_norm(panels["grad_norm"], runs, smooth)
+        _draw_speed(panels["speed"], runs, smooth)
+        for axes in panels.values():
+            _step_axis(axes, runs)
+        _token_axis(panels["loss"], runs)
+        _draw_names(figure, runs)
+        image = io.BytesIO()
+        figure.savefig(image, format=file_format, metadata={"Date": None} if file_format == "svg" else {"Software": None})
+    return image.getvalue()
+
+
+def colors(n: int) -> list[str]:
+    """One for each of n runs."""
+    if n <= len(PALETTE):
+        return PALETTE[:n]
+    return [to_hex(color) for color in matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, n))]
+
+
+# ---- panels -------------------------------------------------------------------------------------------------------
+
+
+def _draw_loss(axes: Axes, runs: list[Run], smooth: int) -> None:
+    axes.set_title("Training loss 训练损失")
+    axes.set_ylabel("nats per token 每 token")
+    if _draw_metric(axes, runs, "train/loss", smooth):
+        _log_if_wide(axes, runs, "train/loss")
+        if smooth:
+            handles = [Line2D([], [], color=DARK, linewidth=0.7, alpha=0.6), Line2D([], [], color=DARK, linewidth=1.8)]
+            axes.legend(handles, ["as logged 原始", f"averaged over about {smooth:,} steps 约 {smooth:,} 步的滑动平均"])
+
+
+def _draw_validation(axes: Axes, runs: list[Run]) -> None:
+    axes.set_title("Validation loss 验证损失")
+    axes.set_ylabel("nats per token 每 token")
+    weights = {"val/loss": ("-", "trained weights 训练权重"), "val/ema_loss": ("--", "EMA weights EMA 权重")}
+    drawn = {}
+    for key, (line, label) in weights.items():
+        for run, color in zip(runs, colors(len(runs)), strict=True):
+            if len(run.curve(key)):
+                _plot(axes, thinned(run.curve(key), _buckets(runs)), color=color, linestyle=line, linewidth=1.6)
+                drawn[label] = Line2D([], [], color=DARK, linestyle=line, linewidth=1.6)
+    if not drawn:
+        return _draw_none(axes)
+    if len(drawn) > 1:
+        axes.legend(drawn.values(), drawn.keys())
+    _linear_ticks(axes)
+
+
+def _draw_learning_rate(axes: Axes, runs: list[Run]) -> None:
+    axes.set_title("Learning rate 学习率")
+    if _draw_metric(axes, runs, "lr", 0):
+        _from_zero(axes, runs, "lr")
+
+
+def _draw_grad_norm(axes: Axes, runs: list[Run], smooth: int) -> None:
+    axes.set_title("Gradient norm 梯度范数")
+    axes.set_ylabel("before clipping 裁剪前")
+    if _draw_metric(axes, runs, "grad_norm", smooth):
+        _log_if_wide(axes, runs, "grad_norm")
+
+
+def _draw_speed(axes: Axes, runs: list[Run], smooth: int) -> None:
+    axes.set_title("Throughput 吞吐量")
+    axes.set_ylabel("tokens/s 每秒 token")
+    if _draw_metric(axes, runs, "tokens/s", smooth):
+        _from_zero(axes, runs, "tokens/s")
+
+
+def _draw_metric(axes: Axes, runs: list[Run], key: str, smooth: int) -> bool:
+    """Each run's points as a thin line and their average as a thick one; without smoothing one line. False: there are none."""
+    for run, color in zip(runs, colors(len(runs)), strict=True):
+        curve, average = (thinned(c, _buckets(runs)) for c in (run.curve(key), smoothed(run.curve(key), smooth)))
+        if smooth:
+            _plot(axes, curve, color=color, linewidth=0.7, alpha=0.35)
+        _plot(axes, average, color=color, linewidth=1.8, zorder=3)  # above every thin one
+    _linear_ticks(axes)
+    if not any(len(run.curve(key)) for run in runs):
+        _draw_none(axes)
+        return False
+    return True
+
+
+def _plot(axes: Axes, curve: Curve, **style) -> None:
+    axes.plot(curve.steps, curve.values, marker="o" if len(curve) <= POINTS else "", markersize=3.5, **style)
+
+
+def _draw_none(axes: Axes) -> None:
+    axes.text(0.5, 0.5, "none 无", transform=axes.transAxes, ha="center", va="center", color=DARK, fontsize=12)
+    axes.set_yticks([])
+
+
+def _draw_names(figure: Figure, runs: list[Run]) -> None:
+    handles = [Line2D([], [], color=color, linewidth=4) for color in colors(len(runs))]
+    names = [run.name if len(run.name) <= LONGEST_NAME else "…" + run.name[1 - LONGEST_NAME :] for run in runs]
+    columns = max(1, 120 // (max(map(len, names)) + 6))
+    figure.legend(handles, map(drawable, names), loc="outside upper left", ncols=columns, fontsize=11)
+
+
+def _buckets(runs: list[Run]) -> int:
+    return min(BUCKETS, ALL_BUCKETS // len(runs))
+
+
+# ---- axes ---------------------------------------------------------------------------------------------------------
+
+
+def _step_axis(axes: Axes, runs: list[Run]) -> None:
+    axes.set_xlim(0, 1.02 * max(1, *(run.last_step for run in runs)))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10), integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(short))
+    axes.set_xlabel("Step 步数")
+
+
+def _token_axis(axes: Axes, runs: list[Run]) -> None:
+    """On top, where a step is as many tokens in every run."""
+    sizes = {run.tokens_per_step for run in runs}
+    tokens = sizes.pop()
+    if sizes or not tokens:
+        return
+    top = axes.secondary_xaxis("top", functions=(lambda step: step * tokens, lambda n: n / tokens))
+    top.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10), integer=True))
+    top.xaxis.set_major_formatter(FuncFormatter(short))
+    top.set_xlabel("Tokens seen 已训练 token 数", labelpad=6)
+    top.spines["top"].set_visible(True)
+    axes.set_title(axes.get_title(loc="left"), pad=40)
+
+
+def _linear_ticks(axes: Axes) -> None:
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 2.5, 5, 10)))
+    axes.yaxis.set_major_formatter(FuncFormatter(short))
+
+
+def _from_zero(axes: Axes, runs: list[Run], key: str) -> None:
+    axes.set_ylim(0, 1.08 * max(run.curve(key).values.max(initial=0) for run in runs) or 1)
+
+
+def _log_if_wide(axes: Axes, runs: list[Run], key: str) -> None:
+    """Spikes and a steep start are visible on a logarithmic axis, and so is what lies below them."""
+    values = np.concatenate([run.curve(key).values for run in runs])
+    if values.max() > WIDE * max(np.median(values), 0) and (values > 0).any():
+        axes.set_yscale("log", nonpositive="mask")
+        log_ticks(axes.yaxis)

@@ -1,0 +1,172 @@
+"""report.html: what runs are, what came out of them, and their curves; one file that needs no other."""
+
+import base64
+import time
+
+import jinja2
+import numpy as np
+
+from mateconv_jax.reporting import curves
+from mateconv_jax.reporting.history import Run, smoothed
+
+ABSENT = "–"
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Training report: {{ names | join(", ") }}</title>
+<style>
+body { margin: 2.5rem auto; max-width: 68rem; padding: 0 1.5rem; background: #fff; color: #222; line-height: 1.45;
+  font-family: "Helvetica Neue", Arial, "Noto Sans CJK SC", "Noto Sans SC", "PingFang SC", "Microsoft YaHei", sans-serif; }
+h1 { font-size: 1.6rem; font-weight: 600; margin: 0 0 .3rem; }
+h2, summary { font-size: 1.1rem; font-weight: 600; margin: 2rem 0 .6rem; }
+summary { cursor: pointer; }
+[lang="zh"] { color: #666; font-weight: normal; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .38rem 1.4rem .38rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e4e4e4; }
+thead th { border-bottom: 2px solid #999; overflow-wrap: anywhere; min-width: 8rem; }
+tbody th { font-weight: normal; min-width: 14rem; }
+.key tbody th { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .82rem; }
+.note { display: block; color: #777; font-size: .8rem; }
+.color { display: inline-block; width: 1.1em; height: .3em; border-radius: .15em; margin-right: .5em; vertical-align: middle; }
+img { width: 100%; height: auto; margin-top: .5rem; }
+@media print { body { margin: 0; max-width: none; } table, img { break-inside: avoid; } }
+</style>
+</head>
+<body>
+{% macro table(rows, kind) %}
+<div class="scroll">
+<table class="{{ kind }}">
+<thead><tr><th></th>{% for name in names %}<th><span class="color" style="background: {{ colors[loop.index0] }}"></span>
+{{- name }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for label, chinese, cells in rows %}
+<tr><th>{{ label }}{% if chinese %} <span lang="zh">{{ chinese }}</span>{% endif %}</th>
+{%- for value, note in cells %}<td>{{ value }}{% if note %} <span class="note">{{ note }}</span>{% endif %}</td>
+{%- endfor %}</tr>
+{% endfor %}
+</tbody>
+</table>
+</div>
+{% endmacro %}
+<h1>Training report <span lang="zh">训练报告</span></h1>
+<h2>Results <span lang="zh">结果</span></h2>
+{{ table(results, "results") }}
+{% if differences %}
+<h2>Settings that differ <span lang="zh">不同的配置</span></h2>
+{{ table(differences, "key") }}
+{% elif names | length > 1 %}
+<p>The runs have the same settings. <span lang="zh">各次训练配置相同。</span></p>
+{% endif %}
+<h2>Curves <span lang="zh">曲线</span></h2>
+<img alt="Training loss, validation loss, learning rate, gradient norm and throughput over the steps"
+ src="data:image/svg+xml;base64,{{ image }}">
+<details>
+<summary>All settings <span lang="zh">全部配置</span></summary>
+{{ table(settings, "key") }}
+</details>
+</body>
+</html>
+"""
+
+
+def html(runs: list[Run], smooth: int) -> str:
+    """The page of these runs, their curves averaged over `smooth` steps."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    every_setting = settings(runs)
+    return environment.from_string(PAGE).render(
+        names=[run.name for run in runs],
+        colors=curves.colors(len(runs)),
+        results=results(runs, smooth),
+        differences=[(key, "", cells) for key, _, cells in every_setting if len(set(cells)) > 1 and key != "training.out_dir"],
+        settings=every_setting,
+        image=base64.b64encode(curves.draw(runs, smooth, "svg")).decode(),
+    )
+
+
+def settings(runs: list[Run]) -> list[tuple[str, str, list]]:
+    """Rows of the table of all keys that a run's config has, with a cell (value, "") for each run."""
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    return [(key, "", [(str(run.config.get(key, ABSENT)), "") for run in runs]) for key in keys]
+
+
+def results(runs: list[Run], smooth: int) -> list[tuple[str, str, list]]:
+    """Rows of the table of results: (English, Chinese, a cell for each run); a cell is (value, note), and a row in which no run
+    has anything is left out."""
+    rows = [
+        ("Steps done", "完成步数", [_steps(run) for run in runs]),
+        ("Tokens seen", "已训练 token 数", [_tokens(run) for run in runs]),
+    ]
+    average = (f", average of about {smooth:,} steps", "（平滑）") if smooth else (", last", "（最后）")
+    rows.append((f"Training loss{average[0]}", f"训练损失{average[1]}", [_last(run, "train/loss", smooth) for run in runs]))
+    for key, label, chinese in (
+        ("val/loss", "Validation loss", "验证损失"),
+        ("val/ema_loss", "Validation loss of EMA weights", "EMA 权重验证损失"),
+    ):
+        rows += [
+            (f"{label}, last", f"{chinese}（最后）", [_loss_at(run, key, -1) for run in runs]),
+            (f"{label}, best", f"{chinese}（最低）", [_loss_at(run, key, None) for run in runs]),
+        ]
+    rows += [
+        ("Bits per byte, last", "每字节比特数（最后）", [_last(run, "val/bits_per_byte", 0) for run in runs]),
+        ("Median tokens/s", "每秒 token 数（中位数）", [_median_speed(run) for run in runs]),
+        ("Training time, steps alone", "训练用时（仅训练步）", [_training_time(run) for run in runs]),
+        ("Steps not finite", "非有限步数", [_not_finite(run) for run in runs]),
+        (
+            "Last line written",
+            "最后写入",
+            [(time.strftime("%Y-%m-%d %H:%M", time.localtime(r.last_written)), "") for r in runs],
+        ),
+    ]
+    return [row for row in rows if any(value != ABSENT for value, _ in row[2])]
+
+
+# ---- cells: (value, note) -----------------------------------------------------------------------------------------
+
+
+def _steps(run: Run) -> tuple[str, str]:
+    planned = run.config.get("training.max_steps")
+    return f"{run.last_step:,}", f"of {planned:,}" if isinstance(planned, int) else ""
+
+
+def _tokens(run: Run) -> tuple[str, str]:
+    if run.tokens_per_step is None:
+        return ABSENT, ""
+    return f"{run.last_step * run.tokens_per_step:,}", f"{run.tokens_per_step:,} a step"
+
+
+def _last(run: Run, key: str, smooth: int) -> tuple[str, str]:
+    curve = smoothed(run.curve(key), smooth)
+    return (f"{curve.values[-1]:.4f}", f"at step {curve.steps[-1]:,}") if len(curve) else (ABSENT, "")
+
+
+def _loss_at(run: Run, key: str, index: int | None) -> tuple[str, str]:
+    """`index` of the curve; None: where it is lowest."""
+    curve = run.curve(key)
+    if not len(curve):
+        return ABSENT, ""
+    index = int(np.argmin(curve.values)) if index is None else index
+    with np.errstate(over="ignore"):  # of a diverged run: inf
+        perplexity = np.exp(curve.values[index])
+    return f"{curve.values[index]:.4f}", f"perplexity {perplexity:,.5g}, at step {curve.steps[index]:,}"
+
+
+def _median_speed(run: Run) -> tuple[str, str]:
+    curve = run.curve("tokens/s")
+    return (f"{np.median(curve.values):,.0f}" if len(curve) else ABSENT), ""
+
+
+def _training_time(run: Run) -> tuple[str, str]:
+    seconds = run.training_seconds()
+    if seconds is None:
+        return ABSENT, ""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours:,} h {rest // 60:02} min" if hours else f"{rest // 60} min {rest % 60:02} s", ""
+
+
+def _not_finite(run: Run) -> tuple[str, str]:
+    steps = run.not_finite
+    return (f"{len(steps):,}", f"of those logged, the first at {steps[0]:,}") if steps else (ABSENT, "")

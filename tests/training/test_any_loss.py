@@ -1,0 +1,87 @@
+"""The step trains whatever loss it is given."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Pairs of rows, of which one is to become likelier than the other by a margin; noise from the rows' keys.
+CODE = """
+import json, jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from mateconv_jax import config as config_lib
+from mateconv_jax.losses.loss_output import LossOutput
+from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.transformer import abstract_model
+from mateconv_jax.runtime import sharding
+from mateconv_jax.training import optimizer, train_state
+from mateconv_jax.training.step import make_eval_step, make_train_step
+
+def toy_loss(model, batch, key_B):
+    def score_B(tokens_BS):
+        log_probs_BSV = jax.nn.log_softmax(model(tokens_BS[:, :-1]))
+        return jnp.mean(jnp.take_along_axis(log_probs_BSV, tokens_BS[:, 1:, None], axis=2), axis=(1, 2))
+    noise_B = 0 if key_B is None else 0.1 * jax.vmap(jax.random.normal)(key_B)
+    margin_B = score_B(batch["better"]) - score_B(batch["worse"]) - batch["margin"] + noise_B
+    weight_B = batch["weight"]
+    loss = jnp.sum(weight_B * jax.nn.softplus(-margin_B))
+    return LossOutput(loss, jnp.sum(weight_B), loss, {"train/accuracy": jnp.sum(weight_B * (margin_B > 0))})
+
+sharding.SMALLEST_SPLIT = 64
+random = np.random.default_rng(0)
+batches = [{
+    "better": random.integers(0, 32, (2, 8, 9)), "worse": random.integers(32, 64, (2, 8, 12)),
+    "margin": random.random((2, 8), np.float32), "weight": random.integers(0, 4, (2, 8)).astype(np.float32),
+} for _ in range(4)]
+for devices, fsdp in [(1, 1), (8, 1), (8, 4)]:
+    config = config_lib.default_config()
+    config.mesh.fsdp = fsdp
+    config.model.update(dict(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=64, max_seq_len=16))
+    config.data.seq_len = 16
+    config.training.update(dict(accumulation_steps=2, learning_rate=0.3, warmup_steps=0, use_ema=True, optimizer_type="adafactor"))
+    config = config_lib.resolve(config)
+    c = ModelConfig.make(config.model, "float32")
+    tx = optimizer.make_optimizer(config.training, c)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+    init = lambda: train_state.init(c, tx, 0, True)
+    abstract = sharding.with_shardings(mesh, jax.eval_shape(init))
+    state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
+    graph = abstract_model(c)[0]
+    step = make_train_step(graph, toy_loss, tx, optimizer.make_schedule(config.training, 4), config.training, abstract)
+    figures = []
+    for batch in batches:
+        state, metrics = step(state, sharding.to_devices(batch, mesh, rows_axis=1))
+        figures += [float(metrics["train/loss"]), float(metrics["train/accuracy"]), *metrics["leaf_norms"].tolist()]
+    rows = sharding.to_devices({name: values[0] for name, values in batches[0].items()}, mesh)
+    figures += map(float, make_eval_step(graph, toy_loss)(state.params, rows))
+    split = [p.addressable_shards[0].data.size < p.size for p in jax.tree.leaves(state.params)]
+    whole = np.concatenate([np.ravel(p) for p in jax.tree.leaves(jax.device_get(state.params))])
+    print(json.dumps([sum(split), figures, whole.tolist()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """On one device, on 8, and on 8 in groups of 4 that split the parameters."""
+    env = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
+    output = subprocess.run([sys.executable, "-c", CODE], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert output.returncode == 0, output.stderr
+    return [json.loads(line) for line in output.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("run, n_split", [(1, 0), (2, 5)])
+def test_a_loss_on_other_fields_is_trained_on_8_devices_as_on_one(runs, run, n_split):
+    """Micro-batches of different weight, a key a row, four steps: losses, metrics, gradient norms, parameters."""
+    _, figures, params = runs[0]
+    split, figures_of_8, params_of_8 = runs[run]
+    assert split == n_split
+    np.testing.assert_allclose(figures_of_8, figures, rtol=1e-4)
+    np.testing.assert_allclose(params_of_8, params, atol=1e-5)
+    losses = figures[:-2:10]
+    assert losses[-1] < 0.9 * losses[0]
