@@ -1,9 +1,10 @@
 """Every claim about GPUs, checked on the one of this machine:  bash benchmarks/gpu.sh [--out DIR] [--part NAME …] [--dry_run]
 
-Parts, in order of worth: correct (numbers beside float32), real (commands as a user gives them: resume, checkpoints, memory),
-training and decoding (speed beside PyTorch on the same card), host, variants. Each is a process with a time limit; one that
-fails does not stop the others. Results go to DIR/gpu.json and DIR/gpu.md after every part, and the JSON to standard output at
-the end. The exit code is 1 if a check failed. Needs PyTorch and transformers beside requirements.txt, and no network.
+Parts, in order of worth: correct (numbers beside float32), resume (the same run twice, killed and continued), live (sampling
+beside training, SIGTERM, memory), training and decoding (speed beside PyTorch on the same card), host, variants. Each is a
+process with a time limit; one that fails does not stop the others. Results go to DIR/gpu.json and DIR/gpu.md after every part,
+and the JSON to standard output at the end. The exit code is 1 if a check failed. Needs PyTorch and transformers beside
+requirements.txt, and no network.
 
 --dry_run takes tiny sizes and runs on a CPU too: it shows that every part works, and measures nothing.
 """
@@ -21,7 +22,8 @@ from pathlib import Path
 from benchmarks.gpu import report
 
 # Seconds that a part may take on an H100.
-PARTS = {"correct": 120, "real": 200, "training": 150, "decoding": 90, "host": 40, "variants": 90}
+PARTS = {"correct": 120, "resume": 160, "live": 120, "training": 150, "decoding": 90, "host": 40, "variants": 90}
+UNTIMED = ("correct", "resume")
 COMPILED_AHEAD = ("training", "decoding", "variants")
 DATA = Path("data/gpu_demo")
 
@@ -33,14 +35,14 @@ def main(args) -> int:
     print(f"{results['card']}; {', '.join(f'{k} {v}' for k, v in results['versions'].items())}", flush=True)
     data = out / "data" if args.dry_run else DATA
     prepare_data(data, args.dry_run)
-    # `correct` and `real` measure no time: beside them, the programs of the parts that do are compiled into the caches.
-    ahead = [name for name in COMPILED_AHEAD if name in args.part and "real" in args.part and not args.dry_run]
+    # These measure no time: beside them, the programs of the parts that do are compiled into the caches.
+    ahead = [name for name in COMPILED_AHEAD if name in args.part and args.part[0] in UNTIMED and not args.dry_run]
     ahead = [start_part(name, out, data, args, compile_only=True) for name in ahead]
     for name in args.part:
         print(f"\n==== {name}", flush=True)
         (out / f"{name}.jsonl").unlink(missing_ok=True)
         begin = time.perf_counter()
-        for process in ahead if name not in ("correct", "real") else []:
+        for process in ahead if name not in UNTIMED else []:
             kill(process)
         ended = run_part(name, out, data, args)
         seconds = time.perf_counter() - begin
@@ -75,6 +77,7 @@ def start_part(name: str, out: Path, data: Path, args, compile_only: bool = Fals
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONUNBUFFERED": "1"}
     if args.dry_run:  # what is tiny compiles for longer than it runs
         environment["XLA_FLAGS"] = environment.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+    command += ["--case", *args.case] if name == "training" and args.case else []
     command += ["--dry_run"] * args.dry_run + ["--compile_only"] * compile_only
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} if compile_only else {}
     command = ["nice", "-n", "15", *command] if compile_only else command
@@ -127,6 +130,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="bash benchmarks/gpu.sh", description=__doc__)
     parser.add_argument("--out", default="runs/gpu", metavar="DIR")
     parser.add_argument("--part", nargs="+", choices=tuple(PARTS), default=list(PARTS), metavar="NAME", help=", ".join(PARTS))
+    parser.add_argument("--case", nargs="+", metavar="NAME", help="beginnings of the names of training's sizes (base, 110, …)")
     parser.add_argument("--limit", type=float, metavar="S", help="seconds a part may take, instead of its own limit")
     parser.add_argument("--dry_run", action="store_true")
     sys.exit(main(parser.parse_args()))

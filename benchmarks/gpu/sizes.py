@@ -51,9 +51,11 @@ TRAINING = (
 )
 
 
-def parse_args(description: str) -> argparse.Namespace:
-    """The flags that every part takes."""
+def parse_args(description: str, *flags: str) -> argparse.Namespace:
+    """The flags that every part takes, and further ones with any number of values."""
     parser = argparse.ArgumentParser(description=description)
+    for flag in flags:
+        parser.add_argument(flag, nargs="+", default=[])
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--data", required=True, metavar="DATASET")
     parser.add_argument("--dry_run", action="store_true")

@@ -25,12 +25,16 @@ from mateconv_jax.runtime import compilation_cache
 def main(args) -> None:
     compilation_cache.enable()
     report = Report(args.out, "training")
-    cases = sizes.TRAINING[:2] if args.dry_run else sizes.TRAINING
+    cases = [case for case in sizes.TRAINING if not args.case or case.name.startswith(tuple(args.case))]
+    cases = cases[:2] if args.dry_run else cases
     peers = [Peer("benchmarks.gpu.torch_training", "--case", peer_case(case, args.dry_run)) for case in cases]
     try:
         with ThreadPoolExecutor(len(cases) + 1) as pool:
             steps = [pool.submit(compile_step, case, args.dry_run) for case in cases]
-            unfused = pool.submit(compile_step, sizes.BASE, args.dry_run, without_command_buffers=True)
+            traced = {
+                name: pool.submit(compile_step, sizes.BASE, args.dry_run, without_command_buffers=True, **keys)
+                for name, keys in {"our step": {}, "our deterministic step": {"deterministic": True}}.items()
+            }
         ready = [peer.ready() for peer in peers]  # from here on nothing compiles
         if args.compile_only:
             return
@@ -41,7 +45,8 @@ def main(args) -> None:
             except jax.errors.JaxRuntimeError as error:
                 report.row(case.name, "failed", " ".join(str(error).split())[:200], False)
             if case is sizes.BASE:
-                where_the_time_goes(report, *unfused.result())
+                for name, step in traced.items():
+                    where_the_time_goes(report, name, *step.result())
     finally:
         for peer in peers:
             peer.stop()
@@ -87,7 +92,7 @@ def kind() -> str:
     return jax.devices()[0].device_kind
 
 
-def where_the_time_goes(report: Report, config, c: ModelConfig, step, compiled) -> None:
+def where_the_time_goes(report: Report, name: str, config, c: ModelConfig, step, compiled) -> None:
     """Of the base model, without command buffers, which a trace shows as one kernel."""
     running = timing.Step(step, compiled)
     seconds, steps = running.seconds(), 5
@@ -96,15 +101,15 @@ def where_the_time_goes(report: Report, config, c: ModelConfig, step, compiled) 
             running.run()
         running.wait()
     if not found:
-        report.row("where the step's time goes", "left out", f"no kernels in the trace of {kind()}")
+        report.row(f"where the time of {name} goes", "left out", f"no kernels in the trace of {kind()}")
         return
     groups = timing.by_group(found, steps)
     busy = sum(group["ms"] for group in groups.values())
-    report.row("our step, without command buffers", timing.in_words(groups),
+    report.row(f"{name}, without command buffers", timing.in_words(groups),
                f"{busy:.2f} ms of the {1e3 * seconds:.2f} ms a step", None, groups=groups)  # fmt: skip
     longest = sorted(found.items(), key=lambda item: -item[1][0])[:25]
-    for name, (total, launches) in longest:
-        report.row(f"kernel {name[:80]}", f"{1e3 * total / steps:.3f} ms", f"{launches / steps:.0f} launches")
+    for kernel, (total, launches) in longest:
+        report.row(f"{name}, kernel {kernel[:80]}", f"{1e3 * total / steps:.3f} ms", f"{launches / steps:.0f} launches")
     gpu = target.by_device_kind(kind())
     if gpu is not None:
         hlo = read(compiled.as_text())
@@ -115,4 +120,4 @@ def where_the_time_goes(report: Report, config, c: ModelConfig, step, compiled) 
 
 
 if __name__ == "__main__":
-    main(sizes.parse_args(__doc__))
+    main(sizes.parse_args(__doc__, "--case"))
