@@ -4,13 +4,13 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
+from mateconv_jax import files
 from mateconv_jax.data.build import pipeline
 from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.text import sources as sources_lib
@@ -61,20 +61,11 @@ def _folder_aside(output: Path, overwrite: bool) -> Iterator[Path]:
         raise UserError(f"--output: {str(output)!r} is there already (choose another folder, or --overwrite)")
     if output.exists() and not (output / "tokenizer.json").is_file():
         raise UserError(f"--output: {str(output)!r} holds no tokenizer and is not replaced (choose another folder)")
-    partial, replaced = (output.with_name(f"{output.name}.{state}") for state in ("partial", "replaced"))
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        if output.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            output.rename(replaced)
-        partial.rename(output)
-        shutil.rmtree(replaced, ignore_errors=True)
+        with files.aside(output, folder=True, replace_folder=True) as written:
+            yield written
     except OSError as error:
         raise UserError(f"cannot read or write {error.filename or str(output)!r} ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _texts(sources: list[sources_lib.Source], text_key: str, sample_mb: float, seed: int = 0) -> Iterator[str]:

@@ -20,8 +20,8 @@ from mateconv_jax.training.checkpoints import Checkpoints, Progress
 
 def main(args) -> None:
     report = Report(args.out, "host")
-    config, _, step, compiled = compile_step(sizes.BASE, args.dry_run, use_ema=True)
-    running = timing.Step(step, compiled)
+    config, run, compiled = compile_step(sizes.BASE, args.dry_run, use_ema=True)
+    running = timing.Step(run, compiled)
     seconds = running.seconds()
     dispatch(report, running, seconds)
     transfer(report, running, seconds, sharding.make_mesh(config.mesh))

@@ -4,7 +4,6 @@ The base model on the dataset's batches, as `train` would read them, without its
 """
 
 import argparse
-import itertools
 import json
 from pathlib import Path
 
@@ -16,10 +15,9 @@ from benchmarks.gpu.sizes import Case
 def main(args) -> None:
     if args.platform:
         jax.config.update("jax_platforms", args.platform)
-    from mateconv_jax.model.config import ModelConfig
-    from mateconv_jax.planning import programs
     from mateconv_jax.runtime import sharding
-    from mateconv_jax.training import loop
+    from mateconv_jax.training import setup
+    from mateconv_jax.training.batches import RowBatches
     from mateconv_jax.training.open_data import open_data
 
     # A rate at which the loss falls within 50 steps.
@@ -28,11 +26,10 @@ def main(args) -> None:
     config.data.train_data_path = args.data
     rows, _, _ = open_data(config)
     mesh = sharding.make_mesh(config.mesh)
-    step = programs.training_step(config, ModelConfig.make(config.model, args.dtype), None, args.steps)
-    state = jax.jit(step.init, out_shardings=jax.tree.map(lambda x: x.sharding, step.state))()
-    losses = []
-    for batch in itertools.islice(loop.training_batches(config, rows, 0, mesh), args.steps):
-        state, metrics = step.step(state, batch)
+    run = setup.build(config, setup.model_config(config), mesh, args.steps)
+    state, batches, losses = run.fresh_state(), RowBatches(config, rows, mesh), []
+    for step in range(args.steps):
+        state, metrics = run.train_step(state, batches(step, state.params))
         losses.append(metrics["train/loss"])
     Path(args.out).write_text(json.dumps([float(loss) for loss in losses]))
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.sizes import Case
-from mateconv_jax.model.config import ModelConfig
-from mateconv_jax.planning import programs
+from mateconv_jax.runtime import sharding
+from mateconv_jax.training import setup
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
 from tests.training.runs import saved
 
@@ -24,17 +24,17 @@ def main(args) -> None:
     steps = 5 if args.dry_run else 50
     case = Case("", dict(dim=256, n_layers=4, n_heads=8, n_kv_heads=8), 8, 512)  # 5 M parameters: 4 GB of checkpoints
     config = case.config(args.dry_run, use_ema=True)
-    step = programs.training_step(config, ModelConfig.make(config.model, "auto"), None, steps)
-    state = jax.jit(step.init, out_shardings=jax.tree.map(lambda x: x.sharding, step.state))()
+    run = setup.build(config, setup.model_config(config), sharding.make_mesh(config.mesh), steps)
+    state, shapes = run.fresh_state(), run.abstract_batch
     copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
     random, copies = np.random.default_rng(0), {}
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
         with Checkpoints(Path(folder), steps, None, False) as checkpoints:
             for number in range(1, steps + 1):
-                tokens = random.integers(0, 256, step.batch["tokens"].shape, np.uint16)
-                length = np.full(step.batch["length"].shape, tokens.shape[-1], np.int32)
+                tokens = random.integers(0, 256, shapes["tokens"].shape, np.uint16)
+                length = np.full(shapes["length"].shape, tokens.shape[-1], np.int32)
                 batch = {"tokens": tokens, "length": length}
-                state, _ = step.step(state, jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), batch, step.batch))
+                state, _ = run.train_step(state, jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), batch, shapes))
                 on_device = copy(state)
                 checkpoints.save(number, state, Progress())
                 copies[number] = on_device

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mateconv_jax.planning import programs
+from mateconv_jax.training.setup import Setup
 
 
 def per_call(run, wait, calls: int = 5, seconds: float = 1.5) -> float:
@@ -40,14 +40,15 @@ def memory_bandwidth(dry_run: bool) -> float:
 class Step:
     """A training step, compiled, with its state and a random batch on the devices."""
 
-    def __init__(self, step: programs.TrainingStep, compiled: jax.stages.Compiled, seed: int = 0):
-        self.compiled = compiled
-        self.state = jax.jit(step.init, out_shardings=jax.tree.map(lambda x: x.sharding, step.state))()
-        random, shapes = np.random.default_rng(seed), step.batch
+    def __init__(self, run: Setup, compiled: jax.stages.Compiled):
+        self.compiled, self.state = compiled, run.fresh_state()
+        random, shapes = np.random.default_rng(0), run.abstract_batch
         self.host_batch = {
             "tokens": random.integers(3, 256, shapes["tokens"].shape, np.uint16),
             "length": np.full(shapes["length"].shape, shapes["tokens"].shape[-1], np.int32),
+            "document_starts": random.random(shapes["tokens"].shape) < 0.02,
         }
+        self.host_batch = {name: self.host_batch[name] for name in shapes}
         self.batch = {name: jax.device_put(value, shapes[name].sharding) for name, value in self.host_batch.items()}
         self.metrics = None
 

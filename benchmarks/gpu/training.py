@@ -15,11 +15,13 @@ from benchmarks.gpu.peer import Peer
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.sizes import Case
 from mateconv_jax.model import flops
-from mateconv_jax.model.config import ModelConfig
-from mateconv_jax.planning import programs, target
+from mateconv_jax.planning import target
 from mateconv_jax.planning.hlo_report import read
 from mateconv_jax.planning.roofline import roofline
-from mateconv_jax.runtime import compilation_cache
+from mateconv_jax.runtime import compilation_cache, sharding
+from mateconv_jax.training import setup
+from mateconv_jax.training.setup import Setup
+from mateconv_jax.training.step import lower
 
 
 def main(args) -> None:
@@ -59,18 +61,17 @@ def peer_case(case: Case, dry_run: bool) -> str:
 
 
 def compile_step(case: Case, dry_run: bool, without_command_buffers: bool = False, **training):
-    """(config, ModelConfig, programs.TrainingStep, compiled)."""
+    """(config, Setup, compiled)."""
     config = case.config(dry_run, **training)
-    c = ModelConfig.make(config.model, "auto")
-    step = programs.training_step(config, c, None, 1000)
-    options = {"xla_gpu_enable_command_buffer": ""} if without_command_buffers and c.platform == "gpu" else {}
-    return config, c, step, step.lower().compile(options)
+    run = setup.build(config, setup.model_config(config), sharding.make_mesh(config.mesh), 1000)
+    options = {"xla_gpu_enable_command_buffer": ""} if without_command_buffers and run.c.platform == "gpu" else {}
+    return config, run, lower(run.train_step, run.abstract_state, run.abstract_batch, run.c.deterministic).compile(options)
 
 
-def compare(report: Report, case: Case, config, c: ModelConfig, step, compiled, theirs: dict | None) -> None:
-    tokens = config.training.batch_size * config.data.seq_len
+def compare(report: Report, case: Case, config, run: Setup, compiled, theirs: dict | None) -> None:
+    c, tokens = run.c, config.training.batch_size * config.data.seq_len
     needed, peak = flops.training_flops_per_token(c, config.data.seq_len) * tokens, flops.peak_flops(kind(), c.dtype)
-    seconds = timing.Step(step, compiled).seconds()
+    seconds = timing.Step(run, compiled).seconds()
 
     def speed(seconds: float) -> str:
         return f"{tokens / seconds:,.0f} tokens/s" + (f", MFU {needed / seconds / peak:.1%}" if peak else "")
@@ -92,9 +93,9 @@ def kind() -> str:
     return jax.devices()[0].device_kind
 
 
-def where_the_time_goes(report: Report, name: str, config, c: ModelConfig, step, compiled) -> None:
+def where_the_time_goes(report: Report, name: str, config, run: Setup, compiled) -> None:
     """Of the base model, without command buffers, which a trace shows as one kernel."""
-    running = timing.Step(step, compiled)
+    running = timing.Step(run, compiled)
     seconds, steps = running.seconds(), 5
     with timing.kernels() as found:
         for _ in range(steps):

@@ -1,6 +1,5 @@
 """Options of the training step, each beside the base model's:  python -m benchmarks.gpu.variants --out DIR --data DATASET"""
 
-import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -8,9 +7,9 @@ import jax
 from benchmarks.gpu import sizes, timing
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.sizes import Case
-from mateconv_jax.model.config import ModelConfig
-from mateconv_jax.planning import programs
-from mateconv_jax.runtime import compilation_cache
+from mateconv_jax.runtime import compilation_cache, sharding
+from mateconv_jax.training import setup
+from mateconv_jax.training.step import lower
 
 EXPERTS = dict(use_moe=True)
 # name: (changes of the model, of training, XLA's options)
@@ -64,11 +63,10 @@ def main(args) -> None:
 def compile_variant(name: str, dry_run: bool):
     model, training, options = VARIANTS[name]
     config = Case(name, model, 32, 512, training).config(dry_run)
-    c = ModelConfig.make(config.model, "auto")
-    step = programs.training_step(config, c, None, 1000)
-    if name == "not donated":
-        step = dataclasses.replace(step, step=jax.jit(step.step.__wrapped__))
-    return step, step.lower().compile(options if c.platform == "gpu" else {})
+    run = setup.build(config, setup.model_config(config), sharding.make_mesh(config.mesh), 1000)
+    train_step = jax.jit(run.train_step.__wrapped__) if name == "not donated" else run.train_step
+    lowered = lower(train_step, run.abstract_state, run.abstract_batch, run.c.deterministic)
+    return run, lowered.compile(options if run.c.platform == "gpu" else {})
 
 
 if __name__ == "__main__":

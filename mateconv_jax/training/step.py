@@ -57,13 +57,13 @@ def make_train_step(
         functools.partial(_train_step, sums, tx, schedule, training),
         donate_argnums=0,
         out_shardings=(shardings, None),
-        compiler_options=xla_flags.compiler_options(c.platform, training.deterministic),
+        compiler_options=xla_flags.compiler_options(c.platform, c.deterministic),
     )
 
 
-def lower(train_step, state: TrainState, batch, training: ConfigDict) -> jax.stages.Lowered:
+def lower(train_step, state: TrainState, batch, deterministic: bool) -> jax.stages.Lowered:
     """The step of `make_train_step`, lowered for arrays like these, or shapes with shardings."""
-    with deterministic_attention() if training.deterministic else contextlib.nullcontext():
+    with deterministic_attention() if deterministic else contextlib.nullcontext():
         return train_step.lower(state, batch)
 
 
@@ -80,7 +80,7 @@ def gradients_of_sums(graph, loss_fn: LossFn, seed: int, params, batch, step, sc
       gather: makes full parameters of `params`; gradients are with respect to `params`.
 
     Returns:
-      (LossOutput, gradient of its objective times factor, factor).
+      (LossOutput without its objective, the gradient of that times factor, factor).
     """
     A, B = jax.tree.leaves(batch)[0].shape[:2]
     # Divided by a constant first, so that a sum over many tokens cannot overflow in float16; a power of two rounds nothing.
@@ -90,7 +90,7 @@ def gradients_of_sums(graph, loss_fn: LossFn, seed: int, params, batch, step, sc
     def scaled(params, micro_batch, i):
         key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(step_key, i), device * B + jnp.arange(B))
         output = loss_fn(nnx.merge(graph, gather(params)), micro_batch, key_B)
-        return output.objective * factor, output
+        return output.objective * factor, output._replace(objective=None)  # whose gradient alone is wanted
 
     def accumulate(sums, micro_batch_and_i):
         (_, output), grads = jax.value_and_grad(scaled, has_aux=True)(params, *micro_batch_and_i)

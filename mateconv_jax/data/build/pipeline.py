@@ -221,9 +221,8 @@ def clean_texts(chunks: Iterable[Chunk], options: PrepareOptions) -> Iterator[st
 
 
 def _save(tokenizer, folder: Path) -> None:
-    aside = folder.with_name(folder.name + ".partial")
-    tokenizer.save_pretrained(aside)
-    aside.rename(folder)
+    with files.aside(folder, folder=True) as written:
+        tokenizer.save_pretrained(written)
 
 
 # ---- the work folder ----------------------------------------------------------------------------------------------
