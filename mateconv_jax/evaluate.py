@@ -66,7 +66,13 @@ def parse_args(argv):
         prog=program("evaluate"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model_path", required=True, metavar="MODEL", help="a run folder, a Hugging Face folder, a .pth or a .gguf file")
+    add(
+        "--model_path",
+        required=True,
+        metavar="MODEL",
+        help="a run folder or one of its checkpoints (RUN/best, RUN/checkpoints/STEP), "
+        "a Hugging Face folder, a .pth or a .gguf file",
+    )
     add("--tokenizer", metavar="DIR", help="the tokenizer to use (default: the model's own; a .pth file has none)")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(

@@ -14,7 +14,7 @@ from mateconv_jax import files
 from mateconv_jax.data.build import pipeline
 from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.text import sources as sources_lib
-from mateconv_jax.data.tokenizer import bpe, report as tokenizer_report, tokenizer as tokenizer_lib
+from mateconv_jax.data.tokenizer import bpe, report as tokenizer_report, report_tables, tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError, exit_code, program
 
 INSPECT_MB = 4  # of each --input: seconds, and the ratio's second decimal is right
@@ -38,9 +38,9 @@ def inspect(args):
     try:
         if args.encode is not None:
             for name, one in [(args.folder, tokenizer), *([(args.compare, compare)] if compare else [])]:
-                tokenizer_report.print_encoding(one, args.encode, name)
+                report_tables.print_encoding(one, args.encode, name)
         elif args.vocab or args.grep is not None:
-            tokenizer_report.print_vocabulary(tokenizer, args.grep or "", compare)
+            report_tables.print_vocabulary(tokenizer, args.grep or "", compare)
         else:
             inputs = {source.path: [source] for source in sources_lib.find(args.input)}
             texts = {path: list(_texts(source, args.text_key, INSPECT_MB)) for path, source in inputs.items()}
@@ -48,7 +48,7 @@ def inspect(args):
             if args.json:
                 print(json.dumps(report, ensure_ascii=False, indent=2))
             else:
-                tokenizer_report.print_report(report, args.folder, args.compare)
+                report_tables.print_report(report, args.folder, args.compare)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough; nothing must be written to the pipe at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -96,12 +96,7 @@ def prepare(
     start = time.perf_counter()
     training = tokenizer if isinstance(tokenizer, TokenizerTraining) else None
     given = None if training else tokenizer_lib.load(tokenizer, "--tokenizer")
-    if training and any(source.format == "bin" for source in sources):
-        raise UserError(
-            "--train_tokenizer: a .bin file holds token ids, not text (expected --tokenizer DIR, the one they are of)"
-        )
-    if also_bin and (training.vocab_size if training else len(given)) > 2**16:
-        raise UserError("--also_bin: a .bin file holds 16-bit token ids (expected a vocabulary of at most 65,536)")
+    _check_bin(sources, also_bin, None if training else len(given), training)
     described = {
         "input": [[source.path, source.size] for source in sources],
         "tokenizer": dataclasses.asdict(training) if training else tokenizer_lib.fingerprint(given),
@@ -118,27 +113,7 @@ def prepare(
     try:
         # Finished chunks of another version of the rows cannot be mixed with ours.
         with work_folder(partial, described | {"row_version": VERSION}, overwrite) as folder:
-            bos_eos = given and (given.bos_token_id, given.eos_token_id)
-            read = functools.partial(all_chunks, sources, options, bos_eos, open_file)
-            chunks = read()
-            if given is None:
-                once = any(source.path == "-" for source in sources)
-                given, chunks = _trained(training, options, folder / "tokenizer", chunks, None if once else read)
-            elif not (folder / "tokenizer").exists():
-                _save(given, folder / "tokenizer")
-            setup = WorkerSetup(
-                folder / "chunks",
-                options,
-                folder / "tokenizer",
-                (given.bos_token_id, given.eos_token_id),
-                tuple(given.all_special_tokens),
-                len(given),
-            )
-            if run_chunks:
-                run_chunks(sources, setup)
-            else:
-                with Progress(sources) as progress:
-                    process_chunks(chunks, setup, num_workers, progress.done)
+            _make_chunks(folder, sources, given, training, options, num_workers, run_chunks, open_file)
 
             from mateconv_jax.data.build.assembling import assemble  # imports tensorflow_datasets, 2 s
 
@@ -156,6 +131,41 @@ def prepare(
             f"{str(partial)!r}; the same command goes on)"
         ) from error
     return figures
+
+
+def _check_bin(sources: list[Source], also_bin: bool, given_size: int | None, training: TokenizerTraining | None) -> None:
+    """given_size: of the vocabulary that is given; None: one is trained."""
+    if training and any(source.format == "bin" for source in sources):
+        raise UserError(
+            "--train_tokenizer: a .bin file holds token ids, not text (expected --tokenizer DIR, the one they are of)"
+        )
+    if also_bin and (training.vocab_size if training else given_size) > 2**16:
+        raise UserError("--also_bin: a .bin file holds 16-bit token ids (expected a vocabulary of at most 65,536)")
+
+
+def _make_chunks(folder: Path, sources, given, training, options, num_workers, run_chunks, open_file) -> None:
+    """Tokenizer and finished chunks in a work folder; the arguments are `prepare`'s."""
+    bos_eos = given and (given.bos_token_id, given.eos_token_id)
+    read = functools.partial(all_chunks, sources, options, bos_eos, open_file)
+    chunks = read()
+    if given is None:
+        once = any(source.path == "-" for source in sources)
+        given, chunks = _trained(training, options, folder / "tokenizer", chunks, None if once else read)
+    elif not (folder / "tokenizer").exists():
+        _save(given, folder / "tokenizer")
+    setup = WorkerSetup(
+        folder / "chunks",
+        options,
+        folder / "tokenizer",
+        (given.bos_token_id, given.eos_token_id),
+        tuple(given.all_special_tokens),
+        len(given),
+    )
+    if run_chunks:
+        run_chunks(sources, setup)
+    else:
+        with Progress(sources) as progress:
+            process_chunks(chunks, setup, num_workers, progress.done)
 
 
 # ---- the tokenizer ------------------------------------------------------------------------------------------------
