@@ -14,7 +14,7 @@ def is_run(path: Path) -> bool:
     return (path / "config.json").is_file() and not hugging_face.is_folder(path)
 
 
-def open_run(path: Path, key: str, tokenizer: str | Path | None, n_heads: None) -> Model:
+def open_run(path: Path, key: str, tokenizer: str | Path | None, n_heads: int | None) -> Model:
     """Its newest checkpoint. Raises UserError: a broken configuration, no finished checkpoint, no tokenizer."""
     config = run_folder.read_config(path, key)
     step = run_folder.finished_step(path, key)
@@ -35,6 +35,7 @@ def write_run(path: Path, model: Model, params: nnx.State) -> None:
     config = model.config.copy_and_resolve_references()
     config.training.use_ema = False
     run_folder.write_config(path, config)
+    assert model.tokenizer is not None  # convert has refused
     model.tokenizer.save_pretrained(path / "tokenizer")
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler())) as checkpointer:
         folder = path.absolute() / "checkpoints" / str(model.step or 0)

@@ -40,13 +40,14 @@ class Program:
     @staticmethod
     def compile(lowered: jax.stages.Lowered, arguments: dict) -> "Program":
         compiled = lowered.compile()
-        memory = compiled.memory_analysis()
+        memory, text = compiled.memory_analysis(), compiled.as_text()
+        assert memory is not None and text is not None  # CPUs and GPUs have both
         everything = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         everything += memory.output_size_in_bytes - memory.alias_size_in_bytes
         # On the CPU it holds the arguments alone.
         peak = memory.peak_memory_in_bytes if memory.peak_memory_in_bytes > memory.temp_size_in_bytes else everything
         sizes = {name: _bytes_of_a_device(tree) for name, tree in arguments.items()}
-        return Program(compiled, read(compiled.as_text()), sizes, peak, memory.alias_size_in_bytes)
+        return Program(compiled, read(text), sizes, peak, memory.alias_size_in_bytes)
 
 
 def _bytes_of_a_device(tree) -> int:
@@ -57,7 +58,7 @@ def _bytes_of_a_device(tree) -> int:
 class TrainingStep:
     """The jitted step, what makes its first state, and shapes with shardings of what it takes."""
 
-    step: Callable
+    step: jax.stages.Wrapped
     init: Callable[[], train_state.TrainState]
     state: train_state.TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
@@ -83,7 +84,7 @@ class TrainingStep:
         }
         batch = {name: jax.device_put(values[name], x.sharding) for name, x in self.batch.items()}
         for warm in (True, False):
-            steps, begin = 0, time.perf_counter()
+            steps, metrics, begin = 0, None, time.perf_counter()
             while steps < 2 or not warm and steps < 1000 and time.perf_counter() - begin < seconds:
                 state, metrics = compiled(state, batch)
                 steps += 1

@@ -94,17 +94,22 @@ def prepare(
     from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib  # imports transformers, 2 s
 
     start = time.perf_counter()
-    training = tokenizer if isinstance(tokenizer, TokenizerTraining) else None
-    given = None if training else tokenizer_lib.load(tokenizer, "--tokenizer")
-    if training and any(source.format == "bin" for source in sources):
-        raise UserError(
-            "--train_tokenizer: a .bin file holds token ids, not text (expected --tokenizer DIR, the one they are of)"
-        )
-    if also_bin and (training.vocab_size if training else len(given)) > 2**16:
+    given = bos_eos = None
+    if isinstance(tokenizer, TokenizerTraining):
+        if any(source.format == "bin" for source in sources):
+            raise UserError(
+                "--train_tokenizer: a .bin file holds token ids, not text (expected --tokenizer DIR, the one they are of)"
+            )
+        vocab_size, identity = tokenizer.vocab_size, dataclasses.asdict(tokenizer)
+    else:
+        given = tokenizer_lib.load(tokenizer, "--tokenizer")
+        vocab_size, identity = len(given), tokenizer_lib.fingerprint(given)
+        bos_eos = given.bos_token_id, given.eos_token_id
+    if also_bin and vocab_size > 2**16:
         raise UserError("--also_bin: a .bin file holds 16-bit token ids (expected a vocabulary of at most 65,536)")
     described = {
         "input": [[source.path, source.size] for source in sources],
-        "tokenizer": dataclasses.asdict(training) if training else tokenizer_lib.fingerprint(given),
+        "tokenizer": identity,
         **dataclasses.asdict(options),
         "also_bin": also_bin,
     }
@@ -118,12 +123,12 @@ def prepare(
     try:
         # Finished chunks of another version of the rows cannot be mixed with ours.
         with work_folder(partial, described | {"row_version": VERSION}, overwrite) as folder:
-            bos_eos = given and (given.bos_token_id, given.eos_token_id)
             read = functools.partial(all_chunks, sources, options, bos_eos, open_file)
             chunks = read()
             if given is None:
+                assert isinstance(tokenizer, TokenizerTraining)
                 once = any(source.path == "-" for source in sources)
-                given, chunks = _trained(training, options, folder / "tokenizer", chunks, None if once else read)
+                given, chunks = _trained(tokenizer, options, folder / "tokenizer", chunks, None if once else read)
             elif not (folder / "tokenizer").exists():
                 _save(given, folder / "tokenizer")
             setup = WorkerSetup(
@@ -277,15 +282,20 @@ class Progress:
     """How much of the input is done: a bar on a terminal, a line every ten seconds in a log."""
 
     def __init__(self, sources: list[Source]):
-        self._sizes = [source.size for source in sources]
+        sizes = [source.size for source in sources if source.size is not None]
+        self._total = sum(sizes) if len(sizes) == len(sources) else None  # bytes
         self._positions: dict[Source, int] = {}
         self._last_line = time.monotonic()
 
     def __enter__(self):
-        total = None if None in self._sizes else sum(self._sizes)
-        terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            total=total, unit="B", unit_scale=True, desc="tokenising", dynamic_ncols=True, mininterval=0.5, disable=not terminal
+            total=self._total,
+            unit="B",
+            unit_scale=True,
+            desc="tokenising",
+            dynamic_ncols=True,
+            mininterval=0.5,
+            disable=not sys.stderr.isatty(),
         )
         return self
 
@@ -299,7 +309,7 @@ class Progress:
         self._bar.update(self._positions[chunk.source] - before)
         if self._bar.disable and time.monotonic() - self._last_line > 10:
             self._last_line = time.monotonic()
-            total = "" if None in self._sizes else f" of {sum(self._sizes) / 1e6:,.0f}"
+            total = "" if self._total is None else f" of {self._total / 1e6:,.0f}"
             print(
                 f"tokenising: {sum(self._positions.values()) / 1e6:,.0f}{total} MB of input done", file=sys.stderr, flush=True
             )
@@ -381,9 +391,9 @@ def _keys_of_done(folder: Path, chunk: Chunk) -> np.ndarray | None:
 
 
 class _ThisProcess(concurrent.futures.Executor):
-    def submit(self, function, /, *args):
+    def submit(self, fn, /, *args, **kwargs):
         future = concurrent.futures.Future()
-        future.set_result(function(*args))
+        future.set_result(fn(*args, **kwargs))
         return future
 
 
@@ -415,7 +425,9 @@ def _start_worker(setup: WorkerSetup) -> None:
 
 
 def _die_with_parent() -> None:
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 
 

@@ -106,9 +106,11 @@ def compression(tokenizer: "PreTrainedTokenizerFast", texts: dict[str, list[str]
             "tokens": tokens.total(),
             "unknown": tokens[tokenizer.unk_token_id],
         }
-        for unit in ("characters", "bytes"):
-            counts[f"{unit}_per_token"] = round(counts[unit] / counts["tokens"], 4) if counts["tokens"] else None
-        result[kind] = counts
+        per_token = {
+            f"{unit}_per_token": round(counts[unit] / counts["tokens"], 4) if counts["tokens"] else None
+            for unit in ("characters", "bytes")
+        }
+        result[kind] = counts | per_token
     return result
 
 
@@ -120,6 +122,7 @@ def round_trip(tokenizer: "PreTrainedTokenizerFast", cases: Iterable[tuple[str, 
     failed = []
     for name, text in cases:
         decoded = tokenizer.decode(tokenizer_lib.encode(tokenizer, [text])[0])
+        assert isinstance(decoded, str)
         if decoded != text:
             at = len(os.path.commonprefix([text, decoded]))
             near = slice(max(0, at - CONTEXT), at + CONTEXT)
@@ -264,7 +267,7 @@ def print_report(report: dict, name: str, compare_name: str | None = None) -> No
     table.add_column("characters", justify="right")
     table.add_column("bytes\na token", justify="right")
     table.add_column(Text("characters\na token" + (f",\n{_short(name)}" if report["compare"] else "")), justify="right")
-    if report["compare"]:
+    if compare_name is not None:
         table.add_column(Text(f"\n\n{_short(compare_name)}"), justify="right")
         table.add_column("\n\ndifference", justify="right")
     for kind, counts in report["compression"].items():
@@ -275,7 +278,7 @@ def print_report(report: dict, name: str, compare_name: str | None = None) -> No
         table.add_row(Text(Path(kind).name), *map(Text, row))
     console.print(table)
 
-    unknown = {name: report, compare_name: report["compare"]} if report["compare"] else {name: report}
+    unknown = {name: report} if compare_name is None else {name: report, compare_name: report["compare"]}
     for folder, one in unknown.items():
         if n := _unknown(one["compression"]):
             console.print(Text(f"  unknown tokens in these texts, {_short(folder)}: {n:,}"))
