@@ -58,7 +58,7 @@ def measure(size: tuple[int, ...], length: int) -> dict:
     c = ModelConfig.make(config.model, "auto", gpu.device)
     begin = time.perf_counter()
     with target.compiling_for(gpu):
-        step = programs.training_step(config, c, target.devices(gpu, 1), 1000).compile()
+        step = programs.compile_step(programs.training_step(config, c, target.devices(gpu, 1), 1000))
     seconds = time.perf_counter() - begin
     bounds = roofline(step.report, gpu, 1, 1)
     return {

@@ -1,40 +1,36 @@
 """How well a trained model predicts text: loss, perplexity and bits per byte, over any amount of it."""
 
-import collections
 import contextlib
 import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
-import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from mateconv_jax.data import loader
 from mateconv_jax.data.build import pipeline
 from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.dataset import Dataset, Rows, is_dataset, open_dataset
 from mateconv_jax.data.text import sources
 from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
-from mateconv_jax.data.tokenizer.token_bytes import bytes_per_token, target_bytes
+from mateconv_jax.data.tokenizer.token_bytes import bytes_per_token
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop.formats import open_model
 from mateconv_jax.losses.next_token import next_token_loss
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.runtime import sharding
+from mateconv_jax.training.evaluator import Evaluator
 from mateconv_jax.training.step import make_eval_step
 
 BATCH_SIZE = 8
 NO_SPLITS = "--split: {!r} has no splits (only a folder made by python -m mateconv_jax.prepare has)"
-LAG = 4  # batches dispatched and not yet read: the device always has work, and holds few batches
 
 
 def evaluate_run(
@@ -89,72 +85,30 @@ def evaluate_run(
             "ema" if ema else "raw": model.params(abstract_params, ema) for ema in ((False, True) if both else (bool(use_ema),))
         }
         eval_step = make_eval_step(graph, next_token_loss)
-        result = evaluate(eval_step, weights, rows, bytes_per_token(own_tokenizer), batch_size, max_batches, mesh)
-        return {"model_path": str(model_path), "step": model.step, **described, **result}
-
-
-def evaluate(
-    eval_step,
-    weights: dict[str, nnx.State],
-    rows: Rows,
-    bytes_per_token_V: np.ndarray,
-    batch_size: int,
-    max_batches: int | None,
-    mesh: Mesh,
-) -> dict:
-    """Score several weights of one model on the same rows.
-
-    Args:
-      eval_step: see `make_eval_step`.
-      weights: {name: parameters}, on the mesh.
-      rows: read in order, a batch at a time; the last batch is filled up with rows of length 0.
-      bytes_per_token_V: see `bytes_per_token`.
-      batch_size: divisible by the mesh's devices.
-      max_batches: None: all rows.
-
-    Returns:
-      rows, tokens, bytes and scores, as `evaluate_run`.
-    """
-    n_batches = min(-(-len(rows) // batch_size), max_batches or sys.maxsize)
-    totals = {name: np.zeros(2) for name in weights}  # nats and tokens, float64
-    n_bytes = 0
-    pending = collections.deque()
-
-    def read_oldest():
-        for name, sums in jax.device_get(pending.popleft()).items():
-            totals[name] += np.array(sums, np.float64)
-
-    batches = loader.validation_batches(rows, batch_size, n_batches)
-    bar = tqdm(
-        batches, "evaluating", n_batches, unit="batch", dynamic_ncols=True, mininterval=0.5, disable=not sys.stderr.isatty()
-    )
-    for batch in bar:
-        n_bytes += target_bytes(bytes_per_token_V, batch)
-        on_devices = jax.device_put(batch, sharding.batch(mesh))
-        pending.append({name: eval_step(params, on_devices) for name, params in weights.items()})
-        if len(pending) > LAG:
-            read_oldest()
-    while pending:
-        read_oldest()
-
-    n_tokens = int(next(iter(totals.values()))[1])
+        evaluator = Evaluator(eval_step, rows, bytes_per_token(own_tokenizer), batch_size, max_batches, mesh)
+        result = evaluator(weights, progress=_bar)
+        assert result is not None  # nothing asked it to stop
     return {
-        "rows": min(len(rows), n_batches * batch_size),
-        "tokens": n_tokens,
-        "bytes": n_bytes,
-        "scores": {name: _figures(nats, n_tokens, n_bytes) for name, (nats, _) in totals.items()},
+        "model_path": str(model_path),
+        "step": model.step,
+        **described,
+        "rows": result.rows,
+        "tokens": result.tokens,
+        "bytes": result.bytes,
+        "scores": {name: _figures(result.loss(name), result.bits_per_byte(name)) for name in weights},
     }
 
 
-def _figures(nats: float, n_tokens: int, n_bytes: int) -> dict[str, float | None]:
+def _bar(batches: Iterable, n: int) -> Iterable:
+    terminal = sys.stderr.isatty()
+    return tqdm(batches, "evaluating", n, unit="batch", dynamic_ncols=True, mininterval=0.5, disable=not terminal)
+
+
+def _figures(loss: float, bits_per_byte: float) -> dict[str, float | None]:
     """None where a figure is no number: of a model that diverged, or of targets that write no text."""
-    loss = nats / n_tokens
-    figures = {
-        "loss": loss,
-        "perplexity": math.exp(loss) if loss < 700 else math.inf,
-        "bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else math.nan,
-    }
-    return {name: float(figure) if math.isfinite(figure) else None for name, figure in figures.items()}
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    figures = {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte}
+    return {name: figure if math.isfinite(figure) else None for name, figure in figures.items()}
 
 
 def _check_sizes(batch_size: int | None, max_batches: int | None, mesh: Mesh) -> int:

@@ -91,7 +91,7 @@ def text(model: Model, architecture: str, folder: str) -> str:
 
 def _training(model: Model) -> list[str]:
     """What a run says about itself; nothing of a model from elsewhere, whose step is not known."""
-    if not model.step:
+    if not model.step or model.run is None:
         return []
     config = model.config
     rows_per_step = config.training.batch_size * config.training.accumulation_steps
@@ -101,9 +101,9 @@ def _training(model: Model) -> list[str]:
         "",
         f"- {n_tokens:,} tokens seen: {model.step:,} steps of {rows_per_step:,} rows of {config.data.seq_len:,} tokens",
     ]
-    if (bits := _bits_per_byte(model.path / "metrics.jsonl", model.step)) is not None:
+    if (bits := _bits_per_byte(model.run / "metrics.jsonl", model.step)) is not None:
         lines.append(f"- validation: {bits:.4f} bits per byte of text")
-    statistics = run_folder.read_data_statistics(model.path)
+    statistics = run_folder.read_data_statistics(model.run)
     if statistics:
         lines.append(
             f"- data: {statistics['documents']:,} documents, {statistics['characters']:,} characters, "

@@ -16,9 +16,13 @@ from mateconv_jax.errors import UserError
 class Model:
     """What is known before weights are read.
 
-    config: resolved; of another kind than a run, the defaults but for its `model` section and data.seq_len. tokenizer: None
-    where there is none. has_ema: beside the raw weights. step: of a run's checkpoint. read: (abstract parameters, use_ema)
-    to parameters.
+    Attributes:
+      config: resolved; of another format than a run, the defaults but for its `model` section and data.seq_len.
+      tokenizer: None where there is none.
+      has_ema: whether there are EMA weights beside the raw ones.
+      step: of a run's checkpoint; None: another format.
+      read: (abstract parameters, use_ema) to parameters.
+      run: the run folder; None: another format.
     """
 
     path: Path
@@ -27,6 +31,7 @@ class Model:
     has_ema: bool
     step: int | None
     read: Callable[[nnx.State, bool], nnx.State]
+    run: Path | None = None
 
     def params(self, abstract_params: nnx.State, use_ema: bool | None = None) -> nnx.State:
         """The weights, read straight into the dtypes and onto the shardings of `abstract_params`.

@@ -1,6 +1,7 @@
 """What a run will need and how fast it can be at best, from its compiled programs."""
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from mateconv_jax.planning import programs, target
 from mateconv_jax.planning.hlo_report import Collective
 from mateconv_jax.planning.programs import Program
 from mateconv_jax.planning.roofline import roofline
+from mateconv_jax.training import setup
 
 DECODE_BATCHES = (1, 16)
 ASSUMED_STEPS = 10_000  # of the schedule, where it is not known how long the run is: it changes no shape
@@ -82,8 +84,8 @@ def make_plan(
 
     def compile_step(config: ConfigDict) -> Program:
         say(f"compiling the training step, {config.training.batch_size} rows, remat {config.training.remat}")
-        step = programs.training_step(config, c, where.devices, training_steps)
-        return _cudnn_errors(c, step.compile)
+        training_step = programs.training_step(config, c, where.devices, training_steps)
+        return _cudnn_errors(c, functools.partial(programs.compile_step, training_step))
 
     if where.gpu is not None and not where.is_here:
         with target.compiling_for(where.gpu):
@@ -119,7 +121,8 @@ def _plan(config, c, where, compile_step, steps, length, dollars_per_gpu_hour, s
         training |= _speed(training["roofline"]["seconds"], tokens_per_step, flops_per_token, c, where)
     if where.is_here:
         say("measuring the training step")
-        seconds = programs.training_step(config, c, where.devices, steps or ASSUMED_STEPS).measure(step.compiled)
+        training_step = programs.training_step(config, c, where.devices, steps or ASSUMED_STEPS)
+        seconds = programs.measure(training_step, step.compiled)
         plan["measured"] = {"seconds": seconds} | _speed(seconds, tokens_per_step, flops_per_token, c, where)
     if search:
         rows = plan["rows_per_device"]
@@ -266,5 +269,4 @@ def run_length(config: ConfigDict) -> tuple[int | None, str]:
         rows = open_dataset(path, "data.train_data_path", config.data.seq_len).n_rows("train")
     except UserError:
         return None, f"no dataset at {path!r}: how long the run is is not known"
-    per_step = training.batch_size * training.accumulation_steps
-    return int(training.epochs * rows / per_step), f"{training.epochs} epochs of {rows:,} rows"
+    return setup.total_steps(training, rows), f"{training.epochs} epochs of {rows:,} rows"

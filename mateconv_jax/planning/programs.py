@@ -1,9 +1,7 @@
 """The programs of a run, compiled for given devices: the training step, a prefill, decoding."""
 
 import dataclasses
-import functools
 import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +11,13 @@ from ml_collections import ConfigDict
 from mateconv_jax.inference.decode import Decoder, DecodeState
 from mateconv_jax.inference.generation_config import GenerationConfig
 from mateconv_jax.inference.sampling import Sampling
-from mateconv_jax.losses.next_token import next_token_loss
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.kv_cache import make_kv_cache
 from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.planning.hlo_report import HloReport, read
 from mateconv_jax.runtime import sharding
-from mateconv_jax.training import optimizer, train_state
-from mateconv_jax.training.step import make_train_step
+from mateconv_jax.training import setup
+from mateconv_jax.training.setup import Setup
 
 EOS = 2  # the id that decoding is compiled with; which it is changes nothing
 
@@ -54,68 +51,40 @@ def _bytes_of_a_device(tree) -> int:
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainingStep:
-    """The jitted step, what makes its first state, and shapes with shardings of what it takes."""
-
-    step: jax.stages.Wrapped
-    init: Callable[[], train_state.TrainState]
-    state: train_state.TrainState
-    batch: dict[str, jax.ShapeDtypeStruct]
-
-    def compile(self) -> Program:
-        state = self.state
-        parts = {
-            "parameters": state.params,
-            "EMA": state.ema_params,
-            "optimizer": state.opt_state,
-            "batch": self.batch,
-        }
-        return Program.compile(self.step.lower(state, self.batch), parts)
-
-    def measure(self, compiled: jax.stages.Compiled, seconds: float = 5.0) -> float:
-        """Seconds a step, run for about so long with random tokens; the mean, after two that do not count."""
-        state = jax.jit(self.init, out_shardings=jax.tree.map(lambda x: x.sharding, self.state))()
-        random = np.random.default_rng(0)
-        values = {
-            "tokens": random.integers(0, 256, self.batch["tokens"].shape, np.uint16),
-            "length": np.full(self.batch["length"].shape, self.batch["tokens"].shape[-1], np.int32),
-            "document_starts": random.random(self.batch["tokens"].shape) < 0.01,
-        }
-        batch = {name: jax.device_put(values[name], x.sharding) for name, x in self.batch.items()}
-        for warm in (True, False):
-            steps, metrics, begin = 0, None, time.perf_counter()
-            while steps < 2 or not warm and steps < 1000 and time.perf_counter() - begin < seconds:
-                state, metrics = compiled(state, batch)
-                steps += 1
-                if steps % 10 == 0:  # at most so many are under way
-                    jax.block_until_ready(metrics)
-            jax.block_until_ready(metrics)
-        return (time.perf_counter() - begin) / steps
-
-
-def training_step(config: ConfigDict, c: ModelConfig, devices, steps: int) -> TrainingStep:
-    """The step that `mateconv_jax.train` would run with this (resolved) config on these devices.
+def training_step(config: ConfigDict, c: ModelConfig, devices, steps: int) -> Setup:
+    """What `mateconv_jax.train` would run with this (resolved) config on these devices.
 
     Raises:
       UserError: the mesh or the batch does not fit them.
     """
-    training = config.training
-    mesh = sharding.make_mesh(config.mesh, devices)
-    sharding.check_batch_size(training.batch_size, mesh)
-    tx = optimizer.make_optimizer(training, c)
-    graph, _ = abstract_model(c)
-    init = functools.partial(train_state.init, c, tx, training.seed, training.use_ema)
-    state = sharding.with_shardings(mesh, jax.eval_shape(init))
-    loss_fn = functools.partial(next_token_loss, z_loss=training.z_loss, remat=training.remat)
-    step = make_train_step(graph, loss_fn, tx, optimizer.make_schedule(training, steps), training, state)
-    rows = training.accumulation_steps, training.batch_size
-    spread = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.batch(mesh, 1))
-    tokens = *rows, config.data.seq_len + 1
-    batch = {"tokens": spread(tokens, jnp.uint16), "length": spread(rows, jnp.int32)}
-    if training.document_mask:
-        batch["document_starts"] = spread(tokens, jnp.bool)
-    return TrainingStep(step, init, state, batch)
+    return setup.build(config, c, sharding.make_mesh(config.mesh, devices), steps)
+
+
+def compile_step(run: Setup) -> Program:
+    state, batch = run.abstract_state, run.abstract_batch
+    parts = {"parameters": state.params, "EMA": state.ema_params, "optimizer": state.opt_state, "batch": batch}
+    return Program.compile(run.train_step.lower(state, batch), parts)
+
+
+def measure(run: Setup, compiled: jax.stages.Compiled, seconds: float = 5.0) -> float:
+    """Seconds a step, run for about so long with random tokens; the mean, after two that do not count."""
+    state, shapes = run.fresh_state(), run.abstract_batch
+    random = np.random.default_rng(0)
+    values = {
+        "tokens": random.integers(0, 256, shapes["tokens"].shape, np.uint16),
+        "length": np.full(shapes["length"].shape, shapes["tokens"].shape[-1], np.int32),
+        "document_starts": random.random(shapes["tokens"].shape) < 0.01,
+    }
+    batch = {name: jax.device_put(values[name], x.sharding) for name, x in shapes.items()}
+    for warm in (True, False):
+        steps, metrics, begin = 0, None, time.perf_counter()
+        while steps < 2 or not warm and steps < 1000 and time.perf_counter() - begin < seconds:
+            state, metrics = compiled(state, batch)
+            steps += 1
+            if steps % 10 == 0:  # at most so many are under way
+                jax.block_until_ready(metrics)
+        jax.block_until_ready(metrics)
+    return (time.perf_counter() - begin) / steps
 
 
 def prefill(c: ModelConfig, device: jax.Device, batch: int) -> Program:

@@ -1,8 +1,6 @@
 """Saving and restoring a run with Orbax.
 
-RUN/checkpoints/STEP/state      TrainState
-RUN/checkpoints/STEP/progress   Progress, JSON
-RUN/best/STEP/…                 the same, of the lowest validation loss
+A checkpoint is a folder (see run_folder.py) with `state`, a TrainState, and `progress`, a Progress as JSON.
 """
 
 import contextlib
@@ -18,6 +16,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
+from mateconv_jax import run_folder
 from mateconv_jax.errors import UserError
 from mateconv_jax.runtime import distributed
 from mateconv_jax.training.train_state import TrainState
@@ -53,11 +52,11 @@ class Checkpoints:
     took 45 to 115 ms of the 0.45 to 0.8 s of writing 430 MB, most of it Python.
     """
 
-    def __init__(self, run_folder: Path, keep_latest: int, keep_every: int | None, keep_best: bool):
-        self._folder = Path(os.path.abspath(run_folder))
+    def __init__(self, run: Path, keep_latest: int, keep_every: int | None, keep_best: bool):
+        self._folder = Path(os.path.abspath(run))
         self._thread = ThreadPoolExecutor(1, "checkpoints")  # one: all processes meet at Orbax's barriers in the same order
-        self._latest = _Saves(self._thread, self._folder / "checkpoints", max_to_keep=keep_latest, keep_period=keep_every)
-        self._best = _Saves(self._thread, self._folder / "best", max_to_keep=1) if keep_best else None
+        self._latest = _Saves(self._thread, run_folder.checkpoints(run), max_to_keep=keep_latest, keep_period=keep_every)
+        self._best = _Saves(self._thread, run_folder.best(run), max_to_keep=1) if keep_best else None
 
     def __enter__(self):
         return self
@@ -96,7 +95,7 @@ class Checkpoints:
         steps = self._latest.all_steps()
         for step in steps:
             try:
-                state, progress = restore(self._folder / "checkpoints" / str(step), abstract_state)
+                state, progress = restore(self._latest.folder / str(step), abstract_state)
             except Exception as error:  # whatever the libraries raise for a file that is broken
                 reasons.append(f"step {step}: {' '.join(str(error).split())[:200] or type(error).__name__}")
                 continue
@@ -104,11 +103,12 @@ class Checkpoints:
         else:
             raise UserError(f"training.out_dir: no checkpoint in {self._folder} can be read ({'; '.join(reasons)})")
         for reason, step in zip(reasons, steps, strict=False):
-            logging.warning("checkpoint skipped and moved to %s: %s", self._folder / "unreadable", reason)
+            unreadable = run_folder.unreadable(self._folder)
+            logging.warning("checkpoint skipped and moved to %s: %s", unreadable, reason)
             if distributed.is_first():
-                (self._folder / "unreadable").mkdir(exist_ok=True)
-                shutil.rmtree(self._folder / "unreadable" / str(step), ignore_errors=True)
-                (self._folder / "checkpoints" / str(step)).rename(self._folder / "unreadable" / str(step))
+                unreadable.mkdir(exist_ok=True)
+                shutil.rmtree(unreadable / str(step), ignore_errors=True)
+                (self._latest.folder / str(step)).rename(unreadable / str(step))
         if reasons:
             multihost_utils.sync_global_devices("unreadable checkpoints moved")
             self._latest.reload()
@@ -129,14 +129,14 @@ class _Saves:
             create=False, cleanup_tmp_directories=True, multiprocessing_options=processes, **keep
         )
         self._manager = ocp.CheckpointManager(folder, options=options)
-        self._thread, self._folder = thread, folder.parent
+        self._thread, self.folder = thread, folder
         self._handed_over: Future | None = None
         self.last_step = self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, progress: Progress) -> None:
         if step == self.last_step:
             return
-        with _clear_errors(self._folder):
+        with _clear_errors(self.folder.parent):
             self._wait_for_the_last()
             self._manager.check_for_errors()
             copy_fits = _copy_fits(state)
@@ -159,7 +159,7 @@ class _Saves:
         self.last_step = self._manager.latest_step()
 
     def close(self) -> None:
-        with _clear_errors(self._folder):
+        with _clear_errors(self.folder.parent):
             try:
                 self._wait_for_the_last()
             finally:
@@ -184,7 +184,7 @@ def _memory_stats() -> list[dict | None]:
 
 
 def restore(folder: Path, abstract_state: TrainState) -> tuple[TrainState, Progress]:
-    """One checkpoint, RUN/checkpoints/STEP. Raises whatever Orbax does for what it cannot read."""
+    """A checkpoint from its own folder. Raises whatever Orbax does for what it cannot read."""
     handler = ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), progress=ocp.JsonCheckpointHandler())
     with ocp.Checkpointer(handler) as checkpointer:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), progress=ocp.args.JsonRestore())

@@ -21,12 +21,14 @@ def log_header(
     abstract_params: nnx.State,
     rows: Rows,
     total_steps: int,
-    flops_per_token: float,
-    peak_flops: float | None,
-    source: str,
+    start: str,
+    differences: list[str],
+    val_rows: Rows | None,
 ) -> None:
-    """What is about to happen. peak_flops: of one device, FLOP/s; None: not known. source: from `resume.start`."""
+    """What is about to happen. start: from `resume.start`; differences: from `resume.check_compatible`."""
     training = config.training
+    flops_per_token = flops.training_flops_per_token(c, config.data.seq_len)
+    peak_flops = flops.peak_flops(jax.devices()[0].device_kind, c.dtype)
     overview = parameter_overview.get_parameter_overview(nnx.to_pure_dict(abstract_params), include_stats=False)
     logging.info("parameters:\n%s", overview)
     total, active = flops.parameters(c)
@@ -46,11 +48,16 @@ def log_header(
     peak = f"{peak_flops:.3g} FLOP/s" if peak_flops else "unknown"
     total = flops_per_token * total_steps * tokens_per_step
     logging.info("arithmetic: %.3g FLOPs a token, %.3g in all; a device's peak is %s", flops_per_token, total, peak)
-    logging.info("start: %s", source)
-    if source == resume.FROM_SCRATCH:
+    logging.info("start: %s", start)
+    if start == resume.FROM_SCRATCH:
         vocab_size = config.model.vocab_size
         expected = math.log(vocab_size)
         logging.info("expected initial loss: ln(%s) = %.4f (a model that knows nothing)", f"{vocab_size:,}", expected)
+
+    for difference in differences:
+        logging.warning("not an exact continuation: %s", difference)
+    if val_rows is None:
+        logging.info("validation: none (there is no validation split and no data.val_data_path)")
 
 
 def log_memory(compiled: jax.stages.Compiled) -> None:

@@ -1,44 +1,39 @@
 """The life of a training run, top to bottom."""
 
-import functools
-import itertools
-import math
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import logging
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mateconv_jax import intervals, run_folder
-from mateconv_jax.data import loader
-from mateconv_jax.data.dataset import Rows
+from mateconv_jax import run_folder
 from mateconv_jax.data.tokenizer import token_bytes
 from mateconv_jax.errors import UserError
-from mateconv_jax.losses.next_token import next_token_loss
 from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig
-from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.runtime import distributed, sharding
-from mateconv_jax.training import optimizer, resume, train_state
-from mateconv_jax.training.checkpoints import Checkpoints
+from mateconv_jax.training import resume, setup
+from mateconv_jax.training.batches import RowBatches
+from mateconv_jax.training.checkpoints import Checkpoints, Progress
+from mateconv_jax.training.evaluator import Evaluator
 from mateconv_jax.training.header import log_header, log_memory
 from mateconv_jax.training.logging_setup import logging_to
-from mateconv_jax.training.metrics import BadStep, Metrics
+from mateconv_jax.training.metrics import Metrics
 from mateconv_jax.training.open_data import open_data
 from mateconv_jax.training.preemption import RESUMABLE, Signals
 from mateconv_jax.training.samples import Samples
-from mateconv_jax.training.step import make_eval_step, make_train_step
-from mateconv_jax.training.validation import evaluate
+from mateconv_jax.training.setup import Length
+from mateconv_jax.training.skipped_steps import SkippedSteps
+from mateconv_jax.training.train_state import TrainState
 
 
 def train(config: ConfigDict) -> int:
     """Train as `config` (resolved) says.
 
     Returns:
-      0, or signals.RESUMABLE where SIGTERM or SIGINT ended it early; a checkpoint of that step is finished then.
+      0, or preemption.RESUMABLE where SIGTERM or SIGINT ended it early; a checkpoint of that step is finished then.
 
     Raises:
       UserError: a path, a size or an option that does not fit; the message names the key. Nothing was written then. Or a
@@ -57,161 +52,167 @@ def train(config: ConfigDict) -> int:
 def _train(config: ConfigDict, signals: Signals) -> int:
     training = config.training
 
-    # ---- where: devices, partition rules ----------------------------------------------------------------------------
+    # ---- where: devices, mesh, partition rules ----------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(training.batch_size, mesh)
-    model_config = ModelConfig.make(config.model, training.dtype, length=config.data.seq_len)
+    c = ModelConfig.make(config.model, training.dtype, length=config.data.seq_len)
 
-    # ---- what: data, model, optimizer -------------------------------------------------------------------------------
+    # ---- what: data, model, optimizer, loss -------------------------------------------------------------------------
     train_rows, val_rows, tokenizer = open_data(config)
-    rows_per_step = training.batch_size * training.accumulation_steps
-    steps_per_epoch = len(train_rows) / rows_per_step
-    total_steps = training.max_steps or math.floor(training.epochs * steps_per_epoch)
-    if total_steps == 0:
-        raise UserError(
-            f"training.batch_size: {rows_per_step} rows of a step are more than the dataset's {len(train_rows)} rows x "
-            f"{training.epochs} epochs (expected a smaller batch or more epochs)"
-        )
-    eval_interval, save_interval, log_interval, samples_interval = (
-        intervals.steps(training[key], total_steps, steps_per_epoch) if training[key] is not None else None
-        for key in ("eval_interval", "save_interval", "log_interval", "samples_interval")
-    )
-    schedule = optimizer.make_schedule(training, total_steps)
-    tx = optimizer.make_optimizer(training, model_config)
-    graph, abstract_params = abstract_model(model_config)
-    loss_fn = functools.partial(next_token_loss, z_loss=training.z_loss, remat=training.remat)
-    init = functools.partial(train_state.init, model_config, tx, training.seed, training.use_ema)
-    abstract_state = sharding.with_shardings(mesh, jax.eval_shape(init))
-    train_step = make_train_step(graph, loss_fn, tx, schedule, training, abstract_state)
-    eval_step = make_eval_step(graph, loss_fn)
-    samples = samples_interval and Samples(graph, abstract_params, tokenizer, training.sample_prompts, mesh)
-    flops_per_token = flops.training_flops_per_token(model_config, config.data.seq_len)
-    peak_flops = flops.peak_flops(jax.devices()[0].device_kind, model_config.dtype)
+    length = Length.of(training, len(train_rows))
+    programs = setup.build(config, c, mesh, length.total_steps)
+    source = RowBatches(config, train_rows, mesh)
+    evaluator = None
+    if val_rows is not None:
+        bytes_per_token_V = token_bytes.bytes_per_token(tokenizer)
+        evaluator = Evaluator(programs.eval_step, val_rows, bytes_per_token_V, training.batch_size, training.eval_iters, mesh)
+    samples = None
+    if length.samples_interval is not None:
+        samples = Samples(programs.graph, programs.abstract_params, tokenizer, training.sample_prompts, mesh)
 
-    # ---- from where: own run folder > resume_from > init_from > scratch ---------------------------------------------
+    # ---- from where: see resume.find_origin -------------------------------------------------------------------------
     folder = Path(training.out_dir)
-    differences = resume.check(folder, config, tokenizer)
+    origin = resume.find_origin(config)
+    differences = resume.check_compatible(origin, config, tokenizer)
     resume.make_folder(folder)
     with (
         logging_to(folder / "train.log"),
         Checkpoints(folder, training.keep_latest, training.keep_every, training.keep_best) as checkpoints,
     ):
-        state, progress, source = resume.start(config, checkpoints, init, abstract_state)
+        state, progress, start = resume.start(origin, config, checkpoints, programs.init, programs.abstract_state)
         if distributed.is_first():
             run_folder.write_config(folder, config)
             tokenizer.save_pretrained(folder / "tokenizer")
             run_folder.keep_data_statistics(folder, config.data.train_data_path)
-        start_step = int(state.step)
-        batches = training_batches(config, train_rows, start_step, mesh)
-        log_header(config, model_config, abstract_params, train_rows, total_steps, flops_per_token, peak_flops, source)
-        for difference in differences:
-            logging.warning("not an exact continuation: %s", difference)
-        if val_rows is None:
-            logging.info("validation: none (there is no validation split and no data.val_data_path)")
+        log_header(config, c, programs.abstract_params, train_rows, length.total_steps, start, differences, val_rows)
+        with _metrics(config, programs, length, int(state.step), progress) as metrics:
+            run = Run(training, length, programs.train_step, source, evaluator, samples, checkpoints, metrics, signals)
+            return run.steps(state, progress)
 
-        # ---- the loop -----------------------------------------------------------------------------------------------
-        tokens_per_step = rows_per_step * config.data.seq_len
-        mfu_per_token = flops_per_token / (peak_flops * jax.device_count()) if peak_flops else None
-        bytes_per_token_V = token_bytes.bytes_per_token(tokenizer)
-        evaluated = progress.evaluated_step == start_step
-        paths = jax.tree.leaves_with_path(abstract_params)
-        leaf_names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
-        with Metrics(
-            folder, leaf_names, start_step, evaluated, total_steps, tokens_per_step, log_interval, mfu_per_token, config.wandb,
-            training.profile_step,
-        ) as metrics:  # fmt: skip
 
-            def evaluation_due(step: int) -> bool:
-                regular = step % eval_interval == 0 or step == total_steps
-                return val_rows is not None and step > 0 and regular and progress.evaluated_step != step
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the loop works with."""
 
-            def evaluate_and_keep_the_best(step: int) -> None:
+    training: ConfigDict
+    length: Length
+    train_step: Callable
+    source: RowBatches
+    evaluator: Evaluator | None
+    samples: Samples | None
+    checkpoints: Checkpoints
+    metrics: Metrics
+    signals: Signals
+
+    def steps(self, state: TrainState, progress: Progress) -> int:
+        """From the state's step to the end, or until the run is asked to stop."""
+        length, metrics, step = self.length, self.metrics, int(state.step)
+        skipped = SkippedSteps(self.source.describe, self.training.max_bad_steps)
+
+        def save():
+            self.checkpoints.save(step, state, progress)
+
+        if self.evaluation_due(step, progress):  # the run was stopped in its middle
+            self.evaluate(step, state, progress)
+        done = step >= length.total_steps or self.out_of_patience(progress)
+        if done:
+            logging.info("nothing to do: step %d of %d is in %s", step, length.total_steps, self.training.out_dir)
+            return 0
+        train_step = compile_step(self.train_step, state, self.source(step, state.params))
+
+        while not (done or self.signals.poll(step)):
+            with metrics.waiting_for_input():
+                batch = self.source(step, state.params)
+            step += 1
+            state, step_metrics = train_step(state, batch)  # dispatched, not waited for
+            skipped.check(metrics.push(step, step_metrics), step, save)  # reads the step before while this one runs
+
+            done = step == length.total_steps
+            if self.evaluation_due(step, progress):
+                skipped.check(metrics.flush(), step, save)
+                self.evaluate(step, state, progress)
+                done = done or self.stops_early(progress)
+            if (every := length.samples_interval) is not None and (step % every == 0 or done):
+                skipped.check(metrics.flush(), step, save)
+                self.write_samples(step, state)
+            if step % length.save_interval == 0 or done:
+                skipped.check(metrics.flush(), step, save)
                 with metrics.not_training():
-                    losses = evaluate(
-                        eval_step, state, val_rows, training.batch_size, training.eval_iters, mesh, bytes_per_token_V,
-                        signals if step < total_steps else None,
-                    )  # fmt: skip
-                    if losses is None:  # asked to stop: it is done when the run goes on
-                        return
-                    metrics.write(step, losses)
-                    if progress.evaluated(step, losses.get("val/ema_loss", losses["val/loss"])):
-                        checkpoints.save_best(step, state, progress)
+                    save()
+        if done:
+            return 0
+        skipped.check(metrics.flush(), step, save)
+        save()
+        logging.info("stopped at step %d of %d; the same command goes on from there", step, length.total_steps)
+        return RESUMABLE
 
-            def write_samples(step: int) -> None:
-                with metrics.not_training():
-                    params = state.params if state.ema_params is None else state.ema_params
-                    metrics.write_samples(step, samples.write(params))
+    # ---- what is due now and then -----------------------------------------------------------------------------------
 
-            def check_step(bad_step: BadStep | None, step: int) -> None:
-                if bad_step is None:
-                    return
-                places = np.arange((bad_step.step - 1) * rows_per_step, bad_step.step * rows_per_step)
-                rows = loader.rows_at(places, len(train_rows), training.seed, config.data.shuffle)
-                logging.warning(
-                    "step %d: %s, the update is left out (%d in a row); rows %s; largest norms: %s",
-                    bad_step.step, bad_step.reason(), bad_step.in_a_row, rows.tolist(), bad_step.largest(),
-                )  # fmt: skip
-                if bad_step.in_a_row >= training.max_bad_steps:
-                    checkpoints.save(step, state, progress)
-                    raise UserError(
-                        f"training.max_bad_steps: {bad_step.in_a_row} steps in a row were left out, the last because "
-                        f"{bad_step.reason()}; the parameters of step {bad_step.step - bad_step.in_a_row} are kept, in the "
-                        f"checkpoint of step {step} (expected a lower training.learning_rate, a longer warm-up, or other data)"
-                    )
+    def evaluation_due(self, step: int, progress: Progress) -> bool:
+        regular = step % self.length.eval_interval == 0 or step == self.length.total_steps
+        return self.evaluator is not None and step > 0 and regular and progress.evaluated_step != step
 
-            step = start_step
-            if evaluation_due(step):  # the run was stopped in its middle
-                evaluate_and_keep_the_best(step)
-            done = step >= total_steps or training.early_stopping and progress.bad_evaluations >= training.patience
-            if done:
-                logging.info("nothing to do: step %d of %d is in %s", step, total_steps, folder)
-            else:
-                first = next(batches)
-                train_step = compile_step(train_step, state, first)
-                batches = itertools.chain([first], batches)
-            while not (done or signals.poll(step)):
-                step += 1
-                with metrics.waiting_for_input():
-                    batch = next(batches)
-                state, step_metrics = train_step(state, batch)  # dispatched, not waited for
-                check_step(metrics.push(step, step_metrics), step)  # reads the step before while this one runs
+    def evaluate(self, step: int, state: TrainState, progress: Progress) -> None:
+        """Write the validation loss, and keep the best checkpoint. A run that is asked to stop does it when it is resumed."""
+        assert self.evaluator is not None  # evaluation_due
+        with self.metrics.not_training():
+            last = step == self.length.total_steps
+            losses = validation_losses(self.evaluator, state, lambda: self.signals.stop and not last)
+            if losses is None:
+                return
+            self.metrics.write(step, losses)
+            if progress.evaluated(step, losses.get("val/ema_loss", losses["val/loss"])):
+                self.checkpoints.save_best(step, state, progress)
 
-                last = step == total_steps
-                if evaluation_due(step):
-                    check_step(metrics.flush(), step)
-                    evaluate_and_keep_the_best(step)
-                    if training.early_stopping and progress.bad_evaluations >= training.patience:
-                        logging.info(
-                            "early stopping: no lower loss than %.4f, of step %d, in %d evaluations",
-                            progress.best_loss, progress.best_step, progress.bad_evaluations,
-                        )  # fmt: skip
-                        last = True
-                if samples and (step % samples_interval == 0 or last):
-                    check_step(metrics.flush(), step)
-                    write_samples(step)
-                if step % save_interval == 0 or last:
-                    check_step(metrics.flush(), step)
-                    with metrics.not_training():
-                        checkpoints.save(step, state, progress)
-                done = last
-            if not done:
-                check_step(metrics.flush(), step)
-                checkpoints.save(step, state, progress)
-                logging.info("stopped at step %d of %d; the same command goes on from there", step, total_steps)
-    return 0 if done else RESUMABLE
+    def out_of_patience(self, progress: Progress) -> bool:
+        return self.training.early_stopping and progress.bad_evaluations >= self.training.patience
+
+    def stops_early(self, progress: Progress) -> bool:
+        if self.out_of_patience(progress):
+            logging.info(
+                "early stopping: no lower loss than %.4f, of step %d, in %d evaluations",
+                progress.best_loss, progress.best_step, progress.bad_evaluations,
+            )  # fmt: skip
+        return self.out_of_patience(progress)
+
+    def write_samples(self, step: int, state: TrainState) -> None:
+        assert self.samples is not None  # as samples_interval is given
+        with self.metrics.not_training():
+            params = state.params if state.ema_params is None else state.ema_params
+            self.metrics.write_samples(step, self.samples.write(params))
 
 
-def training_batches(config: ConfigDict, rows: Rows, start_step: int, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
-    """What the steps from `start_step` on read, on the devices: tokens (A, B, S + 1) and length (A, B)."""
-    training = config.training
-    rows_per_step = training.batch_size * training.accumulation_steps
-    for batch in loader.training_batches(
-        rows, rows_per_step, training.seed, config.data.shuffle, start_step, config.data.num_workers
-    ):
-        yield sharding.to_devices(loader.micro_batches(batch, training.accumulation_steps), mesh, rows_axis=1)
+def validation_losses(evaluator: Evaluator, state: TrainState, should_stop: Callable[[], bool]) -> dict[str, float] | None:
+    """val/loss, and with EMA val/ema_loss, in nats a token; and val/bits_per_byte, of the EMA where there is one. None where
+    `should_stop` came before the end.
+    """
+    weights = {"val/loss": state.params}
+    if state.ema_params is not None:
+        weights["val/ema_loss"] = state.ema_params
+    result = evaluator(weights, should_stop)
+    if result is None:
+        return None
+    losses = {name: result.loss(name) for name in weights}
+    if result.bytes:
+        losses["val/bits_per_byte"] = result.bits_per_byte(list(weights)[-1])
+    return losses
 
 
-def compile_step(train_step, state: train_state.TrainState, batch) -> jax.stages.Compiled:
+def _metrics(config: ConfigDict, programs: setup.Setup, length: Length, start_step: int, progress: Progress) -> Metrics:
+    training, c = config.training, programs.c
+    peak_flops = flops.peak_flops(jax.devices()[0].device_kind, c.dtype)
+    flops_per_token = flops.training_flops_per_token(c, config.data.seq_len)
+    mfu_per_token = flops_per_token / (peak_flops * jax.device_count()) if peak_flops else None
+    paths = jax.tree.leaves_with_path(programs.abstract_params)
+    leaf_names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+    return Metrics(
+        Path(training.out_dir), leaf_names, start_step, progress.evaluated_step == start_step, length.total_steps,
+        setup.rows_per_step(training) * config.data.seq_len, length.log_interval, mfu_per_token, config.wandb,
+        training.profile_step,
+    )  # fmt: skip
+
+
+def compile_step(train_step, state: TrainState, batch) -> jax.stages.Compiled:
     """Ahead of the loop, so that its memory is known before the first step and nothing can compile in the loop: arrays of
     other shapes are an error.
     """

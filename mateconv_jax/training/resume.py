@@ -1,5 +1,6 @@
 """Where a run starts: its own run folder's newest checkpoint > resume_from > init_from > scratch."""
 
+import dataclasses
 import errno
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from mateconv_jax.data.tokenizer.tokenizer import fingerprint
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop.formats import open_model
 from mateconv_jax.interop.stored_model import Model
+from mateconv_jax.run_folder import Checkpoint
 from mateconv_jax.training import checkpoints as checkpoints_lib
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
 from mateconv_jax.training.train_state import TrainState
@@ -27,60 +29,93 @@ _FREE = {
     "training.resume", "training.resume_from", "training.init_from", "training.compilation_cache_dir",
 }  # fmt: skip
 # Keys that decide which arrays there are: a checkpoint of another value cannot be used.
-_SHAPES = {"training.use_ema", "training.optimizer_type", "training.dtype"}
+_SHAPES = {"training.use_ema", "training.optimizer_type"}
 
 
-def check(folder: Path, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Compare `config` with that of the run which it would go on with, or of the model whose weights it would start with.
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a run starts.
 
-    Returns:
-      "KEY was theirs, now ours" for each key that makes the continuation another than it would have been.
+    Attributes:
+      key: the configuration key that decided: training.out_dir, training.resume_from or training.init_from; None: from scratch.
+      checkpoint: of the first two.
+      model: of training.init_from.
+    """
+
+    key: str | None = None
+    checkpoint: Checkpoint | None = None
+    model: Model | None = None
+
+
+def find_origin(config: ConfigDict) -> Origin:
+    """The first that is there: the newest checkpoint in out_dir > resume_from > init_from > scratch.
 
     Raises:
-      UserError: the run is of another model or optimizer, or there is one and training.resume forbids to use it.
+      UserError: what a key names cannot be used, or there is a run and training.resume forbids to go on with it.
     """
     training = config.training
-    if run_folder.latest_step(folder) is not None:
+    if run_folder.latest_step(training.out_dir) is not None:
         if training.resume == "never":
             raise UserError(
-                f"training.resume: never, but there is a run in {str(folder)!r} (choose another training.out_dir, or auto)"
+                f"training.resume: never, but there is a run in {str(training.out_dir)!r} (choose another training.out_dir, or "
+                "auto)"
             )
-        source, key = folder, "training.out_dir"
+        key, path = "training.out_dir", training.out_dir
     elif training.resume_from:
-        source, key = _run_of(training.resume_from), "training.resume_from"
+        key, path = "training.resume_from", training.resume_from
     elif training.init_from:
-        return _check_init_from(config, tokenizer)
+        model = open_model(training.init_from, "training.init_from", n_heads=config.model.n_heads)
+        return Origin("training.init_from", model=model)
     else:
-        return []
-    theirs = run_folder.read_config(source, key)
-    checkpoint = _checkpoint_of(str(folder) if key == "training.out_dir" else training.resume_from)
-    if not (checkpoint / "progress").is_dir():
+        return Origin()
+    checkpoint = run_folder.find_checkpoint(path, key)
+    if not checkpoint.can_be_resumed:
         raise UserError(
-            f"{key}: {str(source)!r} holds weights alone, and no training that could go on (start a new one with "
-            f"training.init_from={source})"
+            f"{key}: {str(checkpoint.run)!r} holds weights alone, and no training that could go on (start a new one with "
+            f"training.init_from={checkpoint.run})"
         )
+    return Origin(key, checkpoint)
+
+
+def check_compatible(origin: Origin, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Compare `config` with that of the run that it resumes, or of the model whose weights it starts with.
+
+    Returns:
+      "KEY was theirs, now ours" for each changed key that makes the resumed run diverge.
+
+    Raises:
+      UserError: the run is of another model or optimizer.
+    """
+    if origin.model is not None:
+        return _check_weights(origin.model, config, tokenizer)
+    if origin.checkpoint is None or origin.key is None:
+        return []
+    theirs = run_folder.read_config(origin.checkpoint.run, origin.key)
     differences = []
     for section in ("model", "data", "training"):  # how it is spread over devices may change
         for name, value in config[section].items():
             path, there = f"{section}.{name}", theirs[section][name]
             if there == value or path in _FREE:
                 continue
-            half = "float16" in (there, value)  # which alone has a loss scale
-            if (
-                section == "model"
-                and name not in ("dropout", "aux_loss_alpha")
-                or path in _SHAPES
-                and (path != "training.dtype" or half)
-            ):
+            if _changes_arrays(path, there, value):
                 raise UserError(
-                    f"{path}: {value}, but the run in {str(source)!r} has {there} (expected the same, or another "
-                    "training.out_dir)"
+                    f"{path}: {value}, but the run in {str(origin.checkpoint.run)!r} has {there} (expected the same, or "
+                    "another training.out_dir)"
                 )
             differences.append(f"{path} was {there}, now {value}")
     return differences
 
 
-def start(config: ConfigDict, checkpoints: Checkpoints, init, abstract: TrainState) -> tuple[TrainState, Progress, str]:
+def _changes_arrays(path: str, there, value) -> bool:
+    """Whether a checkpoint of `there` cannot be used with `value`."""
+    if path == "training.dtype":
+        return "float16" in (there, value)  # which alone has a loss scale
+    return path in _SHAPES or path.startswith("model.") and path not in ("model.dropout", "model.aux_loss_alpha")
+
+
+def start(
+    origin: Origin, config: ConfigDict, checkpoints: Checkpoints, init, abstract: TrainState
+) -> tuple[TrainState, Progress, str]:
     """The state to train from, what is known about the run so far, and in words where they come from.
 
     Args:
@@ -90,12 +125,11 @@ def start(config: ConfigDict, checkpoints: Checkpoints, init, abstract: TrainSta
     Raises:
       UserError: a checkpoint that is named cannot be read.
     """
-    training = config.training
-    if checkpoints.latest_step() is not None:
+    if origin.key == "training.out_dir":
         state, progress = checkpoints.restore(abstract)
         return state, progress, f"step {int(state.step):,}, resumed"
-    if training.resume_from:
-        path = _checkpoint_of(training.resume_from)
+    if origin.checkpoint is not None:
+        path = origin.checkpoint.path
         try:
             state, progress = checkpoints_lib.restore(path, abstract)
         except Exception as error:  # whatever the libraries raise for a file that is broken
@@ -104,19 +138,14 @@ def start(config: ConfigDict, checkpoints: Checkpoints, init, abstract: TrainSta
             ) from error
         return state, progress, f"step {int(state.step):,} of {path}"
     state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
-    if training.init_from:
-        params = _open_init_from(config).params(abstract.params)
-        ema_params = None if state.ema_params is None else jax.tree.map(lambda x: x.copy(), params)
-        return state.replace(params=params, ema_params=ema_params), Progress(), f"the weights of {training.init_from}"
-    return state, Progress(), FROM_SCRATCH
+    if origin.model is None:
+        return state, Progress(), FROM_SCRATCH
+    params = origin.model.params(abstract.params)
+    ema_params = None if state.ema_params is None else jax.tree.map(lambda x: x.copy(), params)
+    return state.replace(params=params, ema_params=ema_params), Progress(), f"the weights of {config.training.init_from}"
 
 
-def _open_init_from(config: ConfigDict) -> Model:
-    return open_model(config.training.init_from, "training.init_from", n_heads=config.model.n_heads)
-
-
-def _check_init_from(config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    model = _open_init_from(config)
+def _check_weights(model: Model, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     differences = []
     for name, value in config.model.items():
         path, there = f"model.{name}", model.config.model[name]
@@ -140,17 +169,3 @@ def make_folder(folder: Path) -> None:
     except OSError as error:
         full = " (free some space)" if error.errno == errno.ENOSPC else ""
         raise UserError(f"training.out_dir: cannot write to {str(folder)!r}: {error.strerror}{full}") from error
-
-
-def _run_of(path: str) -> Path:
-    """RUN, given RUN or RUN/checkpoints/STEP or RUN/best/STEP."""
-    return Path(path).parents[1] if Path(path).name.isdigit() and (Path(path) / "state").is_dir() else Path(path)
-
-
-def _checkpoint_of(path: str) -> Path:
-    if _run_of(path) != Path(path):
-        return Path(path).absolute()
-    step = run_folder.latest_step(path)
-    if step is None:
-        raise UserError(f"training.resume_from: no checkpoint in {path!r} (expected RUN or RUN/checkpoints/STEP)")
-    return (Path(path) / "checkpoints" / str(step)).absolute()

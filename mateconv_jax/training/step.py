@@ -48,7 +48,7 @@ def make_train_step(
     if abstract_state is None:
         return jax.jit(functools.partial(_train_step, sums, tx, schedule, training), donate_argnums=0)
     c = nnx.merge(graph, abstract_state.params).c
-    if abstract_state.step.sharding.mesh.size > 1:
+    if abstract_state.step.sharding.num_devices > 1:
         sums = gradient_sums.over_devices(sums, abstract_state.params, training.grad_allreduce_dtype, c.dtype)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
     return jax.jit(

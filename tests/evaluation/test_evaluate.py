@@ -24,7 +24,7 @@ from mateconv_jax.evaluation import held_out
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.prepare import main as prepare, parse_args as prepare_args
-from mateconv_jax.training import loop
+from mateconv_jax.training import evaluator, loop
 from tests import llama
 
 DOCUMENTS = [
@@ -57,7 +57,7 @@ def tokenizer(run):
 def loss_of_transformers(run, use_ema, rows):
     """Nats a token over all real targets of the rows."""
     graph, abstract_params = abstract_model(ModelConfig.make(run_folder.read_config(run, "").model, "float32"))
-    params = run_folder.load_params(run, run_folder.latest_step(run), abstract_params, use_ema)
+    params = run_folder.load_params(run_folder.find_checkpoint(run, "").path, abstract_params, use_ema)
     reference = llama.from_ours(nnx.merge(graph, params))
     all_rows = rows.read(np.arange(len(rows)))
     nats = tokens = 0
@@ -157,10 +157,10 @@ def test_the_device_is_never_more_than_a_few_batches_ahead(run, dataset_folder, 
 
     real = held_out.make_eval_step
     monkeypatch.setattr(held_out, "make_eval_step", make_eval_step)
-    monkeypatch.setattr(held_out.jax, "device_get", lambda x: read.append(1) or device_get(x))
+    monkeypatch.setattr(evaluator.jax, "device_get", lambda x: read.append(1) or device_get(x))
     held_out.evaluate_run(run, [str(dataset_folder)], "train", batch_size=2, max_batches=40, use_ema=False)
     assert len(dispatched) == len(read) == 40
-    assert max(ahead) == held_out.LAG + 1 and ahead[10:] == [held_out.LAG + 1] * 30
+    assert max(ahead) == evaluator.LAG + 1 and ahead[10:] == [evaluator.LAG + 1] * 30
 
 
 def test_documents_see_only_themselves_where_they_did_in_training(run, dataset_folder, tmp_path):
@@ -205,8 +205,13 @@ def test_the_table(run, dataset_folder, capsys):
 
 
 def test_a_model_that_diverged_has_no_figures():
-    assert held_out._figures(math.nan, 3, 3) == {"loss": None, "perplexity": None, "bits_per_byte": None}
-    assert held_out._figures(3000.0, 3, 0) == {"loss": 1000.0, "perplexity": None, "bits_per_byte": None}
+    def figures(nats, tokens, n_bytes):
+        result = evaluator.Evaluation(1, tokens, n_bytes, {"raw": nats})
+        return held_out._figures(result.loss("raw"), result.bits_per_byte("raw"))
+
+    assert figures(math.nan, 3, 3) == {"loss": None, "perplexity": None, "bits_per_byte": None}
+    assert figures(3000.0, 3, 0) == {"loss": 1000.0, "perplexity": None, "bits_per_byte": None}
+    assert figures(0.0, 0, 0) == {"loss": None, "perplexity": None, "bits_per_byte": None}
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ def compile_step(config, gpu="h100", devices=8, hosts=1):
     config = config_lib.resolve(config)
     with target.compiling_for(target.GPUS[gpu]):
         c = ModelConfig.make(config.model, config.training.dtype, target.GPUS[gpu].device)
-        return programs.training_step(config, c, target.devices(target.GPUS[gpu], devices, hosts), 1000).compile()
+        run = programs.training_step(config, c, target.devices(target.GPUS[gpu], devices, hosts), 1000)
+        return programs.compile_step(run)
 
 
 @pytest.fixture(scope="session")

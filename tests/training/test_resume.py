@@ -98,12 +98,12 @@ def test_a_key_that_makes_it_another_run_is_said(tiny_config, tmp_path):
 
 def test_which_checkpoints_are_kept(tiny_config, tmp_path, monkeypatch):
     losses = iter([5.0, 3.0, 4.0, 4.5, 3.5])
-    monkeypatch.setattr(loop, "evaluate", lambda *args: {"val/loss": next(losses)})
+    monkeypatch.setattr(loop, "validation_losses", lambda *args: {"val/loss": next(losses)})
     train(tiny_config, tmp_path / "out", max_steps=10, save_interval=1, eval_interval=2, keep_latest=2, keep_every=3)
     assert steps_in(tmp_path / "out") == [3, 6, 9, 10]
     assert [path.name for path in (tmp_path / "out" / "best").iterdir() if path.name.isdigit()] == ["4"]
     assert saved(tmp_path / "out", 10)[1] == {"best_loss": 3.0, "best_step": 4, "bad_evaluations": 3, "evaluated_step": 10}
-    monkeypatch.setattr(loop, "evaluate", lambda *args: {"val/loss": 1.0})
+    monkeypatch.setattr(loop, "validation_losses", lambda *args: {"val/loss": 1.0})
     train(tiny_config, tmp_path / "none", max_steps=2, eval_interval=1, keep_best=False)
     assert not (tmp_path / "none" / "best").exists()
 
@@ -117,7 +117,7 @@ def test_early_stopping_counts_over_a_restart(tiny_config, tmp_path, monkeypatch
             loss = next(values)
             return {"val/loss": 9.0 - loss, "val/ema_loss": loss} if use_ema else {"val/loss": loss}
 
-        monkeypatch.setattr(loop, "evaluate", evaluate)
+        monkeypatch.setattr(loop, "validation_losses", evaluate)
         options = dict(early_stopping=True, patience=3, eval_interval=1, use_ema=use_ema, lr_scheduler="constant")
         return train(tiny_config, tmp_path / "out", max_steps=max_steps, **options)
 

@@ -214,8 +214,8 @@ def test_bad_steps_are_left_out_and_said(tiny_config, tmp_path, monkeypatch):
     poisoned(monkeypatch, {3, 4})
     assert train(tiny_config, tmp_path / "out", max_steps=6) == 0
     log = (tmp_path / "out" / "train.log").read_text()
-    assert "step 3: the gradient is not finite, the update is left out (1 in a row); rows [" in log
-    assert "step 4: the gradient is not finite, the update is left out (2 in a row)" in log
+    assert "step 3: the gradient is not finite, the update is skipped (1 in a row); rows [" in log
+    assert "step 4: the gradient is not finite, the update is skipped (2 in a row)" in log
     assert "largest norms: blocks.0.attention" in log and " nan" in log
     assert [m["bad_steps"] for m in metrics_of(tmp_path / "out") if "bad_steps" in m] == [0, 0, 1, 2, 0, 0]
     assert all(np.isfinite(p).all() for p in jax.tree.leaves(saved(tmp_path / "out", 6)[0]["params"]))

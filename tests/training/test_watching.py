@@ -102,7 +102,7 @@ def test_a_spike_is_left_out_on_request(tiny_config, tmp_path, monkeypatch, skip
     monkeypatch.setattr(loop, "compile_step", compiling)
     train(tiny_config, tmp_path / "out", max_steps=21, skip_spikes=skip_spikes, eval_interval=99)
     log = (tmp_path / "out" / "train.log").read_text()
-    said = re.search(r"step 20: the loss [0-9.]+ is a spike, the update is left out \(1 in a row\); rows \[", log)
+    said = re.search(r"step 20: the loss [0-9.]+ is a spike, the update is skipped \(1 in a row\); rows \[", log)
     assert bool(said) == bool(skip_spikes)
     assert changed[19] == (not skip_spikes)
     assert [m["bad_steps"] for m in metrics_of(tmp_path / "out") if "bad_steps" in m][19] == bool(skip_spikes)

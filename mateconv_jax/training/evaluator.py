@@ -1,0 +1,98 @@
+"""The loss on rows that are not trained on."""
+
+import collections
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from mateconv_jax.data import loader
+from mateconv_jax.data.dataset import Rows
+from mateconv_jax.data.tokenizer.token_bytes import target_bytes
+from mateconv_jax.runtime import sharding
+
+LAG = 4  # batches dispatched and not yet read: the device always has work, and holds few batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Attributes:
+    rows: how many were read.
+    tokens: targets.
+    bytes: of text, that the targets write.
+    nats: {name of the weights: summed cross-entropy}.
+    """
+
+    rows: int
+    tokens: int
+    bytes: int
+    nats: dict[str, float]
+
+    def loss(self, name: str) -> float:
+        """Nats a token."""
+        return self.nats[name] / self.tokens if self.tokens else math.nan
+
+    def bits_per_byte(self, name: str) -> float:
+        """The nats of all targets, control tokens included, in bits, over the bytes; NaN where they write none."""
+        return self.nats[name] / math.log(2) / self.bytes if self.bytes else math.nan
+
+
+class Evaluator:
+    """Scores weights of one model on the same rows, read in order; the last batch is filled up with rows of length 0."""
+
+    def __init__(
+        self,
+        eval_step: Callable,
+        rows: Rows,
+        bytes_per_token_V: np.ndarray,
+        batch_size: int,
+        max_batches: int | None,
+        mesh: Mesh,
+    ):
+        """eval_step: see step.make_eval_step. bytes_per_token_V: see token_bytes. batch_size: divisible by the mesh's devices.
+        max_batches: None: all rows.
+        """
+        self._eval_step, self._rows, self._bytes_per_token_V, self._mesh = eval_step, rows, bytes_per_token_V, mesh
+        self._batch_size = batch_size
+        self._n_batches = min(-(-len(rows) // batch_size), max_batches or sys.maxsize)
+
+    def __call__(
+        self,
+        weights: dict[str, nnx.State],
+        should_stop: Callable[[], bool] = lambda: False,
+        progress: Callable[[Iterable, int], Iterable] = lambda batches, n: batches,
+    ) -> Evaluation | None:
+        """Score {name: parameters}, which are on the mesh. None where `should_stop` came before the end.
+
+        Args:
+          progress: wraps the iteration over n batches, to show it.
+        """
+        totals = {name: np.zeros(2) for name in weights}  # nats and tokens, float64
+        n_bytes = 0
+        pending = collections.deque()
+
+        def read_oldest():
+            for name, sums in jax.device_get(pending.popleft()).items():
+                totals[name] += np.array(sums, np.float64)
+
+        batches = loader.validation_batches(self._rows, self._batch_size, self._n_batches)
+        for batch in progress(batches, self._n_batches):
+            if should_stop():
+                return None
+            n_bytes += target_bytes(self._bytes_per_token_V, batch)
+            on_devices = sharding.to_devices(batch, self._mesh)
+            pending.append({name: self._eval_step(params, on_devices) for name, params in weights.items()})
+            if len(pending) > LAG:
+                read_oldest()
+        while pending:
+            read_oldest()
+        n_bytes = int(np.sum(multihost_utils.process_allgather(np.int64(n_bytes))))  # each process read its rows
+        n_tokens = int(next(iter(totals.values()))[1])
+        n_rows = min(len(self._rows), self._n_batches * self._batch_size)
+        return Evaluation(n_rows, n_tokens, n_bytes, {name: float(nats) for name, (nats, _) in totals.items()})

@@ -1,0 +1,135 @@
+"""What a run computes with: programs and shapes from a config and a mesh. Training, planning and benchmarks build them here."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mateconv_jax import intervals
+from mateconv_jax.errors import UserError
+from mateconv_jax.losses.next_token import next_token_loss
+from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.transformer import abstract_model
+from mateconv_jax.runtime import sharding
+from mateconv_jax.training import optimizer, train_state
+from mateconv_jax.training.step import LossFn, make_eval_step, make_train_step
+from mateconv_jax.training.train_state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Attributes:
+    c: the model's configuration, for the mesh's devices.
+    graph, abstract_params: the model but for its numbers.
+    init: makes a fresh TrainState; called inside jit.
+    abstract_state, abstract_batch: shapes with their shardings.
+    train_step: jitted, (state, batch) -> (state, metrics); see step.make_train_step.
+    eval_step: jitted, (params, batch) -> (sum, weight); see step.make_eval_step.
+    """
+
+    c: ModelConfig
+    mesh: Mesh
+    graph: nnx.GraphDef
+    abstract_params: nnx.State
+    init: Callable[[], TrainState]
+    abstract_state: TrainState
+    abstract_batch: dict[str, jax.ShapeDtypeStruct]
+    train_step: jax.stages.Wrapped
+    eval_step: Callable
+
+    def fresh_state(self) -> TrainState:
+        """On the mesh, sharded from birth."""
+        return jax.jit(self.init, out_shardings=jax.tree.map(lambda x: x.sharding, self.abstract_state))()
+
+
+def build(config: ConfigDict, c: ModelConfig, mesh: Mesh, total_steps: int) -> Setup:
+    """A run's programs.
+
+    Args:
+      config: resolved.
+      c: made for the mesh's devices.
+      total_steps: over which the learning rate's schedule goes.
+
+    Raises:
+      UserError: the batch cannot be split over the mesh.
+    """
+    training = config.training
+    sharding.check_batch_size(training.batch_size, mesh)
+    graph, abstract_params = abstract_model(c)
+    loss_fn = make_loss(training)
+    tx, schedule = optimizer.make_optimizer(training, c), optimizer.make_schedule(training, total_steps)
+    init = functools.partial(train_state.init, c, tx, training.seed, training.use_ema)
+    abstract_state = sharding.with_shardings(mesh, jax.eval_shape(init))
+    return Setup(
+        c=c,
+        mesh=mesh,
+        graph=graph,
+        abstract_params=abstract_params,
+        init=init,
+        abstract_state=abstract_state,
+        abstract_batch=abstract_batch(config, mesh),
+        train_step=make_train_step(graph, loss_fn, tx, schedule, training, abstract_state),
+        eval_step=make_eval_step(graph, loss_fn),
+    )
+
+
+def make_loss(training: ConfigDict) -> LossFn:
+    return functools.partial(next_token_loss, z_loss=training.z_loss, remat=training.remat)
+
+
+def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """A step's batch: micro-batches of rows (see data/rows.py), in the fields that the config has use for."""
+    rows = config.training.accumulation_steps, config.training.batch_size
+    spread = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.batch(mesh, 1))
+    tokens = spread((*rows, config.data.seq_len + 1), jnp.uint16)
+    batch = {"tokens": tokens, "length": spread(rows, jnp.int32)}
+    if config.training.document_mask:
+        batch["document_starts"] = spread(tokens.shape, jnp.bool)
+    return batch
+
+
+# ---- how long -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Length:
+    """Optimizer steps of a run, and between two evaluations, saves, log lines and samples (None: no samples)."""
+
+    total_steps: int
+    eval_interval: int
+    save_interval: int
+    log_interval: int
+    samples_interval: int | None
+
+    @staticmethod
+    def of(training: ConfigDict, n_rows: int) -> "Length":
+        """Of a run over a dataset of n_rows. Raises UserError where not one step comes of it."""
+        steps = total_steps(training, n_rows)
+        if steps == 0:
+            raise UserError(
+                f"training.batch_size: {rows_per_step(training)} rows of a step are more than the dataset's {n_rows} rows x "
+                f"{training.epochs} epochs (expected a smaller batch or more epochs)"
+            )
+        steps_per_epoch = n_rows / rows_per_step(training)
+
+        def interval(key: str) -> int:
+            return intervals.steps(training[key], steps, steps_per_epoch)
+
+        samples = None if training.samples_interval is None else interval("samples_interval")
+        return Length(steps, interval("eval_interval"), interval("save_interval"), interval("log_interval"), samples)
+
+
+def rows_per_step(training: ConfigDict) -> int:
+    """Over all devices and micro-batches."""
+    return training.batch_size * training.accumulation_steps
+
+
+def total_steps(training: ConfigDict, n_rows: int) -> int:
+    """training.max_steps, or what training.epochs over n_rows make."""
+    return training.max_steps or math.floor(training.epochs * n_rows / rows_per_step(training))
