@@ -1,34 +1,60 @@
-"""Files that are whole or not there."""
+"""Files and folders that are there completely or not at all."""
 
 import contextlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
-
-
-def write_text(path: Path, text: str) -> None:
-    """UTF-8, written aside and renamed."""
-    with aside(path) as file:
-        file.write(text)
 
 
 @contextlib.contextmanager
-def aside(path: Path) -> Iterator[TextIO]:
-    """A UTF-8 text file that takes its name when the block ends without an error."""
+def aside(path: Path, folder: bool = False, replace_folder: bool = False) -> Iterator[Path]:
+    """Where to write what will be at `path`: PATH.partial/NAME, which takes its place when the block ends without an error.
+
+    What a killed process left in PATH.partial is removed at the next try.
+
+    Args:
+      folder: an empty folder is made there; otherwise nothing is.
+      replace_folder: a folder at `path` is replaced; otherwise it is an error. A file is always replaced.
+
+    Raises:
+      OSError: a file cannot be written, or `path` is a folder with something in it.
+    """
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        yield file
-    partial.rename(path)
+    written, replaced = partial / path.name, partial / "replaced"
+    if replaced.exists() and not path.exists():  # killed between the two renames below
+        replaced.rename(path)
+    _remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        if folder:
+            written.mkdir()
+        yield written
+        if replace_folder and path.is_dir():
+            path.rename(replaced)
+        written.replace(path)
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    """A folder, or the file that earlier versions wrote aside."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8."""
+    with aside(path) as written:
+        written.write_text(text, encoding="utf-8")
 
 
 def link(path: Path, target: Path) -> None:
     """The same file under another name, in place of what was there; a copy where the file system has no hard links."""
-    partial = target.with_name(target.name + ".partial")
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(path, partial)
-    except OSError:
-        shutil.copyfile(path, partial)
-    partial.rename(target)
+    with aside(target) as written:
+        try:
+            os.link(path, written)
+        except OSError:
+            shutil.copyfile(path, written)

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from mateconv_jax import files
 from mateconv_jax.errors import UserError, exit_code, program
 from mateconv_jax.reporting.history import read_runs
 
@@ -31,17 +32,12 @@ def write_report(folders: list[str], output: str | None = None, smooth: int | No
     if smooth is None:
         smooth = max(run.last_step for run in runs) // 200
 
-    from mateconv_jax.reporting import (
-        curves,  # matplotlib, 1 s, after the input is right
-        report_page,
-    )
+    from mateconv_jax.reporting import curves, report_page  # matplotlib, 1 s, after the input is right
 
     content = curves.draw(runs, smooth, "png") if path.suffix == ".png" else report_page.html(runs, smooth).encode()
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
+        with files.aside(path) as written:
+            written.write_bytes(content)
     except OSError as error:
         raise UserError(f"--output: cannot write {str(path)!r} ({error.strerror}; expected a place for a file)") from error
     return path

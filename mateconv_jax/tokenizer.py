@@ -5,17 +5,17 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
+from mateconv_jax import files
 from mateconv_jax.data.build import pipeline
 from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.text import sources as sources_lib
-from mateconv_jax.data.tokenizer import bpe, report as tokenizer_report, tokenizer as tokenizer_lib
+from mateconv_jax.data.tokenizer import bpe, report as tokenizer_report, report_tables, tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError, exit_code, program
 
 INSPECT_MB = 4  # of each --input: seconds, and the ratio's second decimal is right
@@ -40,9 +40,9 @@ def inspect(args):
     try:
         if args.encode is not None:
             for name, one in [(args.folder, tokenizer), *([(args.compare, compare)] if compare else [])]:
-                tokenizer_report.print_encoding(one, args.encode, name)
+                report_tables.print_encoding(one, args.encode, name)
         elif args.vocab or args.grep is not None:
-            tokenizer_report.print_vocabulary(tokenizer, args.grep or "", compare)
+            report_tables.print_vocabulary(tokenizer, args.grep or "", compare)
         else:
             inputs = {source.path: [source] for source in sources_lib.find(args.input)}
             texts = {path: list(_texts(source, args.text_key, INSPECT_MB)) for path, source in inputs.items()}
@@ -50,7 +50,7 @@ def inspect(args):
             if args.json:
                 print(json.dumps(report, ensure_ascii=False, indent=2))
             else:
-                tokenizer_report.print_report(report, args.folder, args.compare)
+                report_tables.print_report(report, args.folder, args.compare)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough; nothing must be written to the pipe at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -63,20 +63,11 @@ def _folder_aside(output: Path, overwrite: bool) -> Iterator[Path]:
         raise UserError(f"--output: {str(output)!r} is there already (choose another folder, or --overwrite)")
     if output.exists() and not (output / "tokenizer.json").is_file():
         raise UserError(f"--output: {str(output)!r} holds no tokenizer and is not replaced (choose another folder)")
-    partial, replaced = (output.with_name(f"{output.name}.{state}") for state in ("partial", "replaced"))
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        if output.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            output.rename(replaced)
-        partial.rename(output)
-        shutil.rmtree(replaced, ignore_errors=True)
+        with files.aside(output, folder=True, replace_folder=True) as written:
+            yield written
     except OSError as error:
         raise UserError(f"cannot read or write {error.filename or str(output)!r} ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _texts(sources: list[sources_lib.Source], text_key: str, sample_mb: float, seed: int = 0) -> Iterator[str]:

@@ -1,16 +1,15 @@
 """Models of every kind: recognised, opened and converted."""
 
-import contextlib
 import dataclasses
 import functools
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mateconv_jax import files
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop import gguf_file, hugging_face, pytorch, run
 from mateconv_jax.interop.stored_model import Model
@@ -135,8 +134,11 @@ def convert(
     if read_dtype == jnp.float16 and not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
         raise UserError("--dtype: float16 has no number as large as one of the weights (expected bfloat16 or float32)")
     write = functools.partial(kind.write, dtype=dtype) if to_kind == "gguf" else kind.write
-    with _aside(target, is_folder=not kind.suffixes) as path:
-        write(path, model, params)
+    try:
+        with files.aside(target, folder=not kind.suffixes) as written:
+            write(written, model, params)
+    except OSError as error:
+        raise UserError(f"--to: cannot write {str(target)!r} ({error.strerror or error})") from error
     return model
 
 
@@ -148,23 +150,3 @@ def _kind_to_write(from_kind: str, target: Path) -> str:
     if from_kind not in others:
         raise UserError(f"--to_kind: missing (expected run or hf: {str(target)!r} could be a folder of either)")
     return others[from_kind]
-
-
-@contextlib.contextmanager
-def _aside(target: Path, is_folder: bool) -> Iterator[Path]:
-    """A path of the same name elsewhere, of an empty folder or of no file yet; without an error in the block it becomes
-    `target`.
-    """
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        if partial.exists():  # of one that was killed
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        if is_folder:
-            (partial / target.name).mkdir()
-        yield partial / target.name
-        (partial / target.name).rename(target)
-    except OSError as error:
-        raise UserError(f"--to: cannot write {str(target)!r} ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

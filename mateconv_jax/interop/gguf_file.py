@@ -274,22 +274,7 @@ def write_gguf(path: Path, model: Model, params: nnx.State, dtype: str) -> None:
         raise UserError(f"--to: no .gguf file, model.rope_factor is {c.rope_factor} (llama.cpp's qwen3 has no such scaling)")
     matrix_type, file_type = DTYPES[dtype]
     writer = gguf.GGUFWriter(None, "qwen3" if c.qk_norm else "llama")
-    writer.add_type("model")
-    writer.add_name(path.stem)
-    writer.add_file_type(file_type)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_vocab_size(c.vocab_size)
-    writer.add_context_length(c.max_seq_len)
-    writer.add_embedding_length(c.dim)
-    writer.add_block_count(c.n_layers)
-    writer.add_feed_forward_length(c.hidden_dim)
-    writer.add_head_count(c.n_heads)
-    writer.add_head_count_kv(c.n_kv_heads)
-    writer.add_key_length(c.head_dim)
-    writer.add_value_length(c.head_dim)
-    writer.add_layer_norm_rms_eps(c.norm_eps)
-    writer.add_rope_dimension_count(c.head_dim)
-    writer.add_rope_freq_base(c.rope_theta)
+    _add_sizes(writer, path.stem, c, file_type)
     _add_tokenizer(writer, tokenizer, c.vocab_size)
 
     gguf_names = _gguf_names(c)
@@ -321,6 +306,25 @@ def write_gguf(path: Path, model: Model, params: nnx.State, dtype: str) -> None:
             writer.write_tensor_data(array)
     finally:
         writer.close()
+
+
+def _add_sizes(writer: gguf.GGUFWriter, name: str, c: ConfigDict, file_type: gguf.LlamaFileType) -> None:
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_context_length(c.max_seq_len)
+    writer.add_embedding_length(c.dim)
+    writer.add_block_count(c.n_layers)
+    writer.add_feed_forward_length(c.hidden_dim)
+    writer.add_head_count(c.n_heads)
+    writer.add_head_count_kv(c.n_kv_heads)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
+    writer.add_layer_norm_rms_eps(c.norm_eps)
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_rope_freq_base(c.rope_theta)
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:

@@ -72,7 +72,7 @@ def gradients_of_sums(graph, loss_fn: LossFn, seed: int, params, batch, step, sc
       gather: makes full parameters of `params`; gradients are with respect to `params`.
 
     Returns:
-      (LossOutput, gradient of its objective times factor, factor).
+      (LossOutput without its objective, the gradient of that times factor, factor).
     """
     A, B = jax.tree.leaves(batch)[0].shape[:2]
     # Divided by a constant first, so that a sum over many tokens cannot overflow in float16; a power of two rounds nothing.
@@ -82,7 +82,8 @@ def gradients_of_sums(graph, loss_fn: LossFn, seed: int, params, batch, step, sc
     def scaled(params, micro_batch, i):
         key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(step_key, i), device * B + jnp.arange(B))
         output = loss_fn(nnx.merge(graph, gather(params)), micro_batch, key_B)
-        return output.objective * factor, output
+        # Of the objective the gradient alone is wanted: None is an empty tree.
+        return output.objective * factor, output._replace(objective=None)  # pyrefly: ignore[bad-argument-type]
 
     def accumulate(sums, micro_batch_and_i):
         (_, output), grads = jax.value_and_grad(scaled, has_aux=True)(params, *micro_batch_and_i)

@@ -367,8 +367,8 @@ def test_a_weight_too_large_for_float16_is_said(dataset_folder, tmp_path):
 
 
 def test_nothing_is_left_of_a_conversion_that_fails_or_was_killed(run, tmp_path, monkeypatch):
-    (tmp_path / ".model.partial" / "model").mkdir(parents=True)  # of one that was killed
-    (tmp_path / ".model.partial" / "model" / "old.safetensors").touch()
+    (tmp_path / "model.partial" / "model").mkdir(parents=True)  # of one that was killed
+    (tmp_path / "model.partial" / "model" / "old.safetensors").touch()
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")

@@ -22,6 +22,10 @@ from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 
 NAME = "mateconv"  # of the TFDS dataset
+DESCRIPTION = (
+    "Rows of seq_len + 1 tokens that overlap by one; `length` of them are real. `document_starts`: a bit a token, the lowest "
+    "of a byte first; 1 where a document begins."
+)
 
 
 def assemble(
@@ -54,40 +58,12 @@ def assemble(
     folder.mkdir(parents=True)
     tokenizer = tokenizer_lib.load(tokenizer_folder, "--tokenizer")
     format = RowFormat(seq_len, len(tokenizer))
-    statistics = Statistics(len(tokenizer))
-    shards: dict[str, list[tuple[Path, dict]]] = {split: [] for split in SPLITS}
-    with (folder / "rejected.jsonl").open("wb") as rejected:
-        for chunk in sorted(path for path in chunks_folder.iterdir() if path.suffix != ".partial"):
-            statistics += Statistics.load(chunk / "statistics.npz")
-            for split, counts in json.loads((chunk / "chunk.json").read_text())["splits"].items():
-                shards[split].append((chunk / split, counts))
-            with (chunk / "rejected.jsonl").open("rb") as lines:
-                shutil.copyfileobj(lines, rejected)
-    if not shards["train"]:
-        with (folder / "rejected.jsonl").open(encoding="utf-8") as lines:
-            first = next(map(json.loads, lines), None)
-        reason = f" ({first['file']}:{first['line']}: {first['reason']})" if first else ""
-        raise UserError(f"--input: no document to train on{reason}")
-
-    split_infos = []
-    for split, files_of_split in shards.items():
-        if files_of_split:
-            template = tfds.core.ShardedFileTemplate(
-                data_dir=folder, dataset_name=NAME, split=split, filetype_suffix="array_record"
-            )
-            for index, (path, _) in enumerate(files_of_split):
-                files.link(path, Path(template.sharded_filepath(shard_index=index, num_shards=len(files_of_split))))
-            split_infos.append(
-                tfds.core.SplitInfo(
-                    name=split,
-                    shard_lengths=[counts["rows"] for _, counts in files_of_split],
-                    num_bytes=sum(counts["bytes"] for _, counts in files_of_split),
-                    filename_template=template,
-                )
-            )
-            if also_bin:
-                shards_of_split = [ShardRows([path], format) for path, _ in files_of_split]
-                _write_bin(folder / f"{split}.bin", shards_of_split)
+    statistics, shards = _gather(chunks_folder, folder, len(tokenizer))
+    split_infos = [_link_split(folder, split, found) for split, found in shards.items() if found]
+    if also_bin:
+        for split, found in shards.items():
+            if found:
+                _write_bin(folder / f"{split}.bin", [ShardRows([path], format) for path, _ in found])
     shutil.copytree(tokenizer_folder, folder / "tokenizer")
     figures = summary(statistics, tokenizer, seconds)
     files.write_text(folder / "stats.json", json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
@@ -105,12 +81,50 @@ def assemble(
         data_dir=folder,
         features=features(format),
         split_infos=split_infos,
-        description="Rows of seq_len + 1 tokens that overlap by one; `length` of them are real. "
-        "`document_starts`: a bit a token, the lowest of a byte first; 1 where a document begins.",
+        description=DESCRIPTION,
         metadata=tfds.core.MetadataDict(metadata),
         check_data=False,  # TFDS' check reads with TensorFlow, which has no ArrayRecord
     )
     return figures
+
+
+Shards = dict[str, list[tuple[Path, dict]]]  # split: each shard and its counts, {"rows", "bytes"}
+
+
+def _gather(chunks_folder: Path, folder: Path, vocab_size: int) -> tuple[Statistics, Shards]:
+    """What all chunks have: their statistics together and their shards; their rejects go to rejected.jsonl.
+
+    Raises:
+      UserError: no chunk has a document.
+    """
+    statistics = Statistics(vocab_size)
+    shards: Shards = {split: [] for split in SPLITS}
+    with (folder / "rejected.jsonl").open("wb") as rejected:
+        for chunk in sorted(path for path in chunks_folder.iterdir() if path.suffix != ".partial"):
+            statistics += Statistics.load(chunk / "statistics.npz")
+            for split, counts in json.loads((chunk / "chunk.json").read_text())["splits"].items():
+                shards[split].append((chunk / split, counts))
+            with (chunk / "rejected.jsonl").open("rb") as lines:
+                shutil.copyfileobj(lines, rejected)
+    if not shards["train"]:
+        with (folder / "rejected.jsonl").open(encoding="utf-8") as lines:
+            first = next(map(json.loads, lines), None)
+        reason = f" ({first['file']}:{first['line']}: {first['reason']})" if first else ""
+        raise UserError(f"--input: no document to train on{reason}")
+    return statistics, shards
+
+
+def _link_split(folder: Path, split: str, shards: list[tuple[Path, dict]]) -> tfds.core.SplitInfo:
+    """The shards under the names that TFDS gives them."""
+    template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=NAME, split=split, filetype_suffix="array_record")
+    for index, (path, _) in enumerate(shards):
+        files.link(path, Path(template.sharded_filepath(shard_index=index, num_shards=len(shards))))
+    return tfds.core.SplitInfo(
+        name=split,
+        shard_lengths=[counts["rows"] for _, counts in shards],
+        num_bytes=sum(counts["bytes"] for _, counts in shards),
+        filename_template=template,
+    )
 
 
 def _write_bin(path: Path, shards_of_split: list[ShardRows]) -> None:

@@ -20,6 +20,7 @@ from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 
+from mateconv_jax import files as files_lib
 from mateconv_jax.data.build import worker
 from mateconv_jax.data.build.options import SPLITS
 from mateconv_jax.data.build.pipeline import WorkerSetup
@@ -143,12 +144,8 @@ class _Write(beam.DoFn):
 
 def _fetch(remote: str, chunks_folder: Path) -> None:
     name = remote.rstrip("/").rsplit("/", 1)[1]
-    aside = chunks_folder / f"{name}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    for file in CHUNK_FILES:
-        if FileSystems.exists(f"{remote}/{file}"):
-            with open_file(f"{remote}/{file}") as data, (aside / file).open("wb") as out:
-                shutil.copyfileobj(data, out)
-    shutil.rmtree(chunks_folder / name, ignore_errors=True)
-    aside.rename(chunks_folder / name)
+    with files_lib.aside(chunks_folder / name, folder=True, replace_folder=True) as written:
+        for file in CHUNK_FILES:
+            if FileSystems.exists(f"{remote}/{file}"):
+                with open_file(f"{remote}/{file}") as data, (written / file).open("wb") as out:
+                    shutil.copyfileobj(data, out)

@@ -94,19 +94,13 @@ def prepare(
     from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib  # imports transformers, 2 s
 
     start = time.perf_counter()
-    given = bos_eos = None
     if isinstance(tokenizer, TokenizerTraining):
-        if any(source.format == "bin" for source in sources):
-            raise UserError(
-                "--train_tokenizer: a .bin file holds token ids, not text (expected --tokenizer DIR, the one they are of)"
-            )
+        training, given = tokenizer, None
         vocab_size, identity = tokenizer.vocab_size, dataclasses.asdict(tokenizer)
     else:
-        given = tokenizer_lib.load(tokenizer, "--tokenizer")
+        training, given = None, tokenizer_lib.load(tokenizer, "--tokenizer")
         vocab_size, identity = len(given), tokenizer_lib.fingerprint(given)
-        bos_eos = given.bos_token_id, given.eos_token_id
-    if also_bin and vocab_size > 2**16:
-        raise UserError("--also_bin: a .bin file holds 16-bit token ids (expected a vocabulary of at most 65,536)")
+    _check_bin(sources, training is not None, also_bin, vocab_size)
     described = {
         "input": [[source.path, source.size] for source in sources],
         "tokenizer": identity,
@@ -123,27 +117,7 @@ def prepare(
     try:
         # Finished chunks of another version of the rows cannot be mixed with ours.
         with work_folder(partial, described | {"row_version": VERSION}, overwrite) as folder:
-            read = functools.partial(all_chunks, sources, options, bos_eos, open_file)
-            chunks = read()
-            if given is None:
-                assert isinstance(tokenizer, TokenizerTraining)
-                once = any(source.path == "-" for source in sources)
-                given, chunks = _trained(tokenizer, options, folder / "tokenizer", chunks, None if once else read)
-            elif not (folder / "tokenizer").exists():
-                _save(given, folder / "tokenizer")
-            setup = WorkerSetup(
-                folder / "chunks",
-                options,
-                folder / "tokenizer",
-                (given.bos_token_id, given.eos_token_id),
-                tuple(given.all_special_tokens),
-                len(given),
-            )
-            if run_chunks:
-                run_chunks(sources, setup)
-            else:
-                with Progress(sources) as progress:
-                    process_chunks(chunks, setup, num_workers, progress.done)
+            _make_chunks(folder, sources, given, training, options, num_workers, run_chunks, open_file)
 
             from mateconv_jax.data.build.assembling import assemble  # imports tensorflow_datasets, 2 s
 
@@ -161,6 +135,40 @@ def prepare(
             f"{str(partial)!r}; the same command goes on)"
         ) from error
     return figures
+
+
+def _check_bin(sources: list[Source], trains_tokenizer: bool, also_bin: bool, vocab_size: int) -> None:
+    if trains_tokenizer and any(source.format == "bin" for source in sources):
+        raise UserError(
+            "--train_tokenizer: a .bin file holds token ids, not text (expected --tokenizer DIR, the one they are of)"
+        )
+    if also_bin and vocab_size > 2**16:
+        raise UserError("--also_bin: a .bin file holds 16-bit token ids (expected a vocabulary of at most 65,536)")
+
+
+def _make_chunks(folder: Path, sources, given, training, options, num_workers, run_chunks, open_file) -> None:
+    """Tokenizer and finished chunks in a work folder; the arguments are `prepare`'s."""
+    bos_eos = given and (given.bos_token_id, given.eos_token_id)
+    read = functools.partial(all_chunks, sources, options, bos_eos, open_file)
+    chunks = read()
+    if given is None:
+        once = any(source.path == "-" for source in sources)
+        given, chunks = _trained(training, options, folder / "tokenizer", chunks, None if once else read)
+    elif not (folder / "tokenizer").exists():
+        _save(given, folder / "tokenizer")
+    setup = WorkerSetup(
+        folder / "chunks",
+        options,
+        folder / "tokenizer",
+        (given.bos_token_id, given.eos_token_id),
+        tuple(given.all_special_tokens),
+        len(given),
+    )
+    if run_chunks:
+        run_chunks(sources, setup)
+    else:
+        with Progress(sources) as progress:
+            process_chunks(chunks, setup, num_workers, progress.done)
 
 
 # ---- the tokenizer ------------------------------------------------------------------------------------------------
@@ -226,9 +234,8 @@ def clean_texts(chunks: Iterable[Chunk], options: PrepareOptions) -> Iterator[st
 
 
 def _save(tokenizer, folder: Path) -> None:
-    aside = folder.with_name(folder.name + ".partial")
-    tokenizer.save_pretrained(aside)
-    aside.rename(folder)
+    with files.aside(folder, folder=True) as written:
+        tokenizer.save_pretrained(written)
 
 
 # ---- the work folder ----------------------------------------------------------------------------------------------

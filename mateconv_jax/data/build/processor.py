@@ -50,7 +50,12 @@ class DataProcessor:
         output, seen, counts = Path(output_path), duplicates.SeenKeys(), Counter(lines=0, documents=0)
         output.parent.mkdir(parents=True, exist_ok=True)
         rejected_path = output.with_name(output.name + ".rejected.jsonl")
-        with files.aside(output) as cleaned_file, files.aside(rejected_path) as rejected_file:
+        with (
+            files.aside(output) as cleaned_path,
+            files.aside(rejected_path) as rejects_path,
+            cleaned_path.open("w", encoding="utf-8") as cleaned_file,
+            rejects_path.open("w", encoding="utf-8") as rejected_file,
+        ):
             for chunk in pipeline.all_chunks(sources.find([str(input_path)]), self._options, None):
                 cleaned = worker.read_chunk(chunk, self._options, tuple(SPECIAL_TOKENS.values()), 0)
                 codes = seen.mark(cleaned.keys)

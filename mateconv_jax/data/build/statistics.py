@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mateconv_jax.data.tokenizer.pieces import visible
+from mateconv_jax import files
+from mateconv_jax.data.tokenizer.pieces import readable, visible
 
 if TYPE_CHECKING:  # its import costs seconds, and workers import this module
     from transformers import PreTrainedTokenizerFast
@@ -95,8 +96,7 @@ class Statistics:
             "splits": {split: dataclasses.asdict(counts) for split, counts in self.splits.items()},
         }
         used = np.flatnonzero(self.token_counts)
-        aside = path.with_name(path.name + ".partial")
-        with aside.open("wb") as file:
+        with files.aside(path) as written, written.open("wb") as file:
             np.savez_compressed(
                 file,
                 small=np.array(json.dumps(small)),
@@ -104,7 +104,6 @@ class Statistics:
                 document_lengths=_as_array(self.document_lengths),
                 code_points=_as_array(self.code_points),
             )
-        aside.rename(path)
 
     @classmethod
     def load(cls, path: Path) -> "Statistics":
@@ -233,7 +232,6 @@ def _token_ranks(token_counts: np.ndarray) -> dict[str, list[int]]:
 
 
 def _top_tokens(token_counts: np.ndarray, tokenizer: "PreTrainedTokenizerFast") -> list[dict]:
-    from mateconv_jax.data.tokenizer.pieces import readable
 
     ids = [token for token in np.argsort(-token_counts, kind="stable")[:TOP_TOKENS].tolist() if token_counts[token]]
     n_tokens = token_counts.sum()

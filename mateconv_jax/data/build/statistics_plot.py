@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from mateconv_jax import plotting
+from mateconv_jax import files, plotting
 from mateconv_jax.data.tokenizer.pieces import visible
 from mateconv_jax.plotting import BLUE, DARK, GREEN, RED, drawable, log_ticks, short
 
@@ -65,9 +65,8 @@ def write_plot(summary: dict, path: Path) -> None:
         _draw_ranks(ranks, summary)
         _draw_rejects(rejects, summary)
         _draw_scripts(scripts, summary)
-        aside = path.with_name(path.name + ".partial")
-        figure.savefig(aside, format="png", metadata={"Software": None})
-    aside.rename(path)
+        with files.aside(path) as written:
+            figure.savefig(written, format="png", metadata={"Software": None})
 
 
 def _title(summary: dict) -> str:

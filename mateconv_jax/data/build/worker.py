@@ -14,7 +14,6 @@ import array
 import dataclasses
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
+from mateconv_jax import files
 from mateconv_jax.data.build import packing
 from mateconv_jax.data.build.options import SPLITS, PrepareOptions
 from mateconv_jax.data.build.statistics import Statistics
@@ -126,9 +126,13 @@ class ChunkWriter:
         Args:
           codes: (n,) KEPT, DUPLICATE or NEAR_DUPLICATE for each document.
         """
-        aside = self.folder / f"{chunk.name}.partial"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
+        with files.aside(self.folder / chunk.name, folder=True) as written:
+            self._write_files(written, chunk, source, codes)
+            for path in written.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+
+    def _write_files(self, folder: Path, chunk: CleanChunk, source: str, codes: np.ndarray) -> None:
         rejects = rejects_of(chunk, source, codes)
         chunk.statistics.rejects.update(reject["rule"] for reject in rejects)
         # The same key decides for every piece of a document, and for every copy of it in any input.
@@ -138,19 +142,15 @@ class ChunkWriter:
             chosen = (codes == duplicates.KEPT) & (is_validation == (split == "validation"))
             pieces = [piece for i in np.flatnonzero(chosen) for piece in chunk.documents[i]]
             if pieces:
-                splits[split] = self._write_split(aside / split, split, pieces, chunk.statistics)
-        chunk.statistics.save(aside / "statistics.npz")
-        np.save(aside / "keys.npy", chunk.keys)
-        (aside / "rejected.jsonl").write_text(
+                splits[split] = self._write_split(folder / split, split, pieces, chunk.statistics)
+        chunk.statistics.save(folder / "statistics.npz")
+        np.save(folder / "keys.npy", chunk.keys)
+        (folder / "rejected.jsonl").write_text(
             "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects),
             encoding="utf-8",
             errors="backslashreplace",  # a file's name may be no text
         )
-        (aside / "chunk.json").write_text(json.dumps({"digest": chunk.digest, "splits": splits}))
-        for path in aside.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        aside.rename(self.folder / chunk.name)
+        (folder / "chunk.json").write_text(json.dumps({"digest": chunk.digest, "splits": splits}))
 
     def _write_split(
         self, path: Path, split: str, pieces: list[Document | np.ndarray], statistics: Statistics

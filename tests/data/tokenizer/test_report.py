@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from mateconv_jax.data.tokenizer import bpe, tokenizer as tokenizer_lib
 from mateconv_jax.data.tokenizer.pieces import BYTES, readable
-from mateconv_jax.data.tokenizer.report import print_encoding, print_report, print_vocabulary, report
+from mateconv_jax.data.tokenizer.report import report
+from mateconv_jax.data.tokenizer.report_tables import print_encoding, print_report, print_vocabulary
 from mateconv_jax.data.tokenizer.samples import HARD_CASES, SAMPLES
 
 SHARED = Path(os.environ.get("MATECONV_SHARED", Path(__file__).parents[4] / "shared")) / "tokenizers"
