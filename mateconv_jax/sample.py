@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import re
@@ -24,7 +25,7 @@ NEEDS = {"output": "batch_file", "batch_size": "batch_file"}
 def main(args):
     check_options(args)
     config = generation_config(args)
-    requests = prompt = None
+    requests, prompt = None, ""
     if args.batch_file is not None:
         from mateconv_jax.inference import batch_file
 
@@ -37,6 +38,7 @@ def main(args):
 
     compilation_cache.enable()
     generator = TextGenerator.from_pretrained(args.model_path, args.tokenizer, args.use_ema, args.dtype)
+    assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(encoding="utf-8" if args.json else None, errors="backslashreplace")
     try:
         if args.interactive:
@@ -44,6 +46,8 @@ def main(args):
 
             chat.run(generator, config, args.model_path)
         elif requests is not None:
+            from mateconv_jax.inference import batch_file
+
             batch_file.run(generator, requests, config, args.output, args.batch_size or 16, args.chat)
         else:
             write(generator, prompt, config, args)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import sys
@@ -32,6 +33,7 @@ def train(args):
 
 
 def inspect(args):
+    assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(errors="backslashreplace")  # a vocabulary has characters that a log's encoding may not have
     tokenizer = tokenizer_lib.load(args.folder, "inspect")
     compare = tokenizer_lib.load(args.compare, "--compare") if args.compare else None

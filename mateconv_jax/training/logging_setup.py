@@ -26,7 +26,7 @@ def logging_to(path: Path) -> Iterator[None]:
     on_terminal = sys.stderr.isatty()
     to_console = logging.StreamHandler(DummyTqdmFile(sys.stderr) if on_terminal else sys.stderr)
     to_console.addFilter(lambda record: _is_ours(record) and not (on_terminal and hasattr(record, "metrics")))
-    handlers = [to_console]
+    handlers: list[logging.Handler] = [to_console]
     if distributed.is_first():
         to_file = logging.FileHandler(path, encoding="utf-8")
         to_file.addFilter(_is_ours)

@@ -136,7 +136,7 @@ class Run:
                 skipped.check(metrics.flush(), step, save)
                 self.evaluate(step, state, progress)
                 done = done or self.stops_early(progress)
-            if self.samples is not None and (step % length.samples_interval == 0 or done):
+            if (every := length.samples_interval) is not None and (step % every == 0 or done):
                 skipped.check(metrics.flush(), step, save)
                 self.write_samples(step, state)
             if step % length.save_interval == 0 or done:
@@ -158,6 +158,7 @@ class Run:
 
     def evaluate(self, step: int, state: TrainState, progress: Progress) -> None:
         """Write the validation loss, and keep the best checkpoint. A run that is asked to stop does it when it is resumed."""
+        assert self.evaluator is not None  # evaluation_due
         with self.metrics.not_training():
             last = step == self.length.total_steps
             losses = validation_losses(self.evaluator, state, lambda: self.signals.stop and not last)
@@ -179,6 +180,7 @@ class Run:
         return self.out_of_patience(progress)
 
     def write_samples(self, step: int, state: TrainState) -> None:
+        assert self.samples is not None  # as samples_interval is given
         with self.metrics.not_training():
             params = state.params if state.ema_params is None else state.ema_params
             self.metrics.write_samples(step, self.samples.write(params))

@@ -1,8 +1,6 @@
 """A step's metrics: read from the device once a later step was dispatched, and handed to the writers."""
 
 import contextlib
-import dataclasses
-import math
 from pathlib import Path
 
 import jax
@@ -11,27 +9,9 @@ from ml_collections import ConfigDict
 
 from mateconv_jax.runtime import distributed
 from mateconv_jax.training.profiler import Profiler
+from mateconv_jax.training.skipped_steps import BadStep
 from mateconv_jax.training.throughput import Throughput
 from mateconv_jax.training.writers import JsonlWriter, LogWriter, MetricWriter, ProgressBar, TensorBoardWriter, WandbWriter
-
-
-@dataclasses.dataclass(frozen=True)
-class BadStep:
-    """A step whose update was left out: how many there are now in a row, and the gradient's norm by leaf."""
-
-    step: int
-    in_a_row: int
-    loss: float
-    leaf_norms: dict[str, float]
-
-    def reason(self) -> str:
-        finite = all(map(math.isfinite, (self.loss, *self.leaf_norms.values())))
-        return f"the loss {self.loss:.4f} is a spike" if finite else "the gradient is not finite"
-
-    def largest(self, n: int = 5) -> str:
-        """The leaves with the largest norms, those that are not finite first."""
-        order = sorted(self.leaf_norms.items(), key=lambda item: (math.isfinite(item[1]), -item[1]))
-        return ", ".join(f"{name} {norm:.3g}" for name, norm in order[:n])
 
 
 class Metrics:

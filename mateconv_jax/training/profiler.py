@@ -14,11 +14,11 @@ class Profiler:
     def __init__(self, folder: Path, first_step: int | None):
         self._folder = folder
         self._first_step = first_step
-        self._running = False
+        self._stop_at: int | None = None  # a step, while a trace is taken
 
     def dispatched(self, step: int) -> None:
         """To be called after each step was dispatched."""
-        if self._running and step >= self._first_step + N_STEPS:
+        if self._stop_at is not None and step >= self._stop_at:
             self.close()
         if step == self._first_step:
             try:
@@ -26,10 +26,10 @@ class Profiler:
             except RuntimeError as error:  # someone else is tracing: training is worth more than a trace
                 logging.warning("training.profile_step: no trace (%s)", error)
             else:
-                self._running = True
+                self._stop_at = step + N_STEPS
 
     def close(self) -> None:
         """Write the trace, if one is running: also of fewer steps, where training ends early."""
-        if self._running:
-            self._running = False
+        if self._stop_at is not None:
+            self._stop_at = None
             jax.profiler.stop_trace()

@@ -41,7 +41,7 @@ class Setup:
     init: Callable[[], TrainState]
     abstract_state: TrainState
     abstract_batch: dict[str, jax.ShapeDtypeStruct]
-    train_step: Callable
+    train_step: jax.stages.Wrapped
     eval_step: Callable
 
     def fresh_state(self) -> TrainState:
@@ -127,9 +127,12 @@ class Length:
                 f"{training.epochs} epochs (expected a smaller batch or more epochs)"
             )
         steps_per_epoch = n_rows / rows_per_step(training)
-        keys = ("eval_interval", "save_interval", "log_interval", "samples_interval")
-        given = {key: training[key] for key in keys}
-        return Length(steps, **{k: None if v is None else intervals.steps(v, steps, steps_per_epoch) for k, v in given.items()})
+
+        def interval(key: str) -> int:
+            return intervals.steps(training[key], steps, steps_per_epoch)
+
+        samples = None if training.samples_interval is None else interval("samples_interval")
+        return Length(steps, interval("eval_interval"), interval("save_interval"), interval("log_interval"), samples)
 
 
 def rows_per_step(training: ConfigDict) -> int:

@@ -12,7 +12,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import orjson
@@ -225,9 +225,11 @@ def _tfds_lines(name: str) -> Iterator[bytes]:
     """Each example's text as a line of JSON. Invalid UTF-8 is passed on as it is: the line is rejected later."""
     import tensorflow_datasets as tfds  # 2 s
 
-    builder_name, split, feature = _TFDS.fullmatch(name).groups()
+    parts = _TFDS.fullmatch(name)
+    assert parts is not None, f"{name!r} is not of `find`"
+    builder_name, split, feature = parts.groups()
     try:
-        builder = tfds.builder(builder_name)
+        builder: Any = tfds.builder(builder_name)
         if not builder.is_prepared():
             builder = tfds.builder(builder_name, file_format="array_record")  # TFDS' default needs TensorFlow
             builder.download_and_prepare()
@@ -250,10 +252,11 @@ def _tfds_lines(name: str) -> Iterator[bytes]:
         examples = builder.as_data_source(split)
     for example in examples:
         text = example[feature]
+        text = text.encode() if isinstance(text, str) else bytes(text)
         try:
-            yield orjson.dumps({"text": text if isinstance(text, str) else bytes(text).decode()}) + b"\n"
+            yield orjson.dumps({"text": text.decode()}) + b"\n"
         except UnicodeDecodeError:
-            yield b'{"text": "' + bytes(text).replace(b"\n", b" ") + b'"}\n'
+            yield b'{"text": "' + text.replace(b"\n", b" ") + b'"}\n'
 
 
 def _tfrecords(file_instructions: Iterable) -> Iterator[bytes]:
