@@ -15,9 +15,10 @@ import pytest
 import tensorflow_datasets as tfds
 
 from mateconv_jax.data import dataset
-from mateconv_jax.data.build import pipeline, worker
+from mateconv_jax.data.build import pipeline, work_folder, worker
 from mateconv_jax.data.dataset import open_dataset
 from mateconv_jax.data.text import jsonl
+from mateconv_jax.data.text.sources import Chunk, Part
 from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.prepare import main, parse_args
@@ -125,7 +126,7 @@ def test_all_shapes_of_input(tmp_path, monkeypatch):
     "flags, expected",
     [
         ([], ["Ａ<s>甲", "乙乙", "丙", "丙。丙丙丙"]),
-        (["--text_key", "body"], ["别的"]),
+        (["--text_key", "body", "--keep_going"], ["别的"]),
         (["--dedup", "none"], ["Ａ<s>甲", "乙乙", "丙", "丙。丙丙丙", "丙"]),
         (["--strip_control_tokens"], ["Ａ甲", "乙乙", "丙", "丙。丙丙丙"]),
         (["--unicode", "nfkc", "--min_chars", "2"], ["A<s>甲", "乙乙", "丙。丙丙丙"]),
@@ -260,7 +261,7 @@ def test_nasty_lines_are_counted_and_nothing_stops(tmp_path):
     }  # fmt: skip
     path = tmp_path / "raw.jsonl"
     path.write_bytes(b"".join(nasty))
-    folder = prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER, "--val_fraction", "0", "--max_line_mb", "0.05")
+    folder = prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER, "--val_fraction", "0", "--max_line_mb", "0.05", "--keep_going")
     assert documents_of_text(folder) == ["good", "with a mark", "nul"]
     lines, line = [], 1
     for text, rule in nasty.items():
@@ -270,11 +271,15 @@ def test_nasty_lines_are_counted_and_nothing_stops(tmp_path):
     assert sum(stats(folder)["rejects"].values()) == len(lines) == stats(folder)["lines"] - 3
 
 
-def test_a_truncated_file_is_used_as_far_as_it_goes_and_the_next_one_too(tmp_path):
+def test_a_truncated_file_is_an_error_or_used_as_far_as_it_goes(tmp_path):
     data = b"".join(b'{"text": "%d"}\n' % random.Random(i).getrandbits(200) for i in range(3000))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(data)[:-5000])
     write_jsonl(tmp_path / "b.jsonl", [{"text": "the next one"}])
-    folder = prepare([tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl"], tmp_path / "zh", *TRAIN_TOKENIZER, "--val_fraction", "0")
+    inputs, flags = [tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl"], (*TRAIN_TOKENIZER, "--val_fraction", "0")
+    with pytest.raises(UserError, match=r"--input: .*a\.jsonl\.gz' could not be read to its end: 1 of .*--keep_going"):
+        prepare(inputs, tmp_path / "zh", *flags)
+    assert not (tmp_path / "zh").exists()
+    folder = prepare(inputs, tmp_path / "zh", *flags, "--keep_going")
     assert [rule for _, rule in rejected(folder)] == ["broken_file"]
     assert documents_of_text(folder)[-1] == "the next one" and stats(folder)["documents"] > 1000
 
@@ -307,7 +312,7 @@ def test_impossible_options_write_nothing(tmp_path, monkeypatch, flags, message)
 def test_no_document_is_an_error_with_the_first_reason(tmp_path):
     path = write_jsonl(tmp_path / "raw.jsonl", ["{broken"])
     with pytest.raises(UserError, match=r"no document to train on .*raw\.jsonl:1: not JSON"):
-        prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER)
+        prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER, "--keep_going")
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(UserError, match="no document to train on"):
         prepare(tmp_path / "empty.jsonl", tmp_path / "empty", *TRAIN_TOKENIZER)
@@ -367,14 +372,14 @@ def test_the_same_command_again_does_nothing_and_another_refuses(tmp_path, capsy
     assert "nothing to do" in capsys.readouterr().out
     assert (tmp_path / "zh" / "dataset_info.json").stat().st_mtime_ns == before
     for flags, message in [
-        (["--min_chars", "2"], "cleaning="), (["--dedup", "near"], "dedup='exact', not 'near'"), (["--also_bin"], "also_bin=False"),
-        (["--chunk_mb", "1"], "sizes="), (["--seq_len", "17"], "seq_len=16, not 17"),
+        (["--min_chars", "2"], "cleaning.min_chars=1, not 2 "), (["--dedup", "near"], "dedup='exact', not 'near'"), (["--also_bin"], "also_bin=False"),
+        (["--chunk_mb", "1"], "sizes.bytes=16000000, not 1000000 "), (["--seq_len", "17"], "seq_len=16, not 17"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=rf"was made with .*{message}.*--overwrite"):
             prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER, *flags)
     with path.open("a") as file:
         file.write('{"text": "more"}\n')
-    with pytest.raises(UserError, match="input="):
+    with pytest.raises(UserError, match=r"another --input: .*raw\.jsonl' had \d+ bytes, now \d+"):
         prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER)
     prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER, "--overwrite", "--val_fraction", "0")
     assert stats(tmp_path / "zh")["documents"] == 21 and not (tmp_path / "zh.partial").exists()
@@ -391,7 +396,7 @@ def test_what_was_begun_with_other_options_or_another_input_is_refused(tmp_path,
     with pytest.raises(UserError, match=r"was begun with .*val_fraction=0.01, not 0.5"):
         prepare(path, tmp_path / "zh", *flags, "--val_fraction", "0.5")
     path.write_text(path.read_text().replace("文字1", "文章1"))  # the same size
-    with pytest.raises(UserError, match=r"--input: .*raw.jsonl' has changed"):
+    with pytest.raises(UserError, match="--input: the content has changed since a tokenizer was trained on it"):
         prepare(path, tmp_path / "zh", *flags)
     prepare(path, tmp_path / "zh", *flags, "--val_fraction", "0", "--overwrite")
     assert "文章1" in documents_of_text(tmp_path / "zh")
@@ -409,10 +414,34 @@ def stop_after(n, function):
     return wrapped
 
 
-def test_two_runs_in_one_folder_do_not_mix(tmp_path):
+def test_two_runs_in_one_folder_do_not_mix(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "raw.jsonl", [{"text": "一"}])
-    with pipeline.work_folder(tmp_path / "zh.partial", {}, False), pytest.raises(UserError, match="another run is writing"):
+    monkeypatch.setattr(work_folder, "LOCK_SECONDS", 0.2)
+    with (
+        work_folder.opened(tmp_path / "zh.partial", {}, False),
+        pytest.raises(UserError, match="another run is writing"),
+    ):
         prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER)
+    workers = work_folder.hold_for_worker(tmp_path / "zh.partial")  # its parent was killed, and it still writes
+    with pytest.raises(UserError, match="another run is writing"):
+        prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER, "--overwrite")
+    workers.close()
+    prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER, "--overwrite")
+
+
+def test_a_run_waits_for_the_lock_of_one_that_is_dying(tmp_path):
+    path = write_jsonl(tmp_path / "raw.jsonl", [{"text": "一"}])
+    script = """
+import sys, time
+from mateconv_jax.data.build import work_folder
+with work_folder.opened(__import__("pathlib").Path(sys.argv[1]), {"input": []}, False):
+    print("locked", flush=True)
+    time.sleep(1.5)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "zh.partial")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "locked\n" and process.poll() is None
+    prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER, "--overwrite")
+    process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -500,11 +529,11 @@ def test_a_worker_that_is_killed_is_a_clear_error(corpus, tmp_path, monkeypatch)
 def records(n, size=10):
     source = SimpleNamespace(path="a", format="jsonl")
     lines = [(i, b"%0*d" % (size, i)) for i in range(n)]
-    return [pipeline.Chunk(str(i), source, lines[i : i + 7], 0, []) for i in range(0, n, 7)]
+    return [Chunk(str(i), [Part(source, lines[i : i + 7])]) for i in range(0, n, 7)]
 
 
 def drawn(chunks, max_bytes, seed=0):
-    return [line for chunk in pipeline.sample(chunks, max_bytes, seed) for line, _ in chunk.records]
+    return [line for chunk in pipeline.sample(chunks, max_bytes, seed) for part in chunk.parts for line, _ in part.records]
 
 
 def test_a_sample_is_bounded_ordered_and_the_same_for_the_same_seed():
@@ -512,7 +541,7 @@ def test_a_sample_is_bounded_ordered_and_the_same_for_the_same_seed():
     assert len(sample) == 30 and sample == sorted(sample)
     assert sample == drawn(records(1000), 300) != drawn(records(1000), 300, seed=1)
     assert drawn(records(20), 200) == list(range(20))
-    long = pipeline.Chunk("x", SimpleNamespace(path="a", format="jsonl"), [(1, b"x" * 301)], 0, [])
+    long = Chunk("x", [Part(SimpleNamespace(path="a", format="jsonl"), [(1, b"x" * 301)])])
     assert len(drawn([long, *records(1000)], 300, seed=5)) == 30  # a record that is too long alone takes no place
 
 
