@@ -29,10 +29,10 @@ def open_data(config: ConfigDict) -> tuple[Rows, Rows | None, PreTrainedTokenize
     datasets = [dataset for dataset in (train, validation) if dataset is not None]
     for dataset in datasets:
         _check(dataset, config, tokenizer)
-    if len(tokenizer) > config.model.vocab_size:
+    if (needed := tokenizer_lib.vocab_size(tokenizer)) > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size: {config.model.vocab_size} is smaller than the tokenizer's vocabulary "
-            f"(expected at least {len(tokenizer)})"
+            f"(expected at least {needed})"
         )
     document_starts = (tokenizer.bos_token_id, tokenizer.eos_token_id) if config.training.document_mask else None
     train_rows = train.rows("train", document_starts)

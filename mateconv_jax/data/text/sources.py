@@ -34,6 +34,7 @@ DECOMPRESSORS = {
     ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=DECOMPRESSOR_BYTES).decompressobj(),
 }
 TXT_DOCUMENTS = ("line", "blank_line", "file")  # what ends a document of a .txt file
+_ARCHIVE = re.compile(r"\.(tar|tgz|tbz2?|txz|zip|7z|rar|parquet)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
 _TFDS = re.compile(r"tfds:([^:]+):([^:\[]+(?:\[[^\]]*\])?):([^:]+)")  # the split may be a part of one, train[:10%]
 
 
@@ -143,6 +144,8 @@ def find(patterns: list[str], files: Callable[[str], list[tuple[str, int, int | 
             sources.append(Source(pattern, "tfds"))
         else:
             for path, size, modified in files(pattern):
+                if archive := _ARCHIVE.search(path):
+                    raise UserError(f"--input: {path!r} is a {archive[0]} file (expected JSONL or text; unpack it first)")
                 suffixes = [suffix for suffix in Path(path).suffixes if suffix not in DECOMPRESSORS]
                 kind = {".txt": "txt", ".bin": "bin"}.get((suffixes or [""])[-1], "jsonl")
                 sources.append(Source(path, kind, size, modified))

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from mateconv_jax import config as config_lib
 from mateconv_jax.data import dataset
 from mateconv_jax.data.build import pipeline, work_folder, worker
 from mateconv_jax.data.dataset import open_dataset
@@ -22,6 +24,7 @@ from mateconv_jax.data.text.sources import Chunk, Part
 from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.prepare import main, parse_args
+from mateconv_jax.training.open_data import open_data
 
 TRAIN_TOKENIZER = ("--train_tokenizer", "--vocab_size", "300")
 
@@ -333,6 +336,100 @@ def test_a_bad_line_says_why(line, rule, reason):
     assert error.value.rule == rule
 
 
+@pytest.mark.parametrize("template, reason", [
+    ("{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}<s>{{ messages[0].content }}</s>", "user first"),
+    ("{% for m in messages %}{% if m.role == 'user' %}<s>{{ m.content }}</s>{% endif %}{% endfor %}", "writes nothing"),
+    ("", "no chat template"),
+])  # fmt: skip
+def test_a_dialogue_that_the_template_cannot_write_is_a_reject(tmp_path, dataset_folder, template, reason):
+    shutil.copytree(dataset_folder / "tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(template)
+    if not template:
+        (tmp_path / "tokenizer" / "chat_template.jinja").unlink()
+    lines = [{"text": f"第{i}篇"} for i in range(4)]
+    if template:
+        lines[2] = {"messages": [{"role": "user", "content": "你好"}]}
+    bad = {"messages": [{"role": "assistant", "content": "好"}]}
+    path = write_jsonl(tmp_path / "raw.jsonl", [*lines, bad])
+    folder = prepare(path, tmp_path / "zh", "--tokenizer", tmp_path / "tokenizer", "--val_fraction", "0")
+    [reject] = map(json.loads, (folder / "rejected.jsonl").read_text().splitlines())
+    assert (reject["line"], reject["rule"]) == (5, "chat_template") and reason in reject["reason"]
+    assert stats(folder)["rejects"] == {"chat_template": 1} and stats(folder)["documents"] == 4
+    with pytest.raises(
+        UserError, match=f"raw.jsonl' is mostly unusable: 1 of 1 records rejected, the first at line 1: .*{reason}"
+    ):
+        prepare(write_jsonl(path, [bad]), tmp_path / "none", "--tokenizer", tmp_path / "tokenizer")
+
+
+def test_one_token_is_a_reject_where_it_stands_alone(tmp_path, dataset_folder):
+    tokenizer = ("--tokenizer", dataset_folder / "tokenizer", "--val_fraction", "0")
+    np.array([2], np.uint16).tofile(tmp_path / "a.bin")
+    with pytest.raises(UserError, match="no document to train on .*one token alone"):
+        prepare(tmp_path / "a.bin", tmp_path / "none", *tokenizer)
+    np.array([1, 5, 2], np.uint16).tofile(tmp_path / "b.bin")
+    folder = prepare([tmp_path / "a.bin", tmp_path / "b.bin"], tmp_path / "zh", *tokenizer)
+    assert stats(folder)["tokens"] == 4 and stats(folder)["rejects"] == {}
+    write_jsonl(tmp_path / "c.jsonl", [{"text": "别的"}])
+    folder = prepare([tmp_path / "c.jsonl", tmp_path / "a.bin"], tmp_path / "both", *tokenizer)
+    assert rejected(folder) == [(1, "one_token")]
+
+
+def test_a_vocabulary_may_leave_out_ids(tmp_path, dataset_folder):
+    """Its embedding has largest id + 1 rows; `len(tokenizer)` is less."""
+    shutil.copytree(dataset_folder / "tokenizer", tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["model"]["vocab"] |= {piece: 420 for piece, token in content["model"]["vocab"].items() if token == 67}
+    file.write_text(json.dumps(content), encoding="utf-8")
+    tokenizer = tokenizer_lib.load(tmp_path / "tokenizer", "")
+    assert len(tokenizer) < tokenizer_lib.vocab_size(tokenizer) == 421
+    path = write_jsonl(tmp_path / "raw.jsonl", [{"text": tokenizer.decode([420]) + f"第{i}篇"} for i in range(50)])
+    folder = prepare(path, tmp_path / "zh", "--tokenizer", tmp_path / "tokenizer", "--val_fraction", "0")
+    assert dataset.read_metadata(folder, "")["vocab_size"] == 421
+    assert any(420 in stream for stream in streams(folder, "train"))
+    config = config_lib.default_config()
+    config.data.train_data_path, config.data.seq_len, config.model.vocab_size = str(folder), 16, len(tokenizer)
+    with pytest.raises(UserError, match="model.vocab_size: .*expected at least 421"):
+        open_data(config)
+
+
+@pytest.mark.parametrize("name, make, hint", [
+    ("array.json", lambda lines: b"[\n" + b",\n".join(lines) + b"\n]\n", "JSON array"),
+    ("one.json", lambda lines: b"[" + b",".join(lines) + b"]", "JSON array"),
+    ("packed.jsonl", lambda lines: gzip.compress(b"\n".join(lines)), r"suffix \.gz"),
+    ("plain.jsonl.gz", b"\n".join, "incorrect header"),
+    ("utf16.jsonl", lambda lines: b"\n".join(lines).decode().encode("utf-16"), "UTF-16"),
+    ("gbk.jsonl", lambda lines: b"\n".join(lines).decode().encode("gb18030"), "GB18030"),
+])  # fmt: skip
+def test_a_file_that_would_vanish_is_named(tmp_path, name, make, hint):
+    lines = [json.dumps({"text": f"第 {i} 篇文章说的是春天。"}, ensure_ascii=False).encode() for i in range(30)]
+    (tmp_path / name).write_bytes(make(lines))
+    good = write_jsonl(tmp_path / "good.jsonl", [{"text": f"好{i}"} for i in range(50)])
+    with pytest.raises(UserError, match=rf"--input: '.*/{name}' .*{hint}.*--keep_going"):
+        prepare([tmp_path / name, good], tmp_path / "zh", *TRAIN_TOKENIZER)
+    folder = prepare([tmp_path / name, good], tmp_path / "zh", *TRAIN_TOKENIZER, "--keep_going")
+    assert stats(folder)["documents"] >= 50
+
+
+def test_a_file_that_is_wrong_from_its_beginning_stops_the_work_at_once(tmp_path, dataset_folder, monkeypatch):
+    path = write_jsonl(tmp_path / "raw.jsonl", [{"content": f"{i}" * 50} for i in range(20_000)])
+    reads = []
+    monkeypatch.setattr(pipeline, "_read", lambda chunk, read=pipeline._read: reads.append(chunk.name) or read(chunk))
+    with pytest.raises(UserError, match=r"mostly unusable: 1,\d\d\d of 1,\d\d\d records .*no key 'text'"):
+        prepare(path, tmp_path / "zh", "--tokenizer", dataset_folder / "tokenizer", "--chunk_mb", "0.05")
+    assert len(reads) < 10
+
+
+def test_one_bad_file_of_many_that_are_a_document_each_is_one_reject(tmp_path, dataset_folder):
+    flags = ("--tokenizer", dataset_folder / "tokenizer", "--txt_document", "file", "--val_fraction", "0")
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_bytes(b"\xff" if i == 1 else f"第{i}篇".encode())
+    assert rejected(prepare(tmp_path / "*.txt", tmp_path / "zh", *flags)) == [(1, "invalid_utf8")]
+    (tmp_path / "0.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"--input: .*/0.txt' is mostly unusable: 2 of 3"):
+        prepare(tmp_path / "*.txt", tmp_path / "bad", *flags)
+
+
 def test_a_disk_that_fills_keeps_what_is_finished(tmp_path, dataset_folder):
     small = tmp_path / "small"
     small.mkdir()
@@ -512,6 +609,18 @@ def test_workers_end_with_their_parent(corpus, tmp_path):
 
 def die(chunk):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_more_chunks_than_files_may_be_open(tmp_path, dataset_folder):
+    """All of them are put together, into a flat file too, where 300 files may be open."""
+    path = write_jsonl(tmp_path / "raw.jsonl", [{"text": f"第{i:03d}篇"} for i in range(60)])
+    flags = ("--tokenizer", dataset_folder / "tokenizer", "--also_bin", "--val_fraction", "0", "--num_workers", "1")
+    arguments = command(path, tmp_path / "zh", *flags, "--chunk_mb", "0.000001")
+    script = "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300)); from mateconv_jax import prepare; "
+    script += "sys.exit(prepare.main(prepare.parse_args(sys.argv[1:])))"
+    subprocess.run([sys.executable, "-c", script, *arguments], check=True, stdout=subprocess.DEVNULL)
+    assert len(list((tmp_path / "zh").glob("*array_record*"))) == 60
+    assert (np.fromfile(tmp_path / "zh" / "train.bin", np.uint16) == 1).sum() == 60
 
 
 def test_a_worker_that_is_killed_is_a_clear_error(corpus, tmp_path, monkeypatch):

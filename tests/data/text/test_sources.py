@@ -196,6 +196,10 @@ def test_what_is_found(tmp_path, monkeypatch):
         sources.find(["no*"])
     with pytest.raises(UserError, match=r"is a folder .*\*\.jsonl"):
         sources.find([str(tmp_path)])
+    for archive in ("a.tar", "a.jsonl.tar.bz2", "a.TGZ", "a.zip", "a.parquet"):
+        (tmp_path / archive).touch()
+        with pytest.raises(UserError, match=rf"--input: '{archive}' is a \..* file .*unpack"):
+            sources.find([archive])
     for incomplete in ("tfds:imdb", "tfds:imdb:train[:10%]", "tfds:imdb::text"):
         with pytest.raises(UserError, match="tfds:NAME/CONFIG:SPLIT:FEATURE"):
             sources.find([incomplete])
