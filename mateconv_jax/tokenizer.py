@@ -1,4 +1,4 @@
-"""Train a tokenizer, or look into one:  python -m mateconv_jax.tokenizer train --input raw.jsonl --output tokenizer"""
+"""Train or inspect a tokenizer:  python -m mateconv_jax.tokenizer train --input raw.jsonl --output tokenizer"""
 
 import argparse
 import contextlib
@@ -24,7 +24,7 @@ from mateconv_jax.data.tokenizer import (
 )
 from mateconv_jax.errors import UserError, exit_code, program
 
-INSPECT_MB = 4  # of each --input: seconds, and the ratio's second decimal is right
+INSPECT_MB = 4  # of each --input: takes seconds, and gets the ratio's second decimal right
 
 
 def train(args):
@@ -35,12 +35,12 @@ def train(args):
         texts = _texts(sources, args.text_key, args.sample_mb, args.seed)
         trained = bpe.train(texts, args.vocab_size, args.split_digits, args.special_tokens)
         trained.save_pretrained(partial)
-    print(f"{output}: {len(trained):,} tokens. Look into it with: python -m mateconv_jax.tokenizer inspect {output}")
+    print(f"{output}: {len(trained):,} tokens. Inspect it with: python -m mateconv_jax.tokenizer inspect {output}")
 
 
 def inspect(args):
     assert isinstance(sys.stdout, io.TextIOWrapper)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a vocabulary has characters that a log's encoding may not have
+    sys.stdout.reconfigure(errors="backslashreplace")  # a vocabulary may have characters that the log's encoding lacks
     tokenizer = tokenizer_lib.load(args.folder, "inspect")
     compare = tokenizer_lib.load(args.compare, "--compare") if args.compare else None
     try:
@@ -58,13 +58,13 @@ def inspect(args):
             else:
                 report_tables.print_report(report, args.folder, args.compare)
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough; nothing must be written to the pipe at exit either
+    except BrokenPipeError:  # `| head` is done; the interpreter must not flush into the closed pipe at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
 def _folder_aside(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder that takes the place of `output` when the block ends without an error, and is gone otherwise."""
+    """A new folder that replaces `output` if the block succeeds and is removed otherwise."""
     if output.exists() and not overwrite:
         raise UserError(f"--output: {str(output)!r} is there already (choose another folder, or --overwrite)")
     if output.exists() and not (output / "tokenizer.json").is_file():
@@ -100,34 +100,37 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(prog=program("tokenizer"), description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="train | inspect")
 
-    command = commands.add_parser("train", help="a byte-level BPE", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command = commands.add_parser(
+        "train", help="train a byte-level BPE", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     command.set_defaults(run=train)
     add = command.add_argument
-    add("--input", nargs="+", required=True, help="files or globs, JSONL or .txt, also .gz, .xz, .zst; - is standard input")
-    add("--output", required=True, help="the folder to make")
-    add("--vocab_size", type=int, default=6400, help="tokens at most, control tokens and the 256 bytes among them")
-    add("--split_digits", action="store_true", help="one token a digit")
-    add("--special_tokens", nargs="+", default=[], metavar="TOKEN", help="more control tokens, with the ids from 4 on")
-    add("--sample_mb", type=float, default=pipeline.TokenizerTraining().sample_mb, help="train on at most so much of the "
-        "input, drawn evenly; 64 take 0.8 GB of memory")  # fmt: skip
-    add("--text_key", default="text", help='the key of a JSON line\'s text; {"messages": […]} is a dialogue')
-    add("--seed", type=int, default=0, help="of the sample")
-    add("--overwrite", action="store_true", help="replace the folder if it is there")
+    add("--input", nargs="+", required=True, help="files or globs: JSONL or .txt, optionally .gz, .bz2, .xz or .zst; - for "
+        "standard input")  # fmt: skip
+    add("--output", required=True, help="folder to create")
+    add("--vocab_size", type=int, default=6400, help="maximum size, including control tokens and the 256 bytes")
+    add("--split_digits", action="store_true", help="make every digit a token of its own")
+    add("--special_tokens", nargs="+", default=[], metavar="TOKEN", help="additional control tokens, ids 4 and up")
+    add("--sample_mb", type=float, default=pipeline.TokenizerTraining().sample_mb, help="MB of input to train on, "
+        "sampled uniformly; 64 take 0.8 GB of memory")  # fmt: skip
+    add("--text_key", default="text", help='JSON key that holds the text; {"messages": […]} is a dialogue')
+    add("--seed", type=int, default=0, help="seed of the sample")
+    add("--overwrite", action="store_true", help="replace an existing tokenizer folder")
 
-    command = commands.add_parser("inspect", help="what a tokenizer holds, and how well it serves")
+    command = commands.add_parser("inspect", help="show a tokenizer's contents and how well it compresses")
     command.set_defaults(run=inspect)
     add = command.add_argument
     add("folder", metavar="DIR", help="a folder with tokenizer.json")
     add("--compare", metavar="DIR", help="show another tokenizer beside it")
-    add("--input", nargs="+", default=[], help=f"compress these files too, a sample of {INSPECT_MB} MB of each, and check "
-        "that they come back")  # fmt: skip
-    add("--text_key", default="text", help="the key of a JSON line's text (default: text)")
-    instead = command.add_argument_group("in place of the overview")
+    add("--input", nargs="+", default=[], help=f"also compress a sample of {INSPECT_MB} MB of each of these files, and check "
+        "that it decodes to the same text")  # fmt: skip
+    add("--text_key", default="text", help="JSON key that holds the text (default: text)")
+    instead = command.add_argument_group("instead of the overview")
     add = instead.add_mutually_exclusive_group().add_argument
-    add("--vocab", action="store_true", help="all tokens, a line each: id, tab, text (tab, id in the other tokenizer)")
-    add("--encode", metavar="TEXT", help="the pieces of a text")
-    add("--json", action="store_true", help="the overview as JSON")
-    instead.add_argument("--grep", metavar="TEXT", help="only tokens with this text in them, as --vocab shows them")
+    add("--vocab", action="store_true", help="list all tokens, one a line: id, tab, text (tab, id in the other tokenizer)")
+    add("--encode", metavar="TEXT", help="show the pieces of a text")
+    add("--json", action="store_true", help="print the overview as JSON")
+    instead.add_argument("--grep", metavar="TEXT", help="list only tokens that contain this text")
     args = parser.parse_args(argv)
     if args.run is inspect:
         listing = args.vocab or args.grep is not None
@@ -136,7 +139,7 @@ def parse_args(argv):
         if args.grep is not None and (args.json or args.encode is not None):
             parser.error("--grep: only with --vocab, or alone (expected no --json or --encode)")
     elif args.sample_mb <= 0:
-        parser.error(f"--sample_mb: {args.sample_mb} is not possible (expected more than 0)")
+        parser.error(f"--sample_mb: {args.sample_mb} is invalid (expected more than 0)")
     return args
 
 

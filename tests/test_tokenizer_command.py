@@ -156,7 +156,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(folder, view):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["train", "--input", "none", "--output", "x", "--sample_mb", "0"], "--sample_mb: 0.0 is not possible"),
+        (["train", "--input", "none", "--output", "x", "--sample_mb", "0"], "--sample_mb: 0.0 is invalid"),
         (["train", "--input", "none", "--output", "x"], "--input: no file at 'none'"),
         (["inspect", "none"], "inspect: no tokenizer at 'none'"),
         (["inspect", ".", "--vocab", "--input", "x"], "--input: only for the overview"),

@@ -318,7 +318,7 @@ def print_table(summary: dict, folder: str | Path) -> None:
 
     figures = {
         "input": f"{summary['lines']:,} records, {_size(summary['bytes_in'])}, in {summary['seconds']:,.1f} s",
-        "rejected": _by_rule(summary["rejects"]),
+        "rejected": _by_rule(summary["rejects"], summary["lines"]),
         "cleaned": _by_rule(summary["cleaned"]),
     }
     if summary["characters"]:
@@ -355,5 +355,6 @@ def _size(n_bytes: int) -> str:
     return f"{n_bytes / 1000**thousands:.4g} {('B', 'kB', 'MB', 'GB', 'TB')[thousands]}"
 
 
-def _by_rule(counts: dict[str, int]) -> str:
-    return ", ".join(f"{rule} {n:,}" for rule, n in counts.items()) or "none"
+def _by_rule(counts: dict[str, int], records: int = 0) -> str:
+    """With the share of `records`, where it is given."""
+    return ", ".join(f"{rule} {n:,}" + (f" ({n / records:.2%})" if records else "") for rule, n in counts.items()) or "none"

@@ -295,7 +295,7 @@ def test_a_truncated_file_is_an_error_or_used_as_far_as_it_goes(tmp_path):
         (["--tokenizer", "none"], "--tokenizer: no tokenizer at 'none'"),
         (["--seq_len", "0"], "seq_len: 0 is not possible"),
         (["--val_fraction", "1"], "val_fraction: 1.0 is not possible"),
-        (["--num_workers", "0"], "num_workers: 0 is not possible"),
+        (["--num_workers", "0"], "num_workers: 0 is invalid"),
         (["--near_threshold", "1"], "near_threshold: 1.0 is not possible"),
         (["--max_chars", "0"], "max_chars: 0 is not possible"),
         (["--chunk_mb", "0"], "bytes: 0 is not possible"),
