@@ -14,6 +14,7 @@ from tqdm import tqdm
 from mateconv_jax import files
 from mateconv_jax.data.build import pipeline
 from mateconv_jax.data.build.options import PrepareOptions
+from mateconv_jax.data.build.unreadable import UnreadableInputs
 from mateconv_jax.data.text import sources as sources_lib
 from mateconv_jax.data.tokenizer import (
     bpe,
@@ -32,7 +33,7 @@ def train(args):
     sources = sources_lib.find(args.input)
     print(f"tokenizer: reading {', '.join(source.path for source in sources)}", file=sys.stderr, flush=True)
     with _folder_aside(output, args.overwrite) as partial:
-        texts = _texts(sources, args.text_key, args.sample_mb, args.seed)
+        texts = _texts(sources, args.text_key, args.sample_mb, args.seed, args.keep_going)
         trained = bpe.train(texts, args.vocab_size, args.split_digits, args.special_tokens)
         trained.save_pretrained(partial)
     print(f"{output}: {len(trained):,} tokens. Inspect it with: python -m mateconv_jax.tokenizer inspect {output}")
@@ -78,7 +79,9 @@ def _folder_aside(output: Path, overwrite: bool) -> Iterator[Path]:
         raise UserError(f"cannot read or write {error.filename or str(output)!r} ({error.strerror or error})") from error
 
 
-def _texts(sources: list[sources_lib.Source], text_key: str, sample_mb: float, seed: int = 0) -> Iterator[str]:
+def _texts(
+    sources: list[sources_lib.Source], text_key: str, sample_mb: float, seed: int = 0, keep_going: bool = True
+) -> Iterator[str]:
     """Texts of a sample of the inputs, read and cleaned as `prepare` does by default."""
     if bins := [source.path for source in sources if source.format == "bin"]:
         raise UserError(f"--input: {bins[0]!r} holds token ids, not text (expected JSONL or .txt)")
@@ -86,14 +89,27 @@ def _texts(sources: list[sources_lib.Source], text_key: str, sample_mb: float, s
     with tqdm(
         pipeline.all_chunks(sources, options, None), "reading", unit=" chunks", disable=not sys.stderr.isatty()
     ) as chunks:
-        sampled = list(pipeline.sample(chunks, int(sample_mb * 1e6), seed))
+        to_their_ends = chunks if keep_going else map(_check_not_broken, chunks)
+        sampled = list(pipeline.sample(to_their_ends, int(sample_mb * 1e6), seed))
     n_texts = 0
-    for text in pipeline.clean_texts(sampled, options):
+    for text in pipeline.clean_texts(sampled, options, UnreadableInputs(keep_going, one_document_files=False)):
         n_texts += 1
         yield text
     if not n_texts:
         names = ", ".join(source.path for source in sources)
         raise UserError(f"--input: no text in {names} (expected documents of at most {sample_mb:g} MB, key {text_key!r})")
+
+
+def _check_not_broken(chunk: sources_lib.Chunk) -> sources_lib.Chunk:
+    """Raises UserError where a file of the chunk could not be read to its end."""
+    for part in chunk.parts:
+        for line, rule, reason in part.rejects:
+            if rule == "broken_file":
+                raise UserError(
+                    f"--input: {part.source.path!r} could not be read beyond line {line}: {reason}. Mend it or leave it out "
+                    "(--keep_going uses what can be read)"
+                )
+    return chunk
 
 
 def parse_args(argv):
@@ -114,6 +130,7 @@ def parse_args(argv):
     add("--sample_mb", type=float, default=pipeline.TokenizerTraining().sample_mb, help="MB of input to train on, "
         "sampled uniformly; 64 take 0.8 GB of memory")  # fmt: skip
     add("--text_key", default="text", help='JSON key that holds the text; {"messages": […]} is a dialogue')
+    add("--keep_going", action="store_true", help="use what can be read of a broken or mostly rejected input")
     add("--seed", type=int, default=0, help="seed of the sample")
     add("--overwrite", action="store_true", help="replace an existing tokenizer folder")
 

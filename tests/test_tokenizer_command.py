@@ -1,5 +1,6 @@
 """python -m mateconv_jax.tokenizer: every option changes something, and what is wrong is one line."""
 
+import gzip
 import io
 import json
 import subprocess
@@ -91,6 +92,27 @@ def test_a_folder_is_replaced_only_when_told(numbers_jsonl, tmp_path):
     with pytest.raises(UserError, match="--output: .*photos' holds no tokenizer and is not replaced"):
         trained(tmp_path / "photos", *flags, 310, "--overwrite")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "tokenizer"]
+
+
+def test_an_input_that_would_vanish_is_an_error(numbers_jsonl, tmp_path):
+    broken = tmp_path / "broken.jsonl.gz"
+    broken.write_bytes(gzip.compress(numbers_jsonl.read_bytes())[:-300])
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"content": "别的"}\n' * 20)
+    for path, message in ((broken, "could not be read beyond line"), (other, "is mostly unusable: 20 of 20")):
+        flags = ("--input", numbers_jsonl, path, "--vocab_size", 300)
+        with pytest.raises(UserError, match=f"--input: '{path}' {message}.*--keep_going"):
+            trained(tmp_path / "tokenizer", *flags)
+        assert len(trained(tmp_path / path.stem, *flags, "--keep_going")) == 300
+    assert not (tmp_path / "tokenizer").exists()
+
+
+def test_a_tokenizer_folder_with_a_model_in_it_is_not_replaced(numbers_jsonl, tmp_path):
+    trained(tmp_path / "model", "--input", numbers_jsonl, "--vocab_size", 300)
+    (tmp_path / "model" / "model.safetensors").write_text("weights")
+    with pytest.raises(UserError, match="--output: .*model' holds 'model.safetensors' too and is not replaced"):
+        trained(tmp_path / "model", "--input", numbers_jsonl, "--vocab_size", 310, "--overwrite")
+    assert (tmp_path / "model" / "model.safetensors").read_text() == "weights"
 
 
 def test_what_is_there_survives_a_training_that_fails(numbers_jsonl, tmp_path):

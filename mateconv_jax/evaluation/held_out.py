@@ -191,7 +191,7 @@ def _prepare(data: list[str], folder: Path, tokenizer: PreTrainedTokenizerFast, 
         return figures["rejects"]
     except UserError as error:
         # They name the flags of `prepare`, and promise that a second run goes on with what is in its folder.
-        message = str(error).split(" (what was finished")[0]
+        message = str(error).split(" (what was finished")[0].removesuffix(" (--keep_going uses what can be read)")
         raise UserError(message.replace("--input:", "--data:").replace("--output:", "--data:")) from error
 
 

@@ -293,17 +293,27 @@ def sample(chunks: Iterable[Chunk], max_bytes: int, seed: int = 0) -> Iterator[C
         yield Chunk("", [Part(source, [record for *_, record in entries]) for source, entries in by_source])
 
 
-def clean_texts(chunks: Iterable[Chunk], options: PrepareOptions) -> Iterator[str]:
-    """Texts for a tokenizer to learn from; of a dialogue, each turn as the chat template writes it."""
+def clean_texts(chunks: Iterable[Chunk], options: PrepareOptions, unreadable: UnreadableInputs | None = None) -> Iterator[str]:
+    """Texts for a tokenizer to learn from; of a dialogue, each turn as the chat template writes it.
+
+    Raises:
+      UserError: an input is mostly unusable, if `unreadable` is to notice.
+    """
     from mateconv_jax.data.tokenizer.tokenizer import SPECIAL_TOKENS
 
     for chunk in chunks:
-        for document in worker.read_chunk(chunk, options, tuple(SPECIAL_TOKENS.values()), 0).documents:
+        cleaned = worker.read_chunk(chunk, options, tuple(SPECIAL_TOKENS.values()), 0)
+        if unreadable:
+            unreadable.begin(counts.path for counts in cleaned.inputs)
+            unreadable.done(cleaned.inputs)
+        for document in cleaned.documents:
             for piece in document:
                 if isinstance(piece, str):
                     yield piece
                 else:
                     yield from (f"{message['role']}\n{message['content']}" for message in piece)
+    if unreadable:
+        unreadable.finish()
 
 
 def _save(tokenizer, folder: Path) -> None:
