@@ -210,9 +210,9 @@ class ChunkWriter:
         is_validation = chunk.keys[:, 0] < int(self.options.val_fraction * 2**64)
         splits = {}
         for split in SPLITS:
-            chosen = np.flatnonzero((codes == duplicates.KEPT) & (is_validation == (split == "validation")))
+            chosen = np.flatnonzero((codes == duplicates.KEPT) & (is_validation == (split == "validation"))).tolist()
             pieces = [piece for i in chosen for piece in chunk.documents[i]]
-            ids = list(self._token_ids(pieces, [ids for i in chosen if (ids := dialogues.get(int(i))) is not None]))
+            ids = list(self._token_ids(pieces, [ids for i in chosen if (ids := dialogues.get(i)) is not None]))
             if sum(map(len, ids)) > 1:
                 splits[split] = self._write_split(folder / split, split, pieces, ids, chunk.statistics)
             else:

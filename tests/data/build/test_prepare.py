@@ -626,7 +626,7 @@ def test_more_chunks_than_files_may_be_open(tmp_path, dataset_folder):
 def test_a_worker_that_is_killed_is_a_clear_error(corpus, tmp_path, monkeypatch):
     path, flags, straight = corpus
     monkeypatch.setattr(pipeline, "_read", die)
-    with pytest.raises(UserError, match="--num_workers: a worker process was killed.*run again"):
+    with pytest.raises(UserError, match="--num_workers: a worker process was killed.*run the command again"):
         main(parse_args(command(path, tmp_path / "zh", *flags, "--num_workers", "2")))
     monkeypatch.undo()
     assert_equal_datasets(prepare(path, tmp_path / "zh", *flags), straight)
