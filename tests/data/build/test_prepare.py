@@ -374,6 +374,16 @@ def test_one_token_is_a_reject_where_it_stands_alone(tmp_path, dataset_folder):
     assert rejected(folder) == [(1, "one_token")]
 
 
+def test_control_tokens_in_texts_are_counted(tmp_path, dataset_folder, capsys):
+    texts = [{"text": "甲</s>乙<s>"}, {"text": "丙"}, {"prompt": "<s>user", "response": "答"}]
+    path = write_jsonl(tmp_path / "raw.jsonl", texts)
+    flags = ("--tokenizer", dataset_folder / "tokenizer", "--val_fraction", "0")
+    assert stats(prepare(path, tmp_path / "zh", *flags))["control_tokens_as_text"] == 2
+    assert "control tokens   spelt out in 2 documents" in capsys.readouterr().out
+    assert stats(prepare(path, tmp_path / "stripped", *flags, "--strip_control_tokens"))["control_tokens_as_text"] == 0
+    assert "spelt out" not in capsys.readouterr().out
+
+
 def test_a_vocabulary_may_leave_out_ids(tmp_path, dataset_folder):
     """Its embedding has largest id + 1 rows; `len(tokenizer)` is less."""
     shutil.copytree(dataset_folder / "tokenizer", tmp_path / "tokenizer")
