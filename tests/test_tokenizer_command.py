@@ -128,7 +128,7 @@ def test_inputs_that_hold_no_text(tmp_path, numbers_jsonl):
     (tmp_path / "ids.bin").write_bytes(b"\1\0")
     with pytest.raises(UserError, match="--input: no text in .*empty.jsonl"):
         trained(tmp_path / "out", "--input", tmp_path / "empty.jsonl")
-    with pytest.raises(UserError, match="--input: no text in .* key 'body'"):
+    with pytest.raises(UserError, match="--input: .* is mostly unusable: .* no key 'body'"):
         trained(tmp_path / "out", "--input", numbers_jsonl, "--text_key", "body")
     with pytest.raises(UserError, match="--input: .*ids.bin' holds token ids"):
         trained(tmp_path / "out", "--input", tmp_path / "ids.bin")
