@@ -55,7 +55,7 @@ def log_header(
         logging.info("expected initial loss: ln(%s) = %.4f (a model that knows nothing)", f"{vocab_size:,}", expected)
 
     for difference in differences:
-        logging.warning("not an exact continuation: %s", difference)
+        logging.warning("%s", difference)
     if val_rows is None:
         logging.info("validation: none (there is no validation split and no data.val_data_path)")
 
