@@ -1,7 +1,7 @@
 """The current MiniMind: 63,912,192 parameters, RMSNorm of queries and keys; transformers' Qwen3 architecture.
 
-Matches version 3 (jingyaogong/minimind, commit 0074dcf, model/model_minimind.py). Prepare the text with MiniMind's tokenizer, or
-with your own of at most 6,400 tokens.
+Matches version 3 (jingyaogong/minimind, commit 0074dcf, model/model_minimind.py). Prepare the text with MiniMind's tokenizer,
+or with your own of at most 6,400 tokens.
 
 python -m mateconv_jax.train --config=configs/minimind.py --config.data.train_data_path=data/zh
 """

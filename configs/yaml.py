@@ -34,7 +34,9 @@ def get_config(file: str = ""):
         if section not in list(config):
             raise UserError(f"{file}: {section}: unknown section (there are: {', '.join(config)})")
         if not isinstance(values, dict | None):
-            raise UserError(f"{file}: {section}: {values!r} is not a section (expected lines such as `batch_size: 32` below it)")
+            raise UserError(
+                f"{file}: {section}: {values!r} is not a section (expected lines such as `batch_size: 32` below it)"
+            )
         for key, value in (values or {}).items():
             path = f"{section}.{key}"
             if key not in list(config[section]):

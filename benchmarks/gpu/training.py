@@ -63,7 +63,7 @@ def peer_case(case: Case, dry_run: bool) -> str:
 def compile_step(case: Case, dry_run: bool, without_command_buffers: bool = False, **training):
     """(config, Setup, compiled)."""
     config = case.config(dry_run, **training)
-    run = setup.build(config, setup.model_config(config), sharding.make_mesh(config.mesh), 1000)
+    run = setup.build(config, setup.model_config(config), sharding.make_mesh(config.mesh.data, config.mesh.fsdp), 1000)
     options = {"xla_gpu_enable_command_buffer": ""} if without_command_buffers and run.c.platform == "gpu" else {}
     return config, run, lower(run.train_step, run.abstract_state, run.abstract_batch, run.c.deterministic).compile(options)
 

@@ -10,20 +10,18 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from mateconv_jax.errors import UserError
 
 SMALLEST_SPLIT = 2**14  # elements; a smaller array is whole on every device, a gather would cost more than it saves
 
 
-def make_mesh(mesh: ConfigDict | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Devices (None: all of all processes) on the axes `data` and `fsdp`; config.mesh, -1 of one of them: what remains.
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The axes `data` and `fsdp` over devices (None: those of all processes); -1 for one of them: what the other leaves.
 
     Raises:
-      UserError: the axes do not make up the devices.
+      UserError: the sizes do not multiply to the number of devices.
     """
-    data, fsdp = (-1, 1) if mesh is None else (mesh.data, mesh.fsdp)
     count = jax.device_count() if devices is None else len(devices)
     if data == -1 and fsdp > 0:
         data = count // fsdp

@@ -1,4 +1,4 @@
-"""Where a run starts: its own run folder's newest checkpoint > resume_from > init_from > scratch."""
+"""Where a run starts: the newest checkpoint in its own folder > resume_from > init_from > scratch."""
 
 import dataclasses
 import errno
@@ -27,9 +27,9 @@ class Origin:
     """Where a run starts.
 
     Attributes:
-      key: the configuration key that decided: training.out_dir, training.resume_from or training.init_from; None: from scratch.
-      checkpoint: of the first two.
-      model: of training.init_from.
+      key: the configuration key that decided: training.out_dir, training.resume_from or training.init_from; None: scratch.
+      checkpoint: for the first two.
+      model: for training.init_from.
     """
 
     key: str | None = None
@@ -38,17 +38,17 @@ class Origin:
 
 
 def find_origin(config: ConfigDict) -> Origin:
-    """The first that is there: the newest checkpoint in out_dir > resume_from > init_from > scratch.
+    """The first that exists: the newest checkpoint in out_dir > resume_from > init_from > scratch.
 
     Raises:
-      UserError: what a key names cannot be used, or there is a run and training.resume forbids to go on with it.
+      UserError: what a key names cannot be used, or out_dir holds a run and training.resume forbids continuing it.
     """
     training = config.training
     if run_folder.latest_step(training.out_dir) is not None:
         if training.resume == "never":
             raise UserError(
-                f"training.resume: never, but there is a run in {str(training.out_dir)!r} (choose another training.out_dir, or "
-                "auto)"
+                f"training.resume: never, but there is a run in {str(training.out_dir)!r} (expected auto, or another "
+                "training.out_dir)"
             )
         key, path = "training.out_dir", training.out_dir
     elif training.resume_from:
@@ -61,7 +61,7 @@ def find_origin(config: ConfigDict) -> Origin:
     checkpoint = run_folder.find_checkpoint(path, key)
     if not checkpoint.can_be_resumed:
         raise UserError(
-            f"{key}: {str(checkpoint.run)!r} holds weights alone, and no training that could go on (start a new one with "
+            f"{key}: {str(checkpoint.run)!r} holds only weights, not a training state to resume (start a new run with "
             f"training.init_from={checkpoint.run})"
         )
     return Origin(key, checkpoint)
@@ -97,17 +97,15 @@ def check_compatible(origin: Origin, config: ConfigDict, tokenizer: PreTrainedTo
     return differences
 
 
-def start(
-    origin: Origin, config: ConfigDict, checkpoints: Checkpoints, init, abstract: TrainState
-) -> tuple[TrainState, Progress, str]:
-    """The state to train from, what is known about the run so far, and in words where they come from.
+def start(origin: Origin, checkpoints: Checkpoints, init, abstract: TrainState) -> tuple[TrainState, Progress, str]:
+    """The state to train from, the run's progress so far, and where they come from, in words.
 
     Args:
       init: makes a fresh TrainState; called inside jit.
       abstract: its shapes with their shardings.
 
     Raises:
-      UserError: a checkpoint that is named cannot be read.
+      UserError: the checkpoint cannot be read.
     """
     if origin.key == "training.out_dir":
         state, progress = checkpoints.restore(abstract)
@@ -116,7 +114,7 @@ def start(
         path = origin.checkpoint.path
         try:
             state, progress = checkpoints_lib.restore(path, abstract)
-        except Exception as error:  # whatever the libraries raise for a file that is broken
+        except Exception as error:  # the libraries raise anything for a broken file
             raise UserError(
                 f"training.resume_from: {str(path)!r} cannot be read ({' '.join(str(error).split())[:300]})"
             ) from error
@@ -126,7 +124,7 @@ def start(
         return state, Progress(), FROM_SCRATCH
     params = origin.model.params(abstract.params)
     ema_params = None if state.ema_params is None else jax.tree.map(lambda x: x.copy(), params)
-    return state.replace(params=params, ema_params=ema_params), Progress(), f"the weights of {config.training.init_from}"
+    return state.replace(params=params, ema_params=ema_params), Progress(), f"the weights of {origin.model.path}"
 
 
 def _check_weights(model: Model, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> list[str]:
@@ -147,7 +145,7 @@ def _check_weights(model: Model, config: ConfigDict, tokenizer: PreTrainedTokeni
 
 
 def make_folder(folder: Path) -> None:
-    """Raises UserError where it cannot be written to."""
+    """Create the run folder. Raises UserError where it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable-{jax.process_index()}"

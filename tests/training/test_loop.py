@@ -82,7 +82,7 @@ def test_what_a_run_writes(tiny_config):
     n_bytes = token_bytes.target_bytes(token_bytes.bytes_per_token(tokenizer_lib.load(folder / "tokenizer", "")), batch)
     assert metrics[-1]["val/bits_per_byte"] == pytest.approx(metrics[-1]["val/ema_loss"] * n_tokens / np.log(2) / n_bytes)
     log = (folder / "train.log").read_text()
-    assert "FLOPs a token" in log and "a device's peak is unknown" in log
+    assert "FLOPs per token" in log and "peak per device: unknown" in log
     assert "ln(400) = 5.9915" in log and f"initial loss: {training[0]['train/loss']:.4f}" in log
 
 
@@ -91,7 +91,7 @@ def test_a_finished_run_is_left_as_it_is(tiny_config):
     before = metrics_of(tiny_config.training.out_dir)
     loop.train(config_lib.resolve(tiny_config))
     assert metrics_of(tiny_config.training.out_dir) == before
-    assert "nothing to do: step 6 of 6" in (Path(tiny_config.training.out_dir) / "train.log").read_text()
+    assert "is at step 6 of 6" in (Path(tiny_config.training.out_dir) / "train.log").read_text()
 
 
 @pytest.mark.slow
@@ -308,7 +308,7 @@ def test_a_given_tokenizer_goes_into_the_run_folder(tiny_config, tmp_path):
 
 def test_more_rows_in_a_batch_than_there_are(tiny_config):
     tiny_config.training.update(dict(max_steps=None, epochs=1, batch_size=10**6))
-    assert error_of(tiny_config).startswith("training.batch_size: 1000000 rows of a step are more than")
+    assert error_of(tiny_config).startswith("training.batch_size: a step takes 1000000 rows, more than")
 
 
 def test_a_batch_that_the_devices_cannot_share(monkeypatch, tiny_config):
@@ -317,7 +317,7 @@ def test_a_batch_that_the_devices_cannot_share(monkeypatch, tiny_config):
     class EightDevices:
         size = 8
 
-    monkeypatch.setattr(sharding, "make_mesh", lambda mesh: EightDevices)
+    monkeypatch.setattr(sharding, "make_mesh", lambda data, fsdp: EightDevices)
     tiny_config.training.batch_size = 12
     assert "12 rows cannot be split over 8 devices" in error_of(tiny_config)
     assert "8 or 16" in error_of(tiny_config)

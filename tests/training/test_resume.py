@@ -124,7 +124,10 @@ def test_early_stopping_counts_over_a_restart(tiny_config, tmp_path, monkeypatch
     run(3, 2.0, 1.0, 1.5)
     run(20, 1.2, 1.1)  # the second and third in a row without a lower one
     assert steps_in(tmp_path / "out")[-1] == 5
-    assert "early stopping: no lower loss than 1.0000, of step 2, in 3" in (tmp_path / "out" / "train.log").read_text()
+    assert (
+        "early stopping: 3 evaluations without a lower loss than 1.0000, of step 2"
+        in (tmp_path / "out" / "train.log").read_text()
+    )
     run(20)  # it is at its end
     assert steps_in(tmp_path / "out")[-1] == 5
 
