@@ -97,12 +97,8 @@ def prepare(
     training = tokenizer if isinstance(tokenizer, TokenizerTraining) else None
     given = None if training else tokenizer_lib.load(tokenizer, "--tokenizer")
     _check_bin(sources, also_bin, None if training else len(given), training)
-    described = {
-        "input": [[source.path, source.size] for source in sources],
-        "tokenizer": dataclasses.asdict(training) if training else tokenizer_lib.fingerprint(given),
-        **dataclasses.asdict(options),
-        "also_bin": also_bin,
-    }
+    tokenizer_described = dataclasses.asdict(training) if training else tokenizer_lib.fingerprint(given)
+    described = _described(sources, tokenizer_described, options, also_bin)
     partial = output.with_name(output.name + ".partial")
     if output.exists() and not overwrite:
         from mateconv_jax.data import dataset
@@ -131,6 +127,12 @@ def prepare(
             f"{str(partial)!r}; the same command goes on)"
         ) from error
     return figures
+
+
+def _described(sources: list[Source], tokenizer: dict | str, options: PrepareOptions, also_bin: bool) -> dict:
+    """What decides the dataset's bytes, for JSON."""
+    inputs = [[source.path, source.size] for source in sources]
+    return {"input": inputs, "tokenizer": tokenizer, **dataclasses.asdict(options), "also_bin": also_bin}
 
 
 def _check_bin(sources: list[Source], also_bin: bool, given_size: int | None, training: TokenizerTraining | None) -> None:
