@@ -73,7 +73,8 @@ def _read(file: str) -> dict:
     except yaml.reader.ReaderError as error:
         raise UserError(f"{file}: not text in UTF-8 ({' '.join(str(error).split())})") from error
     except yaml.MarkedYAMLError as error:
-        raise UserError(f"{file}:{error.problem_mark.line + 1}: not YAML ({error.problem})") from error
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{file}{line}: not YAML ({error.problem})") from error
     except Exception as error:  # whatever PyYAML raises for a value that only looks like one, such as the date 2024-13-45
         raise UserError(f"{file}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(sections, dict):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint and tests, at most 15 minutes on two cores.
+# Lint, types and tests, at most 15 minutes on two cores.
 #   bash launch/test.sh           what CI runs
 #   bash launch/test.sh --slow    and what takes longer: the whole quickstart with its score, the README's long commands
 #   bash launch/test.sh -k NAME   other arguments go to pytest
@@ -26,5 +26,6 @@ version=$("$PYTHON" -c 'import jax; print(jax.__version__)')
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
+"$PYTHON" -m pyrefly check
 # Two processes: most of the time is compilation, which uses one core.
 "$PYTHON" -m pytest -n 2 --dist loadfile "${slow[@]}" "$@"

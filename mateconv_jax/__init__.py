@@ -5,7 +5,7 @@ import os
 import sys
 from importlib.util import find_spec
 
-# Said before the libraries are imported: TensorFlow only writes TensorBoard's files here, and PyTorch is not missing.
+# Before the libraries are imported: XLA logs errors alone (the variable is named after TensorFlow), and nobody misses PyTorch.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

@@ -7,6 +7,7 @@ A file in configs/ starts from `default_config()` and changes what it wants; the
 
 import difflib
 import re
+from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -86,6 +87,7 @@ def default_config() -> ConfigDict:
     config.training.remat = "none"  # none | full | dots: compute again in the backward pass, for memory
     config.training.dtype = "auto"  # auto | float32 | bfloat16 | float16, of the computation; parameters are float32
     config.training.grad_allreduce_dtype = "float32"  # in which gradients are summed over devices: float32 | bfloat16
+    config.training.deterministic = False  # on a GPU too, the same bits in every run; the CPU's always are
     config.training.use_ema = False
     config.training.ema_decay = 0.9999
     config.training.ema_warmup = True  # a smaller decay in the first steps: (1 + step) / (10 + step)
@@ -234,7 +236,7 @@ def from_command_line(argv: list[str]) -> ConfigDict:
     flag_values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "configuration file", lock_config=True, flag_values=flag_values)
     try:
-        left_over = flag_values(argv)[1:]
+        left_over = flag_values([_shipped(argument) for argument in argv])[1:]
         config = flag_values.config
         getattr(config, "model", None)  # where the file could not be loaded, its errors are raised when it is touched
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
@@ -247,6 +249,15 @@ def from_command_line(argv: list[str]) -> ConfigDict:
     if missing:
         raise UserError(f"--config: {min(missing)} is missing; start from mateconv_jax.config.default_config()")
     return config
+
+
+def _shipped(argument: str) -> str:
+    """`--config=configs/NAME.py` also means the file that was installed with the package, where the current folder has none."""
+    file = argument.removeprefix("--config=").partition(":")[0]
+    installed = Path(__file__).parent / file
+    if file.startswith("configs/") and not Path(file).exists() and installed.is_file():
+        return argument.replace(file, str(installed), 1)
+    return argument
 
 
 def from_dict(values: dict, source: str) -> ConfigDict:

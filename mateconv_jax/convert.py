@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 
-from mateconv_jax.errors import exit_code
+from mateconv_jax.errors import exit_code, program
 
 
 def main(args):
@@ -26,7 +26,7 @@ def main(args):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(
-        prog="python -m mateconv_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program("convert"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--from", dest="source", required=True, metavar="MODEL", help="a run folder, a Hugging Face folder (config.json and "
@@ -44,5 +44,10 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
+def command() -> int:
+    """What `mateconv-convert` runs."""
+    return exit_code(main, parse_args(sys.argv[1:]))
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(main, parse_args(sys.argv[1:])))
+    sys.exit(command())

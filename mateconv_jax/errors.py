@@ -1,6 +1,7 @@
 """How a command says that its input is wrong: one line, exit code 2, no traceback."""
 
 import sys
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -26,3 +27,9 @@ def exit_code(command, *args) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def program(module: str) -> str:
+    """What was typed to start a command, for its usage line: mateconv-NAME or python -m mateconv_jax.MODULE."""
+    typed = Path(sys.argv[0]).name
+    return typed if typed.startswith("mateconv-") else f"python -m mateconv_jax.{module}"

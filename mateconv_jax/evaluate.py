@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from mateconv_jax.errors import exit_code
+from mateconv_jax.errors import exit_code, program
 
 
 def main(args):
@@ -37,7 +37,7 @@ def main(args):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(
-        prog="python -m mateconv_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program("evaluate"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add(
@@ -76,5 +76,10 @@ def parse_args(argv):
     return args
 
 
+def command() -> int:
+    """What `mateconv-evaluate` runs."""
+    return exit_code(main, parse_args(sys.argv[1:]))
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(main, parse_args(sys.argv[1:])))
+    sys.exit(command())

@@ -8,7 +8,7 @@ import json
 import sys
 
 from mateconv_jax import config as config_lib
-from mateconv_jax.errors import exit_code
+from mateconv_jax.errors import exit_code, program
 
 
 def main(argv):
@@ -30,7 +30,7 @@ def main(argv):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(
-        prog="python -m mateconv_jax.plan",
+        prog=program("plan"),
         usage="%(prog)s --config=FILE --gpu=NAME [--devices=N] [options] [--config.section.key=value …]",
         description=__doc__,
         allow_abbrev=False,
@@ -46,5 +46,10 @@ def parse_args(argv):
     return parser.parse_known_args(argv)
 
 
+def command() -> int:
+    """What `mateconv-plan` runs."""
+    return exit_code(main, sys.argv)
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv))
+    sys.exit(command())

@@ -41,14 +41,19 @@ def style(**changes) -> Iterator[None]:
 @functools.cache
 def font() -> FontProperties:
     """Noto Sans CJK SC, from the files of mplfonts, known to this process alone."""
-    path = Path(find_spec("mplfonts").origin).parent / "fonts" / "NotoSansCJKsc-Regular.otf"
-    fontManager.addfont(path)
-    return FontProperties(fname=path)
+    fontManager.addfont(_font_file())
+    return FontProperties(fname=_font_file())
+
+
+def _font_file() -> Path:
+    package = find_spec("mplfonts")
+    assert package is not None and package.origin is not None
+    return Path(package.origin).parent / "fonts" / "NotoSansCJKsc-Regular.otf"
 
 
 def drawable(text: str) -> str:
     """`text` with escapes for what cannot be seen or has no glyph."""
-    face = get_font(font().get_file())
+    face = get_font(_font_file())
     return "".join(
         character
         if character.isprintable() and face.get_char_index(ord(character))

@@ -10,7 +10,7 @@ from pathlib import Path
 from mateconv_jax.data.build import pipeline
 from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.text import cleaning, sources
-from mateconv_jax.errors import UserError, exit_code
+from mateconv_jax.errors import UserError, exit_code, program
 
 
 def main(args):
@@ -58,7 +58,7 @@ def _beam():
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(
-        prog="python -m mateconv_jax.prepare", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog=program("prepare"), description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="files or globs, JSONL, .txt or .bin, also .gz, .xz, .zst; - is standard "
@@ -117,5 +117,10 @@ def parse_args(argv):
     return args
 
 
+def command() -> int:
+    """What `mateconv-prepare` runs."""
+    return exit_code(main, parse_args(sys.argv[1:]))
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(main, parse_args(sys.argv[1:])))
+    sys.exit(command())

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from mateconv_jax import files
-from mateconv_jax.errors import UserError, exit_code
+from mateconv_jax.errors import UserError, exit_code, program
 from mateconv_jax.reporting.history import read_runs
 
 
@@ -48,7 +48,7 @@ def main(args):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(prog="python -m mateconv_jax.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("report"), description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder; several are drawn over each other")
     parser.add_argument("--output", metavar="FILE", help=".html or .png; default: report.html in the first run folder")
     parser.add_argument(
@@ -57,5 +57,10 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
+def command() -> int:
+    """What `mateconv-report` runs."""
+    return exit_code(main, parse_args(sys.argv[1:]))
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(main, parse_args(sys.argv[1:])))
+    sys.exit(command())

@@ -2,12 +2,13 @@
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import re
 import sys
 
-from mateconv_jax.errors import UserError, exit_code
+from mateconv_jax.errors import UserError, exit_code, program
 from mateconv_jax.inference.generation_config import PRESETS, GenerationConfig
 
 # What does not go together: an option, and those that would mean nothing beside it.
@@ -24,7 +25,7 @@ NEEDS = {"output": "batch_file", "batch_size": "batch_file"}
 def main(args):
     check_options(args)
     config = generation_config(args)
-    requests = prompt = None
+    requests, prompt = None, ""
     if args.batch_file is not None:
         from mateconv_jax.inference import batch_file
 
@@ -37,6 +38,7 @@ def main(args):
 
     compilation_cache.enable()
     generator = TextGenerator.from_pretrained(args.model_path, args.tokenizer, args.use_ema, args.dtype)
+    assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(encoding="utf-8" if args.json else None, errors="backslashreplace")
     try:
         if args.interactive:
@@ -44,6 +46,8 @@ def main(args):
 
             chat.run(generator, config, args.model_path)
         elif requests is not None:
+            from mateconv_jax.inference import batch_file
+
             batch_file.run(generator, requests, config, args.output, args.batch_size or 16, args.chat)
         else:
             write(generator, prompt, config, args)
@@ -136,7 +140,7 @@ def at_least_1(text: str) -> int:
 def parse_args(argv):
     default = GenerationConfig()
     parser = argparse.ArgumentParser(
-        prog="python -m mateconv_jax.sample",
+        prog=program("sample"),
         usage="%(prog)s --model_path MODEL [--prompt TEXT | --batch_file FILE | --interactive] [options]",
         description=__doc__,
     )
@@ -195,5 +199,10 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
+def command() -> int:
+    """What `mateconv-sample` runs."""
+    return exit_code(main, parse_args(sys.argv[1:]))
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(main, parse_args(sys.argv[1:])))
+    sys.exit(command())

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ from mateconv_jax.data.build import pipeline
 from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.text import sources as sources_lib
 from mateconv_jax.data.tokenizer import bpe, report as tokenizer_report, report_tables, tokenizer as tokenizer_lib
-from mateconv_jax.errors import UserError, exit_code
+from mateconv_jax.errors import UserError, exit_code, program
 
 INSPECT_MB = 4  # of each --input: seconds, and the ratio's second decimal is right
 
@@ -32,6 +33,7 @@ def train(args):
 
 
 def inspect(args):
+    assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(errors="backslashreplace")  # a vocabulary has characters that a log's encoding may not have
     tokenizer = tokenizer_lib.load(args.folder, "inspect")
     compare = tokenizer_lib.load(args.compare, "--compare") if args.compare else None
@@ -87,7 +89,7 @@ def _texts(sources: list[sources_lib.Source], text_key: str, sample_mb: float, s
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(prog="python -m mateconv_jax.tokenizer", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("tokenizer"), description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="train | inspect")
 
     command = commands.add_parser("train", help="a byte-level BPE", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -130,6 +132,11 @@ def parse_args(argv):
     return args
 
 
-if __name__ == "__main__":
+def command() -> int:
+    """What `mateconv-tokenizer` runs."""
     arguments = parse_args(sys.argv[1:])
-    sys.exit(exit_code(arguments.run, arguments))
+    return exit_code(arguments.run, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -24,5 +24,10 @@ def main(argv):
     return train(config)
 
 
+def command() -> int:
+    """What `mateconv-train` runs."""
+    return exit_code(main, sys.argv)
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv))
+    sys.exit(command())

@@ -58,6 +58,7 @@ class Dataset:
         """
         if self.splits is None:
             return FlatRows(self.path, self.seq_len, self.key, document_starts)
+        assert self._format is not None
         import tensorflow_datasets as tfds  # 2 s: not for those who only read metadata
 
         info = tfds.builder_from_directory(self.path).info

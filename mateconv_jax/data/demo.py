@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mateconv_jax import files
-from mateconv_jax.errors import exit_code
+from mateconv_jax.errors import exit_code, program
 
 # ---- words --------------------------------------------------------------------------------------------------------
 # A sentence is made of parts: a fixed text, a list to choose from, or one of the story's two people. Words that depend on
@@ -211,12 +211,17 @@ def main(args):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(prog="python -m mateconv_jax.data.demo", description="Write the demo corpus.")
+    parser = argparse.ArgumentParser(prog=program("data.demo"), description="Write the demo corpus.")
     parser.add_argument("--output", required=True, help="the JSONL file to write")
     parser.add_argument("--documents", type=int, default=40_000)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
 
+def command() -> int:
+    """What `mateconv-demo` runs."""
+    return exit_code(main, parse_args(sys.argv[1:]))
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(main, parse_args(sys.argv[1:])))
+    sys.exit(command())

@@ -70,19 +70,20 @@ def evaluate_run(
       UserError: no model, tokenizer, EMA weights or data there; data that do not fit the model; a size out of its range.
     """
     model = open_model(model_path, "--model_path", tokenizer)
-    config, tokenizer = model.config, model.tokenizer
-    if tokenizer is None:
+    config, own_tokenizer = model.config, model.tokenizer
+    if own_tokenizer is None:
         raise UserError(f"--tokenizer: missing ({str(model_path)!r} has none; expected a folder with tokenizer.json)")
     mesh = sharding.make_mesh()
     batch_size = _check_sizes(batch_size, max_batches, mesh)
-    with opened(data, split, config, tokenizer) as (rows, described):
+    with opened(data, split, config, own_tokenizer) as (rows, described):
         config.model.attention = config.model.experts = "auto"  # the backend it was trained with may not exist on this machine
         config.model.dropout = 0.0  # none here, and the faster backends have none
         graph, abstract_params = abstract_model(ModelConfig.make(config.model, dtype, length=described["seq_len"]))
         weights = _weights(model, abstract_params, use_ema, mesh)
         eval_step = make_eval_step(graph, next_token_loss)
-        evaluator = Evaluator(eval_step, rows, bytes_per_token(tokenizer), batch_size, max_batches, mesh)
+        evaluator = Evaluator(eval_step, rows, bytes_per_token(own_tokenizer), batch_size, max_batches, mesh)
         result = evaluator(weights, progress=_bar)
+        assert result is not None  # nothing asked it to stop
     return {
         "model_path": str(model_path),
         "step": model.step,
@@ -147,11 +148,13 @@ def opened(
         dataset = open_dataset(data[0], "--data", seq_len)
         if split is not None and dataset.splits is None:
             raise UserError(NO_SPLITS.format(data[0]))
-        split = None if dataset.splits is None else split or "validation"
-        _check_dataset(dataset, split, config, tokenizer)
-        rows = dataset.rows(split, document_starts)
+        _check_dataset(dataset, config, tokenizer)
+        name = split or "validation"
+        rows = dataset.rows(name, document_starts)
+        if rows is None:
+            raise UserError(f"--split: {data[0]!r} has no split {name!r} (there are: {', '.join(dataset.splits or ())})")
         dataset.check_tokens(rows, len(tokenizer), f"the model's tokenizer has {len(tokenizer)}")
-        yield rows, described | {"split": split, "seq_len": dataset.seq_len}
+        yield rows, described | {"split": None if dataset.splits is None else name, "seq_len": dataset.seq_len}
         return
     if split is not None:
         raise UserError(NO_SPLITS.format(" ".join(data)))
@@ -159,10 +162,11 @@ def opened(
         folder = Path(temporary) / "dataset"
         rejected = _prepare(data, folder, tokenizer, seq_len)
         rows = open_dataset(folder, "--data", seq_len).rows("train", document_starts)
+        assert rows is not None
         yield rows, described | {"rejected": rejected}
 
 
-def _check_dataset(dataset: Dataset, split: str | None, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> None:
+def _check_dataset(dataset: Dataset, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> None:
     path = str(dataset.path)
     if dataset.tokenizer_fingerprint not in (None, tokenizer_lib.fingerprint(tokenizer)):
         raise UserError(
@@ -174,8 +178,6 @@ def _check_dataset(dataset: Dataset, split: str | None, config: ConfigDict, toke
             f"--data: {path!r} has rows of {dataset.seq_len} tokens, the model reads {config.model.max_seq_len} (give the "
             f"raw text, or prepare it with --seq_len {config.model.max_seq_len})"
         )
-    if split is not None and split not in dataset.splits:
-        raise UserError(f"--split: {path!r} has no split {split!r} (there are: {', '.join(dataset.splits)})")
 
 
 def _prepare(data: list[str], folder: Path, tokenizer: PreTrainedTokenizerFast, seq_len: int) -> dict[str, int]:
@@ -187,7 +189,9 @@ def _prepare(data: list[str], folder: Path, tokenizer: PreTrainedTokenizerFast, 
         found = sources.find(data)
         n_chunks = 1 + sum(source.size or 0 for source in found) // options.sizes.bytes
         n_workers = min(len(os.sched_getaffinity(0)), n_chunks)
-        return pipeline.prepare(found, folder, str(tokenizer_folder), options, n_workers)["rejects"]
+        figures = pipeline.prepare(found, folder, str(tokenizer_folder), options, n_workers)
+        assert figures is not None  # the folder is new
+        return figures["rejects"]
     except UserError as error:
         # They name the flags of `prepare`, and promise that a second run goes on with what is in its folder.
         message = str(error).split(" (what was finished")[0]

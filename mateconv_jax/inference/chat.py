@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -250,7 +251,7 @@ def _n_turns(history: list[dict[str, str]]) -> int:
 # ---- what a user gives ------------------------------------------------------------------------------------------------
 
 
-def _value(text: str):
+def _value(text: str) -> Any:
     """A setting's value: JSON, or a text as it stands. GenerationConfig checks it."""
     try:
         return json.loads({"True": "true", "False": "false"}.get(text, text))

@@ -3,6 +3,7 @@
 Dimensions in names: B rows, S tokens read at once, T cache bucket, V vocabulary.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.struct
@@ -83,7 +84,7 @@ class Decoder:
         while True:
             state = self.loop(params, state, sampling, self._max_seq_len if stop is None else STOP_CHECK_TOKENS)
             if stop is not None:
-                state = state.replace(finished_B=stop(state))
+                state = dataclasses.replace(state, finished_B=stop(state))
             length, finished = jax.device_get((jnp.max(jnp.where(state.finished_B, 0, state.length_B)), state.finished_B))
             if finished.all():
                 return state
@@ -105,7 +106,7 @@ class Decoder:
         logits_BV, kv_cache = nnx.merge(self._graph, params).cached(
             tokens_BS, start_B, state.length_B - 1 - start_B, state.kv_cache
         )
-        return logits_BV, state.replace(kv_cache=kv_cache)
+        return logits_BV, dataclasses.replace(state, kv_cache=kv_cache)
 
     def _whole(self, params, state: DecodeState):
         """logits_BV after each row's last token, without a cache."""
@@ -125,7 +126,8 @@ class Decoder:
         rows_B = jnp.arange(len(place_B))
         token_B = jnp.where(goes_on_B, chosen_B, state.tokens_BT[rows_B, place_B])
         remaining_B = state.remaining_B - goes_on_B
-        return state.replace(
+        return dataclasses.replace(
+            state,
             tokens_BT=state.tokens_BT.at[rows_B, place_B].set(token_B),
             length_B=state.length_B + goes_on_B,
             remaining_B=remaining_B,
@@ -139,7 +141,7 @@ class Decoder:
         last_B = state.length_B - 1
         tokens_B1 = jnp.take_along_axis(state.tokens_BT, last_B[:, None], axis=1)
         logits_BV, kv_cache = nnx.merge(self._graph, params).cached(tokens_B1, last_B, jnp.zeros_like(last_B), state.kv_cache)
-        return self._append(logits_BV, state.replace(kv_cache=kv_cache), sampling)
+        return self._append(logits_BV, dataclasses.replace(state, kv_cache=kv_cache), sampling)
 
     def _loop(self, params, state: DecodeState, sampling: Sampling, max_steps) -> DecodeState:
         """Steps until every row is finished, one needs a longer cache, or there were max_steps."""
@@ -164,4 +166,4 @@ class Decoder:
         tokens_BT = state.tokens_BT[:, :length]
         tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, length - tokens_BT.shape[1])))
         kv_cache = None if state.kv_cache is None else resize_kv_cache(state.kv_cache, length)
-        return state.replace(tokens_BT=tokens_BT, kv_cache=kv_cache)
+        return dataclasses.replace(state, tokens_BT=tokens_BT, kv_cache=kv_cache)

@@ -5,7 +5,9 @@ from transformers import PreTrainedTokenizerFast
 
 def decode(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
     """Their text; control tokens have none, and bytes that are no UTF-8 become U+FFFD."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)  # several lists of ids would give several
+    return text
 
 
 class Detokenizer:

@@ -34,7 +34,7 @@ class Sampling:
     no_repeat_ngram_size: int = flax.struct.field(pytree_node=False)
 
     @staticmethod
-    def make(config: GenerationConfig, sample_B: np.ndarray, vocab_size: int) -> "Sampling":
+    def make(config: GenerationConfig, sample_B: np.ndarray | jax.Array, vocab_size: int) -> "Sampling":
         drawn = config.do_sample
         return Sampling(
             seed=jnp.uint32(config.seed),

@@ -1,5 +1,6 @@
 """From text to text."""
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -295,13 +296,14 @@ class TextGenerator:
 
     def _stream_ids(self, prompt: list[int], config: GenerationConfig, every: int = 1) -> Iterator[str]:
         sampling = Sampling.make(config, np.zeros(1), self._c.vocab_size)
-        text, ids, state = Detokenizer(self.tokenizer, config.stop), [], None
+        text, ids = Detokenizer(self.tokenizer, config.stop), []
+        state: DecodeState | None = None  # none: nothing to decode
         try:
             if config.max_new_tokens:
                 state, start, S = self._resume(prompt, config)
                 logits_BV, state = self._decoder.prefill(self.params, state, start, S=S)
                 state = self._decoder.append(logits_BV, state, sampling)
-            while config.max_new_tokens:
+            while state is not None:
                 tokens_1T, [length], [finished] = jax.device_get((state.tokens_BT, state.length_B, state.finished_B))
                 new = tokens_1T[0, len(prompt) + len(ids) : length].tolist()
                 ids += new
@@ -316,7 +318,9 @@ class TextGenerator:
             if piece := text.finish():
                 yield piece
         finally:
-            if ids and state.kv_cache is not None:  # without a token, the prompt may not have been read to its end
+            if (
+                ids and state is not None and state.kv_cache is not None
+            ):  # without a token, the prompt may not have been read to its end
                 self._kept = self.params, prompt + ids, state
         return self._generation(ids, prompt, config)
 
@@ -336,7 +340,7 @@ class TextGenerator:
             n_same = next((i for i in range(comparable) if ids[i] != prompt[i]), comparable)
             if old.tokens_BT.shape[1] != T:
                 old = self._decoder.resize(old, length=T)
-            state = state.replace(kv_cache=old.kv_cache)
+            state = dataclasses.replace(state, kv_cache=old.kv_cache)
         S = bucket(len(prompt) - n_same, self._c.max_seq_len, SMALLEST_PROMPT)
         return state, min(n_same, T - S), S  # where the bucket would overrun, it begins earlier and reads tokens again
 

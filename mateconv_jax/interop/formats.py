@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from mateconv_jax import files
 from mateconv_jax.errors import UserError
@@ -21,14 +20,14 @@ from mateconv_jax.model.transformer import abstract_model
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """words: what it is. is_here: whether a path holds one. open: (path, key, tokenizer folder, number of heads) to a Model.
-    write: (path, Model, parameters) for a path that does not exist, or an empty folder. dtypes: of the weights written.
-    suffixes: of a file; a folder has none.
+    write: (path, Model, parameters) for a path that does not exist, or an empty folder; of a .gguf file also the dtype.
+    dtypes: of the weights written. suffixes: of a file; a folder has none.
     """
 
     words: str
     is_here: Callable[[Path], bool]
     open: Callable[[Path, str, str | Path | None, int | None], Model]
-    write: Callable[[Path, Model, nnx.State], None]
+    write: Callable[..., None]
     dtypes: tuple[str, ...]
     suffixes: tuple[str, ...] = ()
 

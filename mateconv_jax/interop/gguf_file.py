@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -68,7 +69,7 @@ def is_gguf(path: Path) -> bool:
 # ---- reading ------------------------------------------------------------------------------------------------------
 
 
-def open_gguf(path: Path, key: str, tokenizer: str | Path | None, n_heads: None) -> Model:
+def open_gguf(path: Path, key: str, tokenizer: str | Path | None, n_heads: int | None) -> Model:
     """Its tensors are read, and dequantised to float32, when they are asked for, array by array.
 
     A tokenizer of another kind than ours, SentencePiece for one, is not read: a line on standard error says so, and
@@ -111,7 +112,7 @@ class _File:
                     "not read (expected F32, F16, BF16, Q8_0, Q4_0 or Q4_1)"
                 ) from error
 
-    def get(self, name: str, default=None):
+    def get(self, name: str, default: Any = None) -> Any:
         """A value, or a list of values, of the file's header."""
         field = self._reader.get_field(name)
         return default if field is None else field.contents()
@@ -119,7 +120,7 @@ class _File:
     def number(self, name: str, default: int | float | None = None) -> int | float:
         """A value that has to be there. float32 in the file: 1e-5, not 9.99999975e-06."""
         value = self.get(name, default)
-        if type(value) not in (int, float):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{self.path}: {name} is {'missing' if value is None else repr(value)} (expected a number)")
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
@@ -208,7 +209,8 @@ def _tensors(file: _File, c: ConfigDict) -> dict[str, Tensor]:
 def _gguf_names(c: ConfigDict) -> dict[str, str]:
     """{Hugging Face's name: GGUF's}"""
     table = gguf.get_tensor_name_map(ARCHITECTURES["qwen3" if c.qk_norm else "llama"], c.n_layers)
-    return {name: table.get_name(name, (".weight",)) for parts in weight_mapping.parts(c).values() for name, _ in parts}
+    names = {name: table.get_name(name, (".weight",)) for parts in weight_mapping.parts(c).values() for name, _ in parts}
+    return {name: theirs for name, theirs in names.items() if theirs is not None}
 
 
 def _read_tokenizer(file: _File) -> PreTrainedTokenizerFast | None:
@@ -265,6 +267,7 @@ def write_gguf(path: Path, model: Model, params: nnx.State, dtype: str) -> None:
         together with norms of queries and keys; rows that q8_0 cannot have.
     """
     c, tokenizer = model.config.model, model.tokenizer
+    assert tokenizer is not None  # convert has refused
     if c.use_moe:
         raise UserError("--to: no .gguf file, model.use_moe is True (expected False: write a Hugging Face folder)")
     if c.qk_norm and c.rope_factor != 1:
@@ -355,8 +358,11 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, 
         if (i := getattr(tokenizer, f"{key}_token_id")) is not None:
             writer.add_uint32(f"tokenizer.ggml.{theirs}_token_id", i)
     writer.add_add_bos_token(tokenizer.bos_token_id is not None)  # a document starts with it, and so does a prompt
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    if template:
+        writer.add_chat_template(template)
 
 
 def _splitting(tokenizer: tokenizers.Tokenizer) -> tuple:

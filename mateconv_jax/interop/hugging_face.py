@@ -36,7 +36,7 @@ def is_folder(path: Path) -> bool:
     return config.is_file() and (b'"architectures"' in config.read_bytes() or any(path.glob("*.safetensors")))
 
 
-def open_folder(path: Path, key: str, tokenizer: str | Path | None, n_heads: None) -> Model:
+def open_folder(path: Path, key: str, tokenizer: str | Path | None, n_heads: int | None) -> Model:
     """Its tensors are read when they are asked for, array by array.
 
     Raises:
@@ -80,6 +80,7 @@ def write_folder(path: Path, model: Model, params: nnx.State, max_shard_size: in
         _write_json(path / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
     tokenizer = model.tokenizer
+    assert tokenizer is not None  # convert has refused
     token_ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     config = hf_config.to_hf(model.config.model, dtype.name, token_ids)
     _write_json(path / "config.json", config)
@@ -129,6 +130,7 @@ def _tensors(path: Path, key: str) -> dict[str, Tensor]:
     """Of all weight files, not read yet."""
     if (path / PYTORCH).is_file() and not any(path.glob("*.safetensors")):
         return pytorch.read_tensors(path / PYTORCH, key)
+    file_name = INDEX
     try:
         if (path / INDEX).is_file():
             weight_map = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]

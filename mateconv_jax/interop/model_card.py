@@ -64,6 +64,7 @@ def text(model: Model, architecture: str, folder: str) -> str:
       folder: the exported folder's name.
     """
     c, tokenizer = model.config.model, model.tokenizer
+    assert tokenizer is not None
     scaling = f", Llama 3's scaling by {c.rope_factor:g} from {c.rope_original_max_seq_len:,} positions on"
     experts = (
         f"{c.num_experts_per_tok} of {c.n_routed_experts} experts a token{' and a shared one' * c.n_shared_experts}, SwiGLUs of"

@@ -188,7 +188,7 @@ def _configuration(state: dict[str, Tensor], has_hf_names: bool, n_heads: int | 
     defaults = (MINIMIND_QK_NORM if qk_norm else MINIMIND) if has_hf_names else MATECONV
     q_rows, k_rows = shape("self_attn.q_proj.weight"), shape("self_attn.k_proj.weight")
     told = q_rows // shape("self_attn.q_norm.weight") if qk_norm else None
-    n_heads = (told or defaults["n_heads"]) if n_heads is None else n_heads
+    n_heads = (told or int(defaults["n_heads"])) if n_heads is None else n_heads
     head_dim = q_rows // max(n_heads, 1)
     if n_heads * head_dim != q_rows or k_rows % head_dim or told not in (None, n_heads):
         raise UserError(

@@ -14,7 +14,7 @@ def is_run(path: Path) -> bool:
     return run_folder.run_of(path) is not None and not hugging_face.is_folder(path)
 
 
-def open_run(path: Path, key: str, tokenizer: str | Path | None, n_heads: None) -> Model:
+def open_run(path: Path, key: str, tokenizer: str | Path | None, n_heads: int | None) -> Model:
     """The checkpoint that `path` means. Raises UserError: a broken configuration, no finished checkpoint, no tokenizer."""
     checkpoint = run_folder.find_checkpoint(path, key)
     config = run_folder.read_config(checkpoint.run, key)
@@ -34,5 +34,6 @@ def write_run(path: Path, model: Model, params: nnx.State) -> None:
     config = model.config.copy_and_resolve_references()
     config.training.use_ema = False
     run_folder.write_config(path, config)
+    assert model.tokenizer is not None  # convert has refused
     model.tokenizer.save_pretrained(path / "tokenizer")
     run_folder.write_params(path, model.step or 0, params)

@@ -28,7 +28,10 @@ class Tensor:
     read: Callable[[], np.ndarray]
 
 
-def parts(c) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+Parts = dict[str, list[tuple[str, tuple[int, ...]]]]
+
+
+def parts(c) -> Parts:
     """{our parameter: [(Hugging Face's name, its shape), …]}. Joined along their first axis, they are our array reshaped.
 
     Args:
@@ -36,7 +39,7 @@ def parts(c) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
     """
     D, F, V, N = c.dim, c.hidden_dim, c.vocab_size, c.head_dim
     H, K = c.n_heads * N, c.n_kv_heads * N
-    ours = {"embedding_VD": [("model.embed_tokens.weight", (V, D))], "norm.scale_D": [("model.norm.weight", (D,))]}
+    ours: Parts = {"embedding_VD": [("model.embed_tokens.weight", (V, D))], "norm.scale_D": [("model.norm.weight", (D,))]}
     if not c.tie_word_embeddings:
         ours["output_VD"] = [("lm_head.weight", (V, D))]
     for i in range(c.n_layers):
@@ -63,8 +66,8 @@ def parts(c) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
     return ours
 
 
-def _feed_forward(ours: str, theirs: str, D: int, F: int) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
-    w13 = [(f"{theirs}.{name}_proj.weight", (F, D)) for name in ("gate", "up")]
+def _feed_forward(ours: str, theirs: str, D: int, F: int) -> Parts:
+    w13: list[tuple[str, tuple[int, ...]]] = [(f"{theirs}.{name}_proj.weight", (F, D)) for name in ("gate", "up")]
     return {f"{ours}.w13_2FD": w13, f"{ours}.w2_DF": [(f"{theirs}.down_proj.weight", (D, F))]}
 
 

@@ -5,11 +5,12 @@ Dimensions in names: B batch, S sequence, T positions of a table, H heads, N hea
 
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from mateconv_jax.model.config import ModelConfig
 
 
-def rope_frequencies(c: ModelConfig) -> np.ndarray:
+def rope_frequencies(c: ModelConfig | ConfigDict) -> np.ndarray:
     """Radians a position of each rotary pair, fp32 (N/2,): theta^(-2j/N) (Su et al., 2021), and with rope_factor above 1 Llama
     3's scaling (transformers' `rope_type="llama3"`): pairs that turn less than rope_low_freq_factor times within
     rope_original_max_seq_len are slowed down rope_factor times, those above rope_high_freq_factor not, between them in part.

@@ -31,7 +31,7 @@ class Attention(nnx.Module):
         c = self.c
         qkv_BSJN = linear(x_BSD, self.wqkv_JND[...].reshape(-1, c.dim), c.platform).reshape(*x_BSD.shape[:2], -1, c.head_dim)
         q_BSHN, k_BSKN, v_BSKN = jnp.split(qkv_BSJN, [c.n_heads, c.n_heads + c.n_kv_heads], axis=2)
-        if c.qk_norm:  # of each head alone, as in Qwen3
+        if self.q_norm is not None and self.k_norm is not None:  # of each head alone, as in Qwen3
             q_BSHN, k_BSKN = self.q_norm(q_BSHN), self.k_norm(k_BSKN)
         q_BSHN, k_BSKN = rope(q_BSHN, angles), rope(k_BSKN, angles)
         if layer_cache is None:
@@ -75,9 +75,10 @@ class Block(nnx.Module):
         out_BSD, layer_cache = self.attention(normed_BSD, positions_BS, angles, layer_cache, documents_BS, weights_key_B)
         x_BSD = x_BSD + layers.dropout(out_BSD, self.c.dropout, attention_key_B)
         normed_BSD = self.ffn_norm(x_BSD)
-        out_BSD, routing = (
-            self.feed_forward(normed_BSD, is_real_BS) if self.c.use_moe else (self.feed_forward(normed_BSD), None)
-        )
+        if isinstance(self.feed_forward, moe.MixtureOfExperts):
+            out_BSD, routing = self.feed_forward(normed_BSD, is_real_BS)
+        else:
+            out_BSD, routing = self.feed_forward(normed_BSD), None
         return x_BSD + layers.dropout(out_BSD, self.c.dropout, ffn_key_B), layer_cache, routing
 
 
@@ -178,6 +179,8 @@ class Transformer(nnx.Module):
         return self._logits(x_BD), tuple(new_cache)
 
     def _embed(self, tokens_BS):
+        if self.c.deterministic and self.c.platform != "cpu":
+            return layers.embed_deterministically(self.embedding_VD[...], tokens_BS, self.c.dtype)
         # fp32 rows: so that the gradients of a frequent token add up in fp32.
         return self.embedding_VD[...].astype(jnp.float32)[tokens_BS].astype(self.c.dtype)
 

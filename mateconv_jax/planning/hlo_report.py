@@ -41,6 +41,13 @@ class Instruction:
         match = re.search(pattern, self.rest)
         return match[1] if match else None
 
+    def required_attribute(self, pattern: str) -> str:
+        """One that every such instruction has."""
+        value = self.attribute(pattern)
+        if value is None:
+            raise ValueError(f"{self.name}: nothing matches {pattern!r} in {self.rest[:300]!r}")
+        return value
+
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
@@ -99,12 +106,12 @@ class HloReport:
         return round(sum(kernel.times for kernel in self.kernels) + sum(c.times for c in self.collectives))
 
     def launches_by_kind(self) -> dict[str, int]:
-        counts = collections.Counter()
+        counts: dict[str, float] = collections.defaultdict(float)
         for kernel in self.kernels:
             counts[kernel.kind] += kernel.times
         for collective in self.collectives:
             counts[collective.opcode] += collective.times
-        return {kind: round(n) for kind, n in counts.most_common()}
+        return {kind: round(n) for kind, n in sorted(counts.items(), key=lambda item: -item[1])}
 
     def flops(self) -> float:
         return sum(p.times * p.flops for p in self.products) + sum(a.times * a.flops for a in self.attention)
@@ -129,7 +136,7 @@ def read(text: str) -> HloReport:
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     """The instructions of each computation, in the order in which they run, and the name of the entry."""
     computations: dict[str, list[Instruction]] = {}
-    current = entry = None
+    current, entry = None, ""
     for line in text.splitlines():
         if match := _COMPUTATION.match(line):
             current = computations.setdefault(match[2], [])
@@ -213,15 +220,15 @@ def _kernel(computations, i: Instruction, shape_of, times: float, report: HloRep
 
     kind, traffic = i.opcode, n_bytes(i.shape) + sum(n_bytes(shape_of.get(o, "")) for o in i.operands)
     if i.opcode == "fusion":
-        called = i.attribute(r"calls=%?([\w.\-]+)")
-        kind = i.attribute(r'"fusion_backend_config":\{"kind":"([^"]+)"') or i.attribute(r"kind=k(\w+)")
+        called = i.required_attribute(r"calls=%?([\w.\-]+)")
+        kind = i.attribute(r'"fusion_backend_config":\{"kind":"([^"]+)"') or i.required_attribute(r"kind=k(\w+)")
         for product in _dots(computations, called, times):
             add(product)
         traffic = _fusion_bytes(computations, called, i)
     elif i.opcode == "dot":
         add(_dot(i, shape_of, times))
     elif i.opcode == "custom-call":
-        kind = i.attribute(r'custom_call_target="([^"]+)"')
+        kind = i.required_attribute(r'custom_call_target="([^"]+)"')
         if kind.startswith("__cublas$"):
             add(_cublas(i, shape_of, times))
         elif "cudnn$fmha" in kind:
@@ -248,7 +255,7 @@ def _dots(computations, name: str, times: float) -> list[Product]:
 def _dot(i: Instruction, shape_of, times: float) -> Product:
     (left, left_dims), (right, _) = (shapes(shape_of[o])[0] for o in i.operands[:2])
     out, out_dims = shapes(i.shape)[0]
-    contracted = i.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
+    contracted = i.required_attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
     inner = math.prod(left_dims[int(axis)] for axis in contracted.split(",") if axis)
     return Product(i.name, f"{left} x {right} -> {out}", times, 2.0 * math.prod(out_dims) * inner)
 
@@ -256,13 +263,14 @@ def _dot(i: Instruction, shape_of, times: float) -> Product:
 def _cublas(i: Instruction, shape_of, times: float) -> Product:
     (left, left_dims), (right, _) = (shapes(shape_of[o])[0] for o in i.operands[:2])
     out, out_dims = shapes(i.shape)[0]
-    contracted = i.attribute(r'"lhs_contracting_dimensions": ?\[([^\]]*)\]')
+    contracted = i.required_attribute(r'"lhs_contracting_dimensions": ?\[([^\]]*)\]')
     inner = math.prod(left_dims[int(axis)] for axis in re.findall(r"\d+", contracted))
     return Product(i.name, f"{left} x {right} -> {out}", times, 2.0 * math.prod(out_dims) * inner)
 
 
 def _fused_attention(i: Instruction, target: str, times: float) -> Attention:
-    B, H, S, T = map(int, re.findall(r"\d+", i.attribute(r'"intermediate_tensor_shape": ?\{[^}]*?"dimensions": ?\[([^\]]*)\]')))
+    dimensions = i.required_attribute(r'"intermediate_tensor_shape": ?\{[^}]*?"dimensions": ?\[([^\]]*)\]')
+    B, H, S, T = map(int, re.findall(r"\d+", dimensions))
     N = shapes(i.shape)[0][1][-1]
     is_causal = "CAUSAL" in (i.attribute(r'"mask_type": ?"([^"]*)"') or "")
     backward = "Backward" in target

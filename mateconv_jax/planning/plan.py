@@ -5,6 +5,7 @@ import functools
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -76,8 +77,8 @@ def make_plan(
     Raises:
       UserError: the config does not fit the devices, or cuDNN refuses the attention.
     """
-    device = Device.here() if where.is_here else where.gpu.device
-    c = ModelConfig.make(config.model, config.training.dtype, device, config.data.seq_len)
+    device = Device.here() if where.is_here or where.gpu is None else where.gpu.device
+    c = setup.model_config(config, device)
     steps, length = run_length(config)
     training_steps = steps or ASSUMED_STEPS
 
@@ -86,7 +87,7 @@ def make_plan(
         training_step = programs.training_step(config, c, where.devices, training_steps)
         return _cudnn_errors(c, functools.partial(programs.compile_step, training_step))
 
-    if not where.is_here:
+    if where.gpu is not None and not where.is_here:
         with target.compiling_for(where.gpu):
             return _plan(config, c, where, compile_step, steps, length, dollars_per_gpu_hour, search, say)
     return _plan(config, c, where, compile_step, steps, length, dollars_per_gpu_hour, search, say)
@@ -100,7 +101,7 @@ def _plan(config, c, where, compile_step, steps, length, dollars_per_gpu_hour, s
 
     begin = time.perf_counter()
     step = compile_step(config)
-    plan = {
+    plan: dict[str, Any] = {
         "device": where.name,
         "devices": count,
         "hosts": where.hosts,
@@ -177,7 +178,7 @@ def _files_of(error: Exception) -> str:
 def _program(program: Program, where: Where) -> dict:
     report = program.report
     known = sum(program.arguments.values())
-    result = {
+    result: dict[str, Any] = {
         "memory": {
             "peak": program.peak,
             "available": where.memory,

@@ -18,6 +18,7 @@ from mateconv_jax.planning.hlo_report import HloReport, read
 from mateconv_jax.runtime import sharding
 from mateconv_jax.training import setup
 from mateconv_jax.training.setup import Setup
+from mateconv_jax.training.step import lower
 
 EOS = 2  # the id that decoding is compiled with; which it is changes nothing
 
@@ -37,13 +38,14 @@ class Program:
     @staticmethod
     def compile(lowered: jax.stages.Lowered, arguments: dict) -> "Program":
         compiled = lowered.compile()
-        memory = compiled.memory_analysis()
+        memory, text = compiled.memory_analysis(), compiled.as_text()
+        assert memory is not None and text is not None  # CPUs and GPUs have both
         everything = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         everything += memory.output_size_in_bytes - memory.alias_size_in_bytes
         # On the CPU it holds the arguments alone.
         peak = memory.peak_memory_in_bytes if memory.peak_memory_in_bytes > memory.temp_size_in_bytes else everything
         sizes = {name: _bytes_of_a_device(tree) for name, tree in arguments.items()}
-        return Program(compiled, read(compiled.as_text()), sizes, peak, memory.alias_size_in_bytes)
+        return Program(compiled, read(text), sizes, peak, memory.alias_size_in_bytes)
 
 
 def _bytes_of_a_device(tree) -> int:
@@ -62,7 +64,7 @@ def training_step(config: ConfigDict, c: ModelConfig, devices, steps: int) -> Se
 def compile_step(run: Setup) -> Program:
     state, batch = run.abstract_state, run.abstract_batch
     parts = {"parameters": state.params, "EMA": state.ema_params, "optimizer": state.opt_state, "batch": batch}
-    return Program.compile(run.train_step.lower(state, batch), parts)
+    return Program.compile(lower(run.train_step, state, batch, run.c.deterministic), parts)
 
 
 def measure(run: Setup, compiled: jax.stages.Compiled, seconds: float = 5.0) -> float:
@@ -76,7 +78,7 @@ def measure(run: Setup, compiled: jax.stages.Compiled, seconds: float = 5.0) -> 
     }
     batch = {name: jax.device_put(values[name], x.sharding) for name, x in shapes.items()}
     for warm in (True, False):
-        steps, begin = 0, time.perf_counter()
+        steps, metrics, begin = 0, None, time.perf_counter()
         while steps < 2 or not warm and steps < 1000 and time.perf_counter() - begin < seconds:
             state, metrics = compiled(state, batch)
             steps += 1

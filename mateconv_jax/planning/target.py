@@ -140,7 +140,7 @@ def compiling_for(gpu: Gpu) -> Iterator[None]:
         "is_cuda_compute_capability_equal": lambda capability: gpu.compute_capability == as_tuple(capability),
     }
     asked = {name: getattr(fused, name) for name in answers}
-    kept_from = jax.config.jax_persistent_cache_min_compile_time_secs
+    kept_from = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
     for name, answer in answers.items():
         setattr(fused, name, answer)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)

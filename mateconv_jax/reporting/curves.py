@@ -1,6 +1,7 @@
 """The curves of one run or several on one page."""
 
 import io
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -8,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -39,9 +41,10 @@ def draw(runs: list[Run], smooth: int, file_format: str) -> bytes:
         "svg.hashsalt": "mateconv_jax",
     }
     with plotting.style(**ours):
-        figure = Figure(figsize=(12, 12), dpi=150, layout="constrained")
+        figure = Figure(
+            figsize=(12, 12), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.02)
+        )
         FigureCanvasAgg(figure)
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.02)
         panels = figure.subplot_mosaic(
             [["loss", "loss"], ["validation", "lr"], ["grad_norm", "speed"]], height_ratios=[1.25, 1, 1]
         )
@@ -82,9 +85,12 @@ def _draw_loss(axes: Axes, runs: list[Run], smooth: int) -> None:
 def _draw_validation(axes: Axes, runs: list[Run]) -> None:
     axes.set_title("Validation loss 验证损失")
     axes.set_ylabel("nats per token 每 token")
-    weights = {"val/loss": ("-", "trained weights 训练权重"), "val/ema_loss": ("--", "EMA weights EMA 权重")}
+    weights: list[tuple[str, Literal["-", "--"], str]] = [
+        ("val/loss", "-", "trained weights 训练权重"),
+        ("val/ema_loss", "--", "EMA weights EMA 权重"),
+    ]
     drawn = {}
-    for key, (line, label) in weights.items():
+    for key, line, label in weights:
         for run, color in zip(runs, colors(len(runs)), strict=True):
             if len(run.curve(key)):
                 _plot(axes, thinned(run.curve(key), _buckets(runs)), color=color, linestyle=line, linewidth=1.6)
@@ -166,7 +172,7 @@ def _token_axis(axes: Axes, runs: list[Run]) -> None:
     tokens = sizes.pop()
     if sizes or not tokens:
         return
-    top = axes.secondary_xaxis("top", functions=(lambda step: step * tokens, lambda n: n / tokens))
+    top = axes.secondary_xaxis("top", functions=(lambda step: np.multiply(step, tokens), lambda n: np.divide(n, tokens)))
     top.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10), integer=True))
     top.xaxis.set_major_formatter(FuncFormatter(short))
     top.set_xlabel("Tokens seen 已训练 token 数", labelpad=6)

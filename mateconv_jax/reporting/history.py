@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections import defaultdict
@@ -48,7 +49,8 @@ class Run:
         """None where the config does not say."""
         sizes = [self.config.get(key) for key in ("training.batch_size", "data.seq_len")]
         sizes.append(self.config.get("training.accumulation_steps", 1))  # runs older than the key
-        return int(np.prod(sizes)) if all(isinstance(size, int) for size in sizes) else None
+        known = [size for size in sizes if isinstance(size, int)]
+        return math.prod(known) if len(known) == len(sizes) else None
 
     def training_seconds(self) -> float | None:
         """Steps times their measured time, where it was measured: not the first (compilation), validation and saving."""

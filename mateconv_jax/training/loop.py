@@ -12,19 +12,20 @@ from mateconv_jax import run_folder
 from mateconv_jax.data.tokenizer import token_bytes
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
-from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.runtime import distributed, sharding
-from mateconv_jax.training import resume, setup
+from mateconv_jax.training import out_of_memory, resume, setup
 from mateconv_jax.training.batches import RowBatches
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
 from mateconv_jax.training.evaluator import Evaluator
 from mateconv_jax.training.header import log_header, log_memory
-from mateconv_jax.training.metrics import Metrics, logging_to
+from mateconv_jax.training.logging_setup import logging_to
+from mateconv_jax.training.metrics import Metrics
 from mateconv_jax.training.open_data import open_data
 from mateconv_jax.training.preemption import RESUMABLE, Signals
 from mateconv_jax.training.samples import Samples
 from mateconv_jax.training.setup import Length
 from mateconv_jax.training.skipped_steps import SkippedSteps
+from mateconv_jax.training.step import lower
 from mateconv_jax.training.train_state import TrainState
 
 
@@ -46,6 +47,10 @@ def train(config: ConfigDict) -> int:
             f"training.out_dir: cannot write {error.filename or config.training.out_dir!r}: {error.strerror or error} "
             "(finished checkpoints stay, and the same command goes on from the newest)"
         ) from error
+    except jax.errors.JaxRuntimeError as error:
+        if not out_of_memory.is_cause_of(error):
+            raise
+        raise UserError(out_of_memory.explain(error)) from error
 
 
 def _train(config: ConfigDict, signals: Signals) -> int:
@@ -54,7 +59,7 @@ def _train(config: ConfigDict, signals: Signals) -> int:
     # ---- where: devices, mesh, partition rules ----------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(training.batch_size, mesh)
-    c = ModelConfig.make(config.model, training.dtype, length=config.data.seq_len)
+    c = setup.model_config(config)
 
     # ---- what: data, model, optimizer, loss -------------------------------------------------------------------------
     train_rows, val_rows, tokenizer = open_data(config)
@@ -117,7 +122,7 @@ class Run:
         if done:
             logging.info("nothing to do: step %d of %d is in %s", step, length.total_steps, self.training.out_dir)
             return 0
-        train_step = compile_step(self.train_step, state, self.source(step, state.params))
+        train_step = compile_step(self.train_step, state, self.source(step, state.params), self.training.deterministic)
 
         while not (done or self.signals.poll(step)):
             with metrics.waiting_for_input():
@@ -131,7 +136,7 @@ class Run:
                 skipped.check(metrics.flush(), step, save)
                 self.evaluate(step, state, progress)
                 done = done or self.stops_early(progress)
-            if self.samples is not None and (step % length.samples_interval == 0 or done):
+            if (every := length.samples_interval) is not None and (step % every == 0 or done):
                 skipped.check(metrics.flush(), step, save)
                 self.write_samples(step, state)
             if step % length.save_interval == 0 or done:
@@ -153,6 +158,7 @@ class Run:
 
     def evaluate(self, step: int, state: TrainState, progress: Progress) -> None:
         """Write the validation loss, and keep the best checkpoint. A run that is asked to stop does it when it is resumed."""
+        assert self.evaluator is not None  # evaluation_due
         with self.metrics.not_training():
             last = step == self.length.total_steps
             losses = validation_losses(self.evaluator, state, lambda: self.signals.stop and not last)
@@ -174,6 +180,7 @@ class Run:
         return self.out_of_patience(progress)
 
     def write_samples(self, step: int, state: TrainState) -> None:
+        assert self.samples is not None  # as samples_interval is given
         with self.metrics.not_training():
             params = state.params if state.ema_params is None else state.ema_params
             self.metrics.write_samples(step, self.samples.write(params))
@@ -209,10 +216,10 @@ def _metrics(config: ConfigDict, programs: setup.Setup, length: Length, start_st
     )  # fmt: skip
 
 
-def compile_step(train_step, state: TrainState, batch) -> jax.stages.Compiled:
+def compile_step(train_step, state: TrainState, batch, deterministic: bool) -> jax.stages.Compiled:
     """Ahead of the loop, so that its memory is known before the first step and nothing can compile in the loop: arrays of
     other shapes are an error.
     """
-    compiled = train_step.lower(state, batch).compile()
+    compiled = lower(train_step, state, batch, deterministic).compile()
     log_memory(compiled)
     return compiled

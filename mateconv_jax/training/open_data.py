@@ -36,9 +36,12 @@ def open_data(config: ConfigDict) -> tuple[Rows, Rows | None, PreTrainedTokenize
         )
     document_starts = (tokenizer.bos_token_id, tokenizer.eos_token_id) if config.training.document_mask else None
     train_rows = train.rows("train", document_starts)
+    if train_rows is None:
+        raise UserError(f"{train.key}: {str(train.path)!r} has no split 'train' (prepare it again)")
     val_rows = None if validation is None else validation.rows("validation", document_starts)
-    for dataset, rows in zip(datasets, (train_rows, val_rows), strict=False):
-        dataset.check_tokens(rows, config.model.vocab_size, f"model.vocab_size is {config.model.vocab_size}")
+    for dataset, rows in ((train, train_rows), (validation, val_rows)):
+        if dataset is not None and rows is not None:
+            dataset.check_tokens(rows, config.model.vocab_size, f"model.vocab_size is {config.model.vocab_size}")
     return train_rows, val_rows, tokenizer
 
 

@@ -1,5 +1,7 @@
 """Learning-rate schedules and optimizers, all of them optax's."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -34,6 +36,8 @@ def make_schedule(training: ConfigDict, total_steps: int) -> optax.Schedule:
         case "wsd":
             decay_steps = int(training.decay_ratio * total_steps)
             after = optax.linear_schedule(peak, end, max(1, decay_steps), transition_begin=rest - decay_steps)
+        case other:
+            raise ValueError(other)  # config.resolve has checked it
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup_steps)), after], [warmup_steps])
 
 
@@ -77,6 +81,8 @@ def make_optimizer(training: ConfigDict, c: ModelConfig) -> optax.GradientTransf
                 consistent_rms=0.2,
             )
             tx = on_parts(optax.partition({"muon": hidden, "adamw": adamw}, muon_labels), c)
+        case other:
+            raise ValueError(other)  # config.resolve has checked it
     return optax.chain(clip(training.grad_clip), tx) if training.grad_clip else tx
 
 
@@ -114,10 +120,10 @@ def muon_dimensions(parts):
     return jax.tree.map_with_path(lambda path, _: _MUON_DIMENSIONS[path[-1].key], parts)
 
 
-def to_parts(params: nnx.State, c: ModelConfig) -> dict:
+def to_parts(params: Any, c: ModelConfig) -> dict:
     """As a plain dict, the matrices that are kept as one taken apart: wqkv into wq, wk, wv and w13 into w1, w3."""
 
-    def split(tree):
+    def split(tree: Any) -> Any:
         if not isinstance(tree, dict):
             return tree
         tree = {key: split(value) for key, value in tree.items()}
@@ -133,10 +139,10 @@ def to_parts(params: nnx.State, c: ModelConfig) -> dict:
     return split(nnx.to_pure_dict(params))
 
 
-def from_parts(parts: dict, like: nnx.State) -> nnx.State:
+def from_parts(parts: Any, like: nnx.State) -> nnx.State:
     """The inverse of `to_parts`, in the structure of `like`."""
 
-    def join(tree):
+    def join(tree: Any) -> Any:
         if not isinstance(tree, dict):
             return tree
         tree = {key: join(value) for key, value in tree.items()}
@@ -156,7 +162,7 @@ def from_parts(parts: dict, like: nnx.State) -> nnx.State:
 def on_parts(tx: optax.GradientTransformation, c: ModelConfig) -> optax.GradientTransformation:
     """`tx` as it would be were the parts matrices of their own."""
 
-    def update(updates, state, params):
+    def update(updates: Any, state: Any, params: Any = None):
         parts, state = tx.update(to_parts(updates, c), state, to_parts(params, c))
         return from_parts(parts, updates), state
 

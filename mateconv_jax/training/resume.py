@@ -88,7 +88,7 @@ def check_compatible(origin: Origin, config: ConfigDict, tokenizer: PreTrainedTo
     """
     if origin.model is not None:
         return _check_weights(origin.model, config, tokenizer)
-    if origin.checkpoint is None:
+    if origin.checkpoint is None or origin.key is None:
         return []
     theirs = run_folder.read_config(origin.checkpoint.run, origin.key)
     differences = []

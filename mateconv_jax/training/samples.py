@@ -31,5 +31,5 @@ class Samples:
             return []
         self._generator.params = jax.tree.map(lambda p: p.addressable_data(0), whole)
         texts = self._generator.batch_generate(self._prompts, GenerationConfig(max_new_tokens=64))
-        self._generator.params = None  # a second copy of the weights, which training needs the room of
+        self._generator.params = nnx.State({})  # a second copy of the weights, which training needs the room of
         return list(zip(self._prompts, texts, strict=True))

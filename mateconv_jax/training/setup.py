@@ -15,6 +15,7 @@ from mateconv_jax import intervals
 from mateconv_jax.errors import UserError
 from mateconv_jax.losses.next_token import next_token_loss
 from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.device import Device
 from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.runtime import sharding
 from mateconv_jax.training import optimizer, train_state
@@ -40,12 +41,21 @@ class Setup:
     init: Callable[[], TrainState]
     abstract_state: TrainState
     abstract_batch: dict[str, jax.ShapeDtypeStruct]
-    train_step: Callable
+    train_step: jax.stages.Wrapped
     eval_step: Callable
 
     def fresh_state(self) -> TrainState:
         """On the mesh, sharded from birth."""
         return jax.jit(self.init, out_shardings=jax.tree.map(lambda x: x.sharding, self.abstract_state))()
+
+
+def model_config(config: ConfigDict, device: Device | None = None) -> ModelConfig:
+    """How a (resolved) config's model is trained on `device`; None: on this process's.
+
+    Raises:
+      UserError: see ModelConfig.make.
+    """
+    return ModelConfig.make(config.model, config.training.dtype, device, config.data.seq_len, config.training.deterministic)
 
 
 def build(config: ConfigDict, c: ModelConfig, mesh: Mesh, total_steps: int) -> Setup:
@@ -117,9 +127,12 @@ class Length:
                 f"{training.epochs} epochs (expected a smaller batch or more epochs)"
             )
         steps_per_epoch = n_rows / rows_per_step(training)
-        keys = ("eval_interval", "save_interval", "log_interval", "samples_interval")
-        given = {key: training[key] for key in keys}
-        return Length(steps, **{k: None if v is None else intervals.steps(v, steps, steps_per_epoch) for k, v in given.items()})
+
+        def interval(key: str) -> int:
+            return intervals.steps(training[key], steps, steps_per_epoch)
+
+        samples = None if training.samples_interval is None else interval("samples_interval")
+        return Length(steps, interval("eval_interval"), interval("save_interval"), interval("log_interval"), samples)
 
 
 def rows_per_step(training: ConfigDict) -> int:

@@ -1,11 +1,31 @@
 """Steps whose update was skipped."""
 
+import dataclasses
+import math
 from collections.abc import Callable
 
 from absl import logging
 
 from mateconv_jax.errors import UserError
-from mateconv_jax.training.metrics import BadStep
+
+
+@dataclasses.dataclass(frozen=True)
+class BadStep:
+    """A step whose update was skipped: how many there are now in a row, and the gradient's norm by leaf."""
+
+    step: int
+    in_a_row: int
+    loss: float
+    leaf_norms: dict[str, float]
+
+    def reason(self) -> str:
+        finite = all(map(math.isfinite, (self.loss, *self.leaf_norms.values())))
+        return f"the loss {self.loss:.4f} is a spike" if finite else "the gradient is not finite"
+
+    def largest(self, n: int = 5) -> str:
+        """The leaves with the largest norms, those that are not finite first."""
+        order = sorted(self.leaf_norms.items(), key=lambda item: (math.isfinite(item[1]), -item[1]))
+        return ", ".join(f"{name} {norm:.3g}" for name, norm in order[:n])
 
 
 class SkippedSteps:

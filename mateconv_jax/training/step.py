@@ -4,6 +4,7 @@ A batch is a tree of arrays whose first dimensions are A micro-batches and B row
 loss's business.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from mateconv_jax.losses.loss_output import LossOutput
+from mateconv_jax.model.attention.deterministic import deterministic_attention
 from mateconv_jax.runtime import xla_flags
 from mateconv_jax.training import gradient_sums, norms
 from mateconv_jax.training.train_state import TrainState
@@ -48,15 +50,21 @@ def make_train_step(
     if abstract_state is None:
         return jax.jit(functools.partial(_train_step, sums, tx, schedule, training), donate_argnums=0)
     c = nnx.merge(graph, abstract_state.params).c
-    if abstract_state.step.sharding.mesh.size > 1:
+    if abstract_state.step.sharding.num_devices > 1:
         sums = gradient_sums.over_devices(sums, abstract_state.params, training.grad_allreduce_dtype, c.dtype)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
     return jax.jit(
         functools.partial(_train_step, sums, tx, schedule, training),
         donate_argnums=0,
         out_shardings=(shardings, None),
-        compiler_options=xla_flags.compiler_options(c.platform),
+        compiler_options=xla_flags.compiler_options(c.platform, c.deterministic),
     )
+
+
+def lower(train_step, state: TrainState, batch, deterministic: bool) -> jax.stages.Lowered:
+    """The step of `make_train_step`, lowered for arrays like these, or shapes with shardings."""
+    with deterministic_attention() if deterministic else contextlib.nullcontext():
+        return train_step.lower(state, batch)
 
 
 def make_eval_step(graph: nnx.GraphDef, loss_fn: LossFn):
@@ -82,7 +90,8 @@ def gradients_of_sums(graph, loss_fn: LossFn, seed: int, params, batch, step, sc
     def scaled(params, micro_batch, i):
         key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(step_key, i), device * B + jnp.arange(B))
         output = loss_fn(nnx.merge(graph, gather(params)), micro_batch, key_B)
-        return output.objective * factor, output._replace(objective=None)  # whose gradient alone is wanted
+        # Of the objective the gradient alone is wanted: None is an empty tree.
+        return output.objective * factor, output._replace(objective=None)  # pyrefly: ignore[bad-argument-type]
 
     def accumulate(sums, micro_batch_and_i):
         (_, output), grads = jax.value_and_grad(scaled, has_aux=True)(params, *micro_batch_and_i)

@@ -51,8 +51,10 @@ def test_a_prompt_that_does_not_fit_is_an_error_before_the_first_step(tiny_confi
 
 
 @pytest.mark.slow
-def test_a_profile_is_written_for_tensorboard(tiny_config, tmp_path):
-    train(tiny_config, tmp_path / "out", max_steps=8, profile_step=2)
+@pytest.mark.parametrize("profile_step", [2, 6])
+def test_a_profile_is_written_for_tensorboard(tiny_config, tmp_path, profile_step):
+    """Also of the last steps of a run, when they are fewer."""
+    train(tiny_config, tmp_path / "out", max_steps=8, profile_step=profile_step)
     [trace] = (tmp_path / "out" / "tensorboard" / "plugins" / "profile").glob("*/*.xplane.pb")
     assert trace.stat().st_size > 1000
 

@@ -94,11 +94,14 @@ def prepare(
     from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib  # imports transformers, 2 s
 
     start = time.perf_counter()
-    training = tokenizer if isinstance(tokenizer, TokenizerTraining) else None
-    given = None if training else tokenizer_lib.load(tokenizer, "--tokenizer")
-    _check_bin(sources, also_bin, None if training else len(given), training)
-    tokenizer_described = dataclasses.asdict(training) if training else tokenizer_lib.fingerprint(given)
-    described = _described(sources, tokenizer_described, options, also_bin)
+    if isinstance(tokenizer, TokenizerTraining):
+        training, given = tokenizer, None
+        vocab_size, identity = tokenizer.vocab_size, dataclasses.asdict(tokenizer)
+    else:
+        training, given = None, tokenizer_lib.load(tokenizer, "--tokenizer")
+        vocab_size, identity = len(given), tokenizer_lib.fingerprint(given)
+    _check_bin(sources, training is not None, also_bin, vocab_size)
+    described = _described(sources, identity, options, also_bin)
     partial = output.with_name(output.name + ".partial")
     if output.exists() and not overwrite:
         from mateconv_jax.data import dataset
@@ -130,18 +133,17 @@ def prepare(
 
 
 def _described(sources: list[Source], tokenizer: dict | str, options: PrepareOptions, also_bin: bool) -> dict:
-    """What decides the dataset's bytes, for JSON."""
+    """What decides the dataset's bytes, for JSON. tokenizer: how one is trained, or the fingerprint of the one given."""
     inputs = [[source.path, source.size] for source in sources]
     return {"input": inputs, "tokenizer": tokenizer, **dataclasses.asdict(options), "also_bin": also_bin}
 
 
-def _check_bin(sources: list[Source], also_bin: bool, given_size: int | None, training: TokenizerTraining | None) -> None:
-    """given_size: of the vocabulary that is given; None: one is trained."""
-    if training and any(source.format == "bin" for source in sources):
+def _check_bin(sources: list[Source], trains_tokenizer: bool, also_bin: bool, vocab_size: int) -> None:
+    if trains_tokenizer and any(source.format == "bin" for source in sources):
         raise UserError(
             "--train_tokenizer: a .bin file holds token ids, not text (expected --tokenizer DIR, the one they are of)"
         )
-    if also_bin and (training.vocab_size if training else given_size) > 2**16:
+    if also_bin and vocab_size > 2**16:
         raise UserError("--also_bin: a .bin file holds 16-bit token ids (expected a vocabulary of at most 65,536)")
 
 
@@ -288,15 +290,20 @@ class Progress:
     """How much of the input is done: a bar on a terminal, a line every ten seconds in a log."""
 
     def __init__(self, sources: list[Source]):
-        self._sizes = [source.size for source in sources]
+        sizes = [source.size for source in sources if source.size is not None]
+        self._total = sum(sizes) if len(sizes) == len(sources) else None  # bytes
         self._positions: dict[Source, int] = {}
         self._last_line = time.monotonic()
 
     def __enter__(self):
-        total = None if None in self._sizes else sum(self._sizes)
-        terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            total=total, unit="B", unit_scale=True, desc="tokenising", dynamic_ncols=True, mininterval=0.5, disable=not terminal
+            total=self._total,
+            unit="B",
+            unit_scale=True,
+            desc="tokenising",
+            dynamic_ncols=True,
+            mininterval=0.5,
+            disable=not sys.stderr.isatty(),
         )
         return self
 
@@ -310,7 +317,7 @@ class Progress:
         self._bar.update(self._positions[chunk.source] - before)
         if self._bar.disable and time.monotonic() - self._last_line > 10:
             self._last_line = time.monotonic()
-            total = "" if None in self._sizes else f" of {sum(self._sizes) / 1e6:,.0f}"
+            total = "" if self._total is None else f" of {self._total / 1e6:,.0f}"
             print(
                 f"tokenising: {sum(self._positions.values()) / 1e6:,.0f}{total} MB of input done", file=sys.stderr, flush=True
             )
@@ -392,9 +399,9 @@ def _keys_of_done(folder: Path, chunk: Chunk) -> np.ndarray | None:
 
 
 class _ThisProcess(concurrent.futures.Executor):
-    def submit(self, function, /, *args):
+    def submit(self, fn, /, *args, **kwargs):
         future = concurrent.futures.Future()
-        future.set_result(function(*args))
+        future.set_result(fn(*args, **kwargs))
         return future
 
 
@@ -426,7 +433,9 @@ def _start_worker(setup: WorkerSetup) -> None:
 
 
 def _die_with_parent() -> None:
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 
 

@@ -1,5 +1,6 @@
 """Data preparation as users of the PyTorch MateConv call it from Python."""
 
+import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -87,7 +88,7 @@ class DataProcessor:
         folder = output.with_name(output.name + ".dataset") if flat else output
         if not resume:
             shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
-        options = PrepareOptions(**{**vars(self._options), "val_fraction": 0.0}) if flat else self._options
+        options = dataclasses.replace(self._options, val_fraction=0.0) if flat else self._options
         found = sources.find([str(input_path)])
         pipeline.prepare(found, folder, self.tokenizer_path, options, self.num_workers, not resume, also_bin=flat)
         self._statistics = json.loads((folder / "stats.json").read_text(encoding="utf-8"))

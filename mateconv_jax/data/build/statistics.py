@@ -172,7 +172,7 @@ def summary(statistics: Statistics, tokenizer: "PreTrainedTokenizerFast", second
         "vocabulary": {
             "size": statistics.vocab_size,
             "used": int(used),
-            "used_share": _ratio(used, statistics.vocab_size),
+            "used_share": _ratio(int(used), statistics.vocab_size),
         },
         "unknown_token_rate": None if unknown is None else _ratio(statistics.token_counts[unknown], total.tokens),
         "top_tokens": _top_tokens(statistics.token_counts, tokenizer),

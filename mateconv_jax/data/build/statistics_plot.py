@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mateconv_jax import files, plotting
@@ -54,9 +55,10 @@ def write_plot(summary: dict, path: Path) -> None:
     Equal summaries give equal bytes: nothing comes from the user's matplotlib settings, and none of them is changed.
     """
     with plotting.style():
-        figure = Figure(figsize=(12, 8.4), dpi=150, layout="constrained")
+        figure = Figure(
+            figsize=(12, 8.4), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15, wspace=0.03, hspace=0.03)
+        )
         FigureCanvasAgg(figure)
-        figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15, wspace=0.03, hspace=0.03)
         figure.suptitle(_title(summary), fontsize=13, linespacing=1.7)
         (lengths, ranks), (rejects, scripts) = figure.subplots(2, 2)
         _draw_lengths(lengths, summary)

@@ -15,7 +15,7 @@ import dataclasses
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
@@ -42,7 +42,7 @@ class CleanChunk:
 
     name: str
     digest: str
-    documents: list[list[Document | np.ndarray]]  # pieces of each; an array is token ids already
+    documents: list[Sequence[Document | np.ndarray]]  # pieces of each; an array is token ids already
     lines: list[int]
     keys: np.ndarray  # (n, k) uint64
     rejects: list[tuple[int, str, str]]  # (line, rule, reason)

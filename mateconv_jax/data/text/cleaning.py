@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from mateconv_jax.data.text.jsonl import Document, Rejected
 from mateconv_jax.errors import check_values
@@ -93,7 +93,7 @@ class Cleaner:
         self._check(text, splittable=isinstance(document, str))
         return document, changed
 
-    def pieces(self, document: Document) -> list[Document]:
+    def pieces(self, document: Document) -> Sequence[Document]:
         """The document, or where it is longer than max_chars its pieces, which join to it again."""
         limit = self.options.max_chars
         if limit is None or not isinstance(document, str) or len(document) <= limit:
@@ -115,7 +115,7 @@ class Cleaner:
         if options.strip_control_tokens:
             text = apply("control_tokens", self.control_tokens.sub("", text))
         if options.unicode != "keep":  # last: what stood between two characters that combine may be gone now
-            form = options.unicode.upper()
+            form = "NFKC" if options.unicode == "nfkc" else "NFC"
             if not unicodedata.is_normalized(form, text):
                 text = apply("unicode", unicodedata.normalize(form, text))
         if options.whitespace == "normalize":

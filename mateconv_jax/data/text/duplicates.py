@@ -32,7 +32,7 @@ def bands(threshold: float) -> tuple[int, int]:
 
 def band_keys(text: str, threshold: float) -> np.ndarray:
     """(b,) uint64 keys of the text's set of 5-character shingles."""
-    from rensa import RMinHash
+    from rensa import RMinHash  # pyrefly: ignore[missing-module-attribute]  (compiled, without stubs)
 
     n_bands, n_rows = bands(threshold)
     minhash = RMinHash(num_perm=PERMUTATIONS, seed=1)

@@ -6,11 +6,13 @@ What a chunk holds depends on the input's bytes alone, so that it means the same
 import dataclasses
 import glob
 import lzma
+import os
+import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import orjson
@@ -25,6 +27,7 @@ DECOMPRESSORS = {
     ".zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
 }
 TXT_DOCUMENTS = ("line", "blank_line", "file")  # what ends a document of a .txt file
+_TFDS = re.compile(r"tfds:([^:]+):([^:\[]+(?:\[[^\]]*\])?):([^:]+)")  # the split may be a part of one, train[:10%]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +102,7 @@ def find(patterns: list[str], files: Callable[[str], list[tuple[str, int]]] = lo
         if pattern == "-":
             sources.append(Source("-", "jsonl"))
         elif pattern.startswith("tfds:"):
-            if pattern.count(":") != 3:
+            if not _TFDS.fullmatch(pattern):
                 raise UserError(f"--input: {pattern!r} is incomplete (expected tfds:NAME/CONFIG:SPLIT:FEATURE)")
             sources.append(Source(pattern, "tfds"))
         else:
@@ -219,14 +222,21 @@ def _blocks(path: str, open_file, progress: list[int]) -> Iterator[bytes]:
 
 
 def _tfds_lines(name: str) -> Iterator[bytes]:
-    """Each example's text as a line of JSON. Its bytes are not touched: where they are no UTF-8, the line is rejected later."""
+    """Each example's text as a line of JSON. Invalid UTF-8 is passed on as it is: the line is rejected later."""
     import tensorflow_datasets as tfds  # 2 s
 
-    _, builder_name, split, feature = name.split(":")
+    parts = _TFDS.fullmatch(name)
+    assert parts is not None, f"{name!r} is not of `find`"
+    builder_name, split, feature = parts.groups()
     try:
-        builder = tfds.builder(builder_name)
-        builder.download_and_prepare()
+        builder: Any = tfds.builder(builder_name)
+        if not builder.is_prepared():
+            builder = tfds.builder(builder_name, file_format="array_record")  # TFDS' default needs TensorFlow
+            builder.download_and_prepare()
         info = builder.info
+    except ImportError as error:  # what the code that makes this dataset uses; of TFDS itself nothing
+        package = error.name or "tensorflow"
+        raise UserError(f"--input: TFDS cannot make {builder_name!r} without {package} (pip install {package})") from error
     except Exception as error:  # TFDS raises whatever its datasets raise
         raise UserError(
             f"--input: TFDS has no dataset {builder_name!r} ({' '.join(str(error).split())[:300]}); prepared ones "
@@ -236,16 +246,41 @@ def _tfds_lines(name: str) -> Iterator[bytes]:
         raise UserError(f"--input: {builder_name} has no split {split!r} (there are: {', '.join(info.splits)})")
     if feature not in info.features:
         raise UserError(f"--input: {builder_name} has no feature {feature!r} (there are: {', '.join(info.features)})")
-    try:
+    if info.file_format == tfds.core.FileFormat.TFRECORD:  # which TFDS itself reads with TensorFlow alone
+        examples = map(info.features.deserialize_example_np, _tfrecords(info.splits[split].file_instructions))
+    else:
         examples = builder.as_data_source(split)
-    except (NotImplementedError, ValueError):  # stored as TFRecord, which only TensorFlow reads
-        examples = tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False))
     for example in examples:
         text = example[feature]
+        text = text.encode() if isinstance(text, str) else bytes(text)
         try:
-            yield orjson.dumps({"text": text if isinstance(text, str) else bytes(text).decode()}) + b"\n"
+            yield orjson.dumps({"text": text.decode()}) + b"\n"
         except UnicodeDecodeError:
-            yield b'{"text": "' + bytes(text).replace(b"\n", b" ") + b'"}\n'
+            yield b'{"text": "' + text.replace(b"\n", b" ") + b'"}\n'
+
+
+def _tfrecords(file_instructions: Iterable) -> Iterator[bytes]:
+    """The records of TFRecord files: each a length in 8 bytes, 4 bytes of checksum, the data, 4 bytes of checksum.
+
+    Checksums are not compared: in Python that makes 5 MB/s, as slow as tokenising.
+
+    Args:
+      file_instructions: of TFDS; `filename`, and from `skip` on the next `take` records of that file.
+
+    Raises:
+      UserError: a file is shorter than its records say, or no such file.
+    """
+    for instruction in file_instructions:
+        end = os.stat(instruction.filename).st_size
+        with open(instruction.filename, "rb") as file:
+            for number in range(instruction.skip + instruction.take):
+                size = int.from_bytes(file.read(12)[:8], "little")
+                if file.tell() + size + 4 > end:
+                    raise UserError(f"--input: {instruction.filename!r} is broken or cut short at record {number + 1}")
+                record = file.read(size)
+                file.seek(4, os.SEEK_CUR)
+                if number >= instruction.skip:
+                    yield record
 
 
 # ---- token ids ----------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str
         rendered = tokenizer.apply_chat_template(hidden, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # whatever the template raises
         raise UserError(f"chat: the chat template does not take these messages ({error})") from error
+    assert isinstance(rendered, str)
     ids = []
     # re.split alternates the template's text and the numbers of the contents.
     for i, part in enumerate(re.split("\ue000(\\d+)\ue001", rendered)):

@@ -36,6 +36,7 @@ def read_pieces(tokenizer: "PreTrainedTokenizerFast", ids: Iterable[int]) -> lis
     result = []
     for token in ids:
         piece = tokenizer.convert_ids_to_tokens(token)
+        assert isinstance(piece, str)  # several ids would give several
         if token in added:
             result.append((added[token].content, True))
         elif byte_level and all(character in BYTES for character in piece):
@@ -52,7 +53,9 @@ def read_pieces(tokenizer: "PreTrainedTokenizerFast", ids: Iterable[int]) -> lis
 
 
 def _decode(tokenizer: "PreTrainedTokenizerFast", ids: list[int]) -> str:
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)  # several lists of ids would give several
+    return text
 
 
 def visible(text: str) -> str:

@@ -104,9 +104,11 @@ def compression(tokenizer: "PreTrainedTokenizerFast", texts: dict[str, list[str]
             "tokens": tokens.total(),
             "unknown": tokens[tokenizer.unk_token_id],
         }
-        for unit in ("characters", "bytes"):
-            counts[f"{unit}_per_token"] = round(counts[unit] / counts["tokens"], 4) if counts["tokens"] else None
-        result[kind] = counts
+        per_token = {
+            f"{unit}_per_token": round(counts[unit] / counts["tokens"], 4) if counts["tokens"] else None
+            for unit in ("characters", "bytes")
+        }
+        result[kind] = counts | per_token
     return result
 
 
@@ -118,6 +120,7 @@ def round_trip(tokenizer: "PreTrainedTokenizerFast", cases: Iterable[tuple[str, 
     failed = []
     for name, text in cases:
         decoded = tokenizer.decode(tokenizer_lib.encode(tokenizer, [text])[0])
+        assert isinstance(decoded, str)
         if decoded != text:
             at = len(os.path.commonprefix([text, decoded]))
             near = slice(max(0, at - CONTEXT), at + CONTEXT)

@@ -49,7 +49,7 @@ def print_report(report: dict, name: str, compare_name: str | None = None) -> No
     longest = {"longest, Han": report["longest"]["Han"], "longest, other": report["longest"]["other"]}
     console.print(_facts({name: _words(texts) for name, texts in {**longest, "from all ranks": report["sample"]}.items()}))
     console.print(_compression(report, name, compare_name))
-    unknown = {name: report, compare_name: report["compare"]} if report["compare"] else {name: report}
+    unknown = {name: report} if compare_name is None else {name: report, compare_name: report["compare"]}
     for folder, one in unknown.items():
         if n := _unknown(one["compression"]):
             console.print(Text(f"  unknown tokens in these texts, {_short(folder)}: {n:,}"))
@@ -103,7 +103,7 @@ def _compression(report: dict, name: str, compare_name: str | None) -> Table:
     table.add_column("characters", justify="right")
     table.add_column("bytes\na token", justify="right")
     table.add_column(Text("characters\na token" + (f",\n{_short(name)}" if report["compare"] else "")), justify="right")
-    if report["compare"]:
+    if compare_name is not None:
         table.add_column(Text(f"\n\n{_short(compare_name)}"), justify="right")
         table.add_column("\n\ndifference", justify="right")
     for kind, counts in report["compression"].items():

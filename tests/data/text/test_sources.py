@@ -1,12 +1,16 @@
 import gzip
 import json
 import lzma
+import os
+import shutil
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 import zstandard
+from array_record.python.array_record_module import ArrayRecordReader
 from hypothesis import given, strategies as st
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from mateconv_jax.data.text import sources
 from mateconv_jax.data.text.sources import ChunkSizes
@@ -143,8 +147,9 @@ def test_what_is_found(tmp_path, monkeypatch):
         sources.find(["no*"])
     with pytest.raises(UserError, match=r"is a folder .*\*\.jsonl"):
         sources.find([str(tmp_path)])
-    with pytest.raises(UserError, match="tfds:NAME/CONFIG:SPLIT:FEATURE"):
-        sources.find(["tfds:imdb"])
+    for incomplete in ("tfds:imdb", "tfds:imdb:train[:10%]", "tfds:imdb::text"):
+        with pytest.raises(UserError, match="tfds:NAME/CONFIG:SPLIT:FEATURE"):
+            sources.find([incomplete])
 
 
 class Poems(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -160,21 +165,59 @@ class Poems(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         yield from enumerate({"text": text} for text in ["床前明月光", b"\xff", "疑是\n地上霜"])
 
 
-@pytest.fixture(params=["tfrecord", "array_record"])
-def tfds_texts(tmp_path, monkeypatch, request):
-    """A TFDS dataset that someone prepared."""
-    Poems(data_dir=tmp_path, file_format=request.param).download_and_prepare()
+@pytest.fixture
+def tfds_texts(tmp_path, monkeypatch):
+    """A TFDS dataset that someone prepared: its folder."""
+    Poems(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
+    return tmp_path / "poems" / "1.0.0"
 
 
-def test_a_tfds_dataset_by_name(tfds_texts):
-    found = [
-        record
-        for chunk in sources.chunks(sources.find(["tfds:poems:train:text"])[0], 0, ChunkSizes())
-        for _, record in chunk.records
-    ]
+def to_tfrecord(folder):
+    """Stored as TFDS does by default; TensorBoard's event files have the same frames."""
+    [shard] = folder.glob("*array_record*")
+    writer = RecordWriter((folder / shard.name.replace("array_record", "tfrecord")).open("wb"))
+    for record in ArrayRecordReader(str(shard)).read_all():
+        writer.write(record)
+    writer.close()
+    shard.unlink()
+    info = (folder / "dataset_info.json").read_text()
+    (folder / "dataset_info.json").write_text(info.replace("array_record", "tfrecord"))
+
+
+def tfds_records(split):
+    [source] = sources.find([f"tfds:poems:{split}:text"])
+    return [record for chunk in sources.chunks(source, 0, ChunkSizes()) for _, record in chunk.records]
+
+
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
+def test_a_tfds_dataset_by_name(tfds_texts, file_format):
+    if file_format == "tfrecord":
+        to_tfrecord(tfds_texts)
+    found = tfds_records("train")
     texts = [json.loads(record)["text"] for record in found if b"\xff" not in record]
     assert sorted(texts) == sorted(["床前明月光", "疑是\n地上霜"]) and len(found) == 3
+    assert tfds_records("train[1:]") == found[1:]
+    assert tfds.builder("poems").info.file_format.value == file_format
+
+
+def test_a_tfrecord_that_is_cut_short(tfds_texts):
+    to_tfrecord(tfds_texts)
+    [shard] = tfds_texts.glob("*tfrecord*")
+    os.truncate(shard, shard.stat().st_size - 1)
+    with pytest.raises(UserError, match="is broken or cut short at record 3"):
+        tfds_records("train")
+
+
+def test_a_tfds_dataset_is_made_without_tensorflow_or_the_error_names_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds, "builder", lambda name, **options: Poems(data_dir=tmp_path, **options))
+    assert len(tfds_records("train")) == 3
+    [shard] = tmp_path.glob("poems/1.0.0/*train*")
+    assert "array_record" in shard.name
+    shutil.rmtree(tmp_path / "poems")
+    monkeypatch.setattr(Poems, "_generate_examples", lambda self: __import__("no_such_package"))
+    with pytest.raises(UserError, match="TFDS cannot make 'poems' without no_such_package"):
+        tfds_records("train")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,55 @@
+"""Where log lines go: standard error and RUN/train.log."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import logging as absl_logging
+from tqdm.contrib import DummyTqdmFile
+
+import mateconv_jax
+from mateconv_jax.runtime import distributed
+
+_PACKAGE = str(Path(mateconv_jax.__file__).parent) + "/"
+
+
+@contextlib.contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Inside, this package's INFO lines go to standard error and to `path`; other libraries' only from WARNING on.
+
+    On a terminal the progress bar shows the metrics already, and their lines go to the file alone. Of several processes only
+    the first writes the file; the others show their warnings.
+    """
+    logger = absl_logging.get_absl_logger()
+    on_terminal = sys.stderr.isatty()
+    to_console = logging.StreamHandler(DummyTqdmFile(sys.stderr) if on_terminal else sys.stderr)
+    to_console.addFilter(lambda record: _is_ours(record) and not (on_terminal and hasattr(record, "metrics")))
+    handlers: list[logging.Handler] = [to_console]
+    if distributed.is_first():
+        to_file = logging.FileHandler(path, encoding="utf-8")
+        to_file.addFilter(_is_ours)
+        handlers.append(to_file)
+    else:
+        to_console.setLevel(logging.WARNING)
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+    propagate, level = logger.propagate, absl_logging.get_verbosity()
+    logger.propagate = False
+    absl_logging.set_verbosity(absl_logging.INFO)
+    absl_handler = absl_logging.get_absl_handler()
+    logger.removeHandler(absl_handler)
+    try:
+        yield
+    finally:
+        logger.propagate = propagate
+        absl_logging.set_verbosity(level)
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    return record.pathname.startswith(_PACKAGE) or record.levelno >= logging.WARNING

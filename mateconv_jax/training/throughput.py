@@ -1,0 +1,62 @@
+"""How fast training runs: tokens a second, the share spent waiting for input, peak memory."""
+
+import contextlib
+import resource
+import time
+from collections.abc import Iterator
+
+import jax
+
+
+class Throughput:
+    """Measures from one logged step to the next, leaving out what is not training.
+
+    Args:
+      tokens_per_step: over all devices.
+      mfu_per_token: the share of all devices' peak FLOP/s that one token a second takes; None: the peak is not known.
+    """
+
+    def __init__(self, tokens_per_step: int, mfu_per_token: float | None):
+        self._tokens_per_step = tokens_per_step
+        self._mfu_per_token = mfu_per_token
+        self._step: int | None = None  # the window begins at the end of this step ...
+        self._start = 0.0  # ... which was then, moved on by what was not training
+        self._waited = 0.0  # seconds in the window
+
+    def measure(self, step: int) -> dict[str, float]:
+        """At the end of `step`: tokens/s, step_time_s, input_wait (share of the time), memory_gb, and mfu where the peak is
+        known, since the call before. Empty at the first call, which has none before it.
+        """
+        now = time.perf_counter()
+        scalars = {}
+        if self._step is not None:
+            elapsed = now - self._start
+            step_time = elapsed / (step - self._step)
+            scalars = {"tokens/s": self._tokens_per_step / step_time, "step_time_s": step_time}
+            scalars |= {"input_wait": self._waited / elapsed, "memory_gb": _peak_memory() / 1e9}
+            if self._mfu_per_token is not None:
+                scalars["mfu"] = scalars["tokens/s"] * self._mfu_per_token
+        self._step, self._start, self._waited = step, now, 0.0
+        return scalars
+
+    @contextlib.contextmanager
+    def waiting_for_input(self) -> Iterator[None]:
+        """The time inside is the step's wait for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def not_training(self) -> Iterator[None]:
+        """The time inside does not count."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+
+def _peak_memory() -> int:
+    """Bytes: the most that this process's fullest device has held; on the CPU, that the process has."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    if all(stats):
+        return max(device_stats["peak_bytes_in_use"] for device_stats in stats)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

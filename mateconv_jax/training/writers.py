@@ -1,0 +1,175 @@
+"""Where a run's numbers go: TensorBoard, metrics.jsonl, Weights & Biases, the log and the progress bar.
+
+Each writer has the methods of clu's metric writers that it needs: write_scalars, write_texts, flush, close. clu's own cannot be
+imported without TensorFlow, 1.3 GB that write nothing but TensorBoard's files.
+"""
+
+import json
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from absl import logging
+from ml_collections import ConfigDict
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore[missing-module-attribute]  (no stubs)
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyrefly: ignore[missing-module-attribute]
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.record_writer import RecordWriter
+from tqdm import tqdm
+
+from mateconv_jax import files
+from mateconv_jax.errors import UserError
+from mateconv_jax.training import log_line
+
+
+class MetricWriter(Protocol):
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoardWriter:
+    """One event file in `folder`. Every write is flushed: curves can be watched as they grow, and a kill loses nothing.
+
+    The file says that the run restarted at `first_step`, so that TensorBoard drops what an earlier process wrote from there on.
+
+    Raises:
+      OSError: the file cannot be written, at once and not at the end.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        # TensorBoard reads the files of a folder in the order of their names.
+        path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
+        # Not tensorboard's EventFileWriter, which imports TensorFlow where it is installed.
+        self._records = RecordWriter(path.open("xb"))
+        self._write(Event(file_version="brain.Event:2"))
+        self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        # simple_value, not a tensor: EventAccumulator, which scripts read curves with, forgets no tensors at a restart.
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._write(Event(step=step, summary=Summary(value=values)))
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        values = [text_pb(name, text).value[0] for name, text in texts.items()]
+        self._write(Event(step=step, summary=Summary(value=values)))
+
+    def flush(self) -> None:
+        self._records.flush()
+
+    def close(self) -> None:
+        self._records.close()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+        self.flush()
+
+
+class JsonlWriter:
+    """A JSON object a line, {"step": 340, "train/loss": 0.7301, …}.
+
+    Lines past `start_step` are dropped first: a run that got past its last checkpoint does those steps again. So is the
+    evaluation of `start_step` unless the checkpoint knows of it (`evaluated`), and a line cut short by a kill.
+    """
+
+    def __init__(self, path: Path, start_step: int, evaluated: bool):
+        if path.exists():
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                if line.endswith("\n"):
+                    record = json.loads(line)
+                    if record["step"] < start_step or record["step"] == start_step and (evaluated or "val/loss" not in record):
+                        kept.append(line)
+            files.write_text(path, "".join(kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class WandbWriter:
+    """Weights & Biases. A resumed run continues there as well: its id is in RUN/wandb_id.
+
+    Raises:
+      UserError: the package is not installed.
+    """
+
+    def __init__(self, folder: Path, wandb_config: ConfigDict):
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("wandb.enable: the package is not installed (pip install wandb)") from error
+        id_file = folder / "wandb_id"
+        if not id_file.exists():
+            files.write_text(id_file, secrets.token_hex(4))
+        self._run = wandb.init(
+            dir=folder,
+            project=wandb_config.project,
+            name=wandb_config.run_name or folder.absolute().name,
+            id=id_file.read_text(),
+            resume="allow",
+            config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
+        )
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class LogWriter:
+    """One line of the log, for eyes; `log_line` says what is in it."""
+
+    def __init__(self, total_steps: int):
+        self._total_steps = total_steps
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        # Marked, because on a terminal the progress bar shows the numbers already.
+        logging.info("%s", log_line.step_line(step, self._total_steps, scalars), extra={"metrics": True})
+
+    def close(self) -> None:
+        logging.flush()
+
+
+class ProgressBar:
+    """On a terminal, the newest numbers beside a bar of steps; elsewhere nothing."""
+
+    def __init__(self, start_step: int, total_steps: int):
+        self._postfix: dict[str, str] = {}
+        self._bar = tqdm(
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            desc="training",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def advance(self) -> None:
+        """By one step."""
+        self._bar.update(1)
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        if "tokens/s" in scalars:
+            self._postfix["tokens/s"] = f"{scalars['tokens/s']:,.0f}"
+            self._postfix["MFU"] = f"{scalars['mfu']:.1%}" if "mfu" in scalars else "unknown"
+        for name, value in scalars.items():
+            if name == "lr":
+                self._postfix["lr"] = f"{value:.3g}"
+            elif name.endswith("loss") or name == "grad_norm":
+                self._postfix[name.replace("train/", "")] = f"{value:.3f}"
+        self._bar.set_postfix(self._postfix, refresh=False)
+
+    def close(self) -> None:
+        self._bar.close()
