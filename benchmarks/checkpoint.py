@@ -20,15 +20,16 @@ from rich.table import Table
 
 from mateconv_jax import config as config_lib
 from mateconv_jax.model.config import ModelConfig
-from mateconv_jax.training import optimizer, train_state
+from mateconv_jax.runtime import sharding
+from mateconv_jax.training import setup
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
 
 
 def main(args):
     config = config_lib.resolve(config_lib.default_config())
-    c = ModelConfig.make(config.model, "float32")
-    tx = optimizer.make_optimizer(config.training, c)
-    state = jax.jit(lambda: train_state.init(c, tx, seed=0, use_ema=True))()
+    config.training.use_ema = True
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    state = setup.build(config, ModelConfig.make(config.model, "float32"), mesh, 1).fresh_state()
     times = {"Checkpoints.save": [], "Orbax called by the loop": []}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(args.repeat + 1):

@@ -24,12 +24,11 @@ from rich.table import Table
 
 from mateconv_jax import config as config_lib
 from mateconv_jax.data import loader
-from mateconv_jax.losses.next_token import next_token_loss
 from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig
-from mateconv_jax.model.transformer import Transformer, abstract_model
-from mateconv_jax.training import optimizer, train_state
-from mateconv_jax.training.step import make_train_step
+from mateconv_jax.model.transformer import Transformer
+from mateconv_jax.runtime import sharding
+from mateconv_jax.training import optimizer, setup
 from tests import llama
 
 WEIGHTS_SEED = 1
@@ -125,15 +124,14 @@ def our_step(config, c: ModelConfig, batch: dict[str, np.ndarray], total_steps: 
     """A function of a batch of that shape, tokens (B, S + 1) and length (B,), which makes one step and returns the loss before
     it.
     """
-    training = config.training
-    tx, schedule = optimizer.make_optimizer(training, c), optimizer.make_schedule(training, total_steps)
-    state = jax.jit(lambda: train_state.init(c, tx, WEIGHTS_SEED, training.use_ema))()
-    train_step = make_train_step(abstract_model(c)[0], next_token_loss, tx, schedule, training)
-    compiled = train_step.lower(state, loader.micro_batches(batch, 1)).compile()
+    config.training.update(dict(seed=WEIGHTS_SEED, batch_size=len(batch["length"]), accumulation_steps=1))
+    run = setup.build(config, c, sharding.make_mesh(), total_steps)
+    state = run.fresh_state()
+    compiled = run.train_step.lower(state, run.abstract_batch).compile()
 
     def step(batch) -> float:
         nonlocal state
-        state, metrics = compiled(state, jax.device_put(loader.micro_batches(batch, 1)))
+        state, metrics = compiled(state, sharding.to_devices(loader.micro_batches(batch, 1), run.mesh, rows_axis=1))
         jax.block_until_ready(state)
         return float(metrics["train/loss"])
 

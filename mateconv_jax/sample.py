@@ -145,7 +145,13 @@ def parse_args(argv):
         description=__doc__,
     )
     add = parser.add_argument
-    add("--model_path", required=True, metavar="MODEL", help="a run folder, a Hugging Face folder, a .pth or a .gguf file")
+    add(
+        "--model_path",
+        required=True,
+        metavar="MODEL",
+        help="a run folder or one of its checkpoints (RUN/best, RUN/checkpoints/STEP), "
+        "a Hugging Face folder, a .pth or a .gguf file",
+    )
     add("--tokenizer", metavar="DIR", help="the tokenizer to use (default: the model's own; a .pth file has none)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the computation; auto is "
         "bfloat16 on a GPU, float32 on the CPU (default)")  # fmt: skip

@@ -101,12 +101,7 @@ def prepare(
         training, given = None, tokenizer_lib.load(tokenizer, "--tokenizer")
         vocab_size, identity = len(given), tokenizer_lib.fingerprint(given)
     _check_bin(sources, training is not None, also_bin, vocab_size)
-    described = {
-        "input": [[source.path, source.size] for source in sources],
-        "tokenizer": identity,
-        **dataclasses.asdict(options),
-        "also_bin": also_bin,
-    }
+    described = _described(sources, identity, options, also_bin)
     partial = output.with_name(output.name + ".partial")
     if output.exists() and not overwrite:
         from mateconv_jax.data import dataset
@@ -135,6 +130,12 @@ def prepare(
             f"{str(partial)!r}; the same command goes on)"
         ) from error
     return figures
+
+
+def _described(sources: list[Source], tokenizer: dict | str, options: PrepareOptions, also_bin: bool) -> dict:
+    """What decides the dataset's bytes, for JSON."""
+    inputs = [[source.path, source.size] for source in sources]
+    return {"input": inputs, "tokenizer": tokenizer, **dataclasses.asdict(options), "also_bin": also_bin}
 
 
 def _check_bin(sources: list[Source], trains_tokenizer: bool, also_bin: bool, vocab_size: int) -> None:
