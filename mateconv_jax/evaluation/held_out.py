@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -22,6 +23,7 @@ from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.data.tokenizer.token_bytes import bytes_per_token
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop.formats import open_model
+from mateconv_jax.interop.stored_model import Model
 from mateconv_jax.losses.next_token import next_token_loss
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.transformer import abstract_model
@@ -46,7 +48,7 @@ def evaluate_run(
     """Score a model on text, on all devices.
 
     Args:
-      model_path: a run folder, of which the newest checkpoint counts, a Hugging Face folder, a .pth or a .gguf file.
+      model_path: a run folder or one of its checkpoints, a Hugging Face folder, a .pth or a .gguf file.
       data: a dataset folder; a flat .bin file; or raw files, as `sources.find` takes them, which are tokenised into a
         temporary folder ($TMPDIR) with the model's tokenizer: rows as long as the run's, or as its context up to 512.
       split: of a dataset folder; None: validation.
@@ -77,13 +79,7 @@ def evaluate_run(
         config.model.attention = config.model.experts = "auto"  # the backend it was trained with may not exist on this machine
         config.model.dropout = 0.0  # none here, and the faster backends have none
         graph, abstract_params = abstract_model(ModelConfig.make(config.model, dtype, length=described["seq_len"]))
-        abstract_params = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)), abstract_params
-        )
-        both = use_ema is None and model.has_ema
-        weights = {
-            "ema" if ema else "raw": model.params(abstract_params, ema) for ema in ((False, True) if both else (bool(use_ema),))
-        }
+        weights = _weights(model, abstract_params, use_ema, mesh)
         eval_step = make_eval_step(graph, next_token_loss)
         evaluator = Evaluator(eval_step, rows, bytes_per_token(own_tokenizer), batch_size, max_batches, mesh)
         result = evaluator(weights, progress=_bar)
@@ -97,6 +93,14 @@ def evaluate_run(
         "bytes": result.bytes,
         "scores": {name: _figures(result.loss(name), result.bits_per_byte(name)) for name in weights},
     }
+
+
+def _weights(model: Model, abstract_params: nnx.State, use_ema: bool | None, mesh: Mesh) -> dict[str, nnx.State]:
+    """{"raw", "ema": parameters, replicated on the mesh}, those that were asked for."""
+    replicated = sharding.replicated(mesh)
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), abstract_params)
+    both = use_ema is None and model.has_ema
+    return {"ema" if ema else "raw": model.params(wanted, ema) for ema in ((False, True) if both else (bool(use_ema),))}
 
 
 def _bar(batches: Iterable, n: int) -> Iterable:

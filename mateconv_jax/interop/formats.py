@@ -105,12 +105,7 @@ def convert(
     from_kind = kind_of(source, "--from")
     to_kind = to_kind or _kind_to_write(from_kind, target)
     kind = KINDS[to_kind]
-    suffixes = [suffix for other in KINDS.values() for suffix in other.suffixes]
-    if target.suffix not in kind.suffixes if kind.suffixes else target.suffix in suffixes:
-        ending = kind.suffixes[0] if kind.suffixes else f"none of {', '.join(suffixes)}"
-        raise UserError(f"--to: {str(target)!r} is not the name of {kind.words} (expected one that ends in {ending})")
-    if target.exists():
-        raise UserError(f"--to: {str(target)!r} exists (expected a new name)")
+    _check_target(target, to_kind)
     if n_heads is not None and from_kind != "pth":
         raise UserError(f"--n_heads: not possible with --from {str(source)!r}, which says it (expected it with a .pth file)")
     if dtype not in kind.dtypes:
@@ -140,6 +135,16 @@ def convert(
     except OSError as error:
         raise UserError(f"--to: cannot write {str(target)!r} ({error.strerror or error})") from error
     return model
+
+
+def _check_target(target: Path, to_kind: str) -> None:
+    kind = KINDS[to_kind]
+    suffixes = [suffix for other in KINDS.values() for suffix in other.suffixes]
+    if target.suffix not in kind.suffixes if kind.suffixes else target.suffix in suffixes:
+        ending = kind.suffixes[0] if kind.suffixes else f"none of {', '.join(suffixes)}"
+        raise UserError(f"--to: {str(target)!r} is not the name of {kind.words} (expected one that ends in {ending})")
+    if target.exists():
+        raise UserError(f"--to: {str(target)!r} exists (expected a new name)")
 
 
 def _kind_to_write(from_kind: str, target: Path) -> str:

@@ -14,9 +14,11 @@ from mateconv_jax.data.tokenizer import token_bytes, tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.runtime import sharding
 from mateconv_jax.training import loop
+from mateconv_jax.training.batches import RowBatches
 from mateconv_jax.training.checkpoints import Checkpoints
-from tests.training.runs import losses_of, metrics_of, train
+from tests.training.runs import losses_of, metrics_of, saved, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -330,6 +332,31 @@ def test_another_model_in_the_run_folder(tiny_config):
 
 
 # ---- the loop itself ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_source_of_batches_gets_the_parameters_of_its_step(tiny_config, tmp_path, monkeypatch):
+    given = {}
+
+    class Source(loop.RowBatches):
+        def __call__(self, step, params):
+            given.setdefault(step, jax.device_get(params["norm"]["scale_D"][...]))
+            return super().__call__(step, params)
+
+    monkeypatch.setattr(loop, "RowBatches", Source)
+    train(tiny_config, tmp_path / "out", max_steps=3, save_interval=1, keep_latest=9, eval_interval=100)
+    assert given.keys() == {0, 1, 2} and not np.array_equal(given[0], given[2])
+    for step in (1, 2):
+        np.testing.assert_array_equal(given[step], saved(tmp_path / "out", step)[0]["params"]["norm"]["scale_D"]["value"])
+
+
+def test_a_batch_is_a_function_of_its_step(tiny_config):
+    config = config_lib.resolve(tiny_config)
+    mesh = sharding.make_mesh()
+    rows = open_dataset(config.data.train_data_path, "", 32).rows("train")
+    in_order, source = RowBatches(config, rows, mesh), RowBatches(config, rows, mesh)
+    batches = [in_order(step, None) for step in range(6)]
+    for step in (3, 3, 4, 1, 0, 5):
+        jax.tree.map(np.testing.assert_array_equal, source(step, None), batches[step])
 
 
 def test_a_steps_metrics_are_read_after_the_next_step_is_dispatched(tiny_config, tmp_path, monkeypatch):
