@@ -73,6 +73,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
     if config.data.seq_len > model.max_seq_len:
         raise UserError(f"data.seq_len: {config.data.seq_len} is above model.max_seq_len ({model.max_seq_len})")
     training = config.training
+    if training.samples_interval is not None and not training.sample_prompts:
+        raise UserError("training.sample_prompts: empty, but training.samples_interval asks for samples (expected some)")
     if training.resume_from and training.init_from:
         raise UserError("training.init_from: cannot be combined with training.resume_from (expected one of them)")
     if training.min_lr > training.learning_rate and training.lr_scheduler != "constant":
