@@ -117,9 +117,9 @@ def _check_sizes(batch_size: int | None, max_batches: int | None, mesh: Mesh) ->
     if batch_size is None:
         batch_size = -(-BATCH_SIZE // devices) * devices
     if batch_size < 1 or batch_size % devices:
-        raise UserError(f"--batch_size: {batch_size} is not possible (expected a multiple of {devices}, the number of devices)")
+        raise UserError(f"--batch_size: {batch_size} is invalid (expected a multiple of {devices}, the number of devices)")
     if max_batches is not None and max_batches < 1:
-        raise UserError(f"--max_batches: {max_batches} is not possible (expected at least 1)")
+        raise UserError(f"--max_batches: {max_batches} is invalid (expected at least 1)")
     return batch_size
 
 

@@ -190,7 +190,7 @@ def test_four_devices_give_the_numbers_of_one(run, dataset_folder):
         assert theirs["scores"][name] == pytest.approx(ours["scores"][name], rel=2e-6)
     assert theirs | {"scores": 0} == ours | {"scores": 0}
     wrong = command(f"--model_path={run}", f"--data={dataset_folder}", "--batch_size=6", devices=4)
-    assert wrong.returncode == 2 and "--batch_size: 6 is not possible (expected a multiple of 4" in wrong.stderr
+    assert wrong.returncode == 2 and "--batch_size: 6 is invalid (expected a multiple of 4" in wrong.stderr
 
 
 def test_the_table(run, dataset_folder, capsys):
@@ -242,8 +242,8 @@ def test_data_that_do_not_fit(run, dataset_folder, demo_jsonl, tmp_path):
     fails("--data: .* is a folder", [tmp_path, demo_jsonl])
     fails(r"--split: .* has no split 'test' \(there are: train, validation\)", [dataset_folder], split="test")
     fails("--split: .* has no splits", [demo_jsonl], split="train")
-    fails("--batch_size: 0 is not possible", [dataset_folder], batch_size=0)
-    fails("--max_batches: 0 is not possible", [dataset_folder], max_batches=0)
+    fails("--batch_size: 0 is invalid", [dataset_folder], batch_size=0)
+    fails("--max_batches: 0 is invalid", [dataset_folder], max_batches=0)
     (tmp_path / "bad.jsonl").write_text("no JSON\n")
     fails(r"--data: no document .*bad\.jsonl:1: not JSON", [tmp_path / "bad.jsonl"])
     np.array([1, 5, 400, 2], np.uint16).tofile(tmp_path / "bad.bin")

@@ -268,9 +268,9 @@ def test_wrong_input_names_argument_value_and_what_was_expected(make_run, tmp_pa
         ([not_json], "config.json' is not JSON"),
         ([foreign], "config.json' is not a run's configuration"),
         ([good, good + "/."], "is given twice (expected different run folders)"),
-        ([good, "--output", "x.pdf"], "--output: 'x.pdf' is not possible (expected a name that ends in .html or .png)"),
+        ([good, "--output", "x.pdf"], "--output: 'x.pdf' is invalid (expected a name that ends in .html or .png)"),
         ([good, "--output", f"{good}/config.json/x.png"], "--output: cannot write"),
-        ([good, "--smooth", "-1"], "--smooth: -1 is not possible (expected a number of steps"),
+        ([good, "--smooth", "-1"], "--smooth: -1 is invalid (expected a number of steps"),
     ]
     for arguments, message in cases:
         code, printed = run_main(capsys, *arguments)
