@@ -123,7 +123,7 @@ def test_how_long_a_run_is(tmp_path):
         ),
         pytest.param(
             ["--gpu=h100", "--config.data.seq_len=511", "--config.model.attention=cudnn"],
-            "model.attention: cudnn cannot serve: it needs an even length, and data.seq_len is 511 (expected auto, blocked or xla)",
+            "model.attention: cudnn is unavailable: it needs an even length, and data.seq_len is 511 (expected auto, blocked or xla)",
             marks=needs_compiler,
         ),
         (["--gpu=h100", "--config.training.nothing=3"], "--config.training.nothing: unknown key"),
