@@ -12,7 +12,7 @@ from mateconv_jax import run_folder
 from mateconv_jax.data.tokenizer.tokenizer import fingerprint
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop.formats import open_model
-from mateconv_jax.interop.stored_model import Model
+from mateconv_jax.interop.stored_model import StoredModel
 from mateconv_jax.run_folder import Checkpoint
 from mateconv_jax.training import checkpoints as checkpoints_lib
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
@@ -44,7 +44,7 @@ class Origin:
 
     key: str | None = None
     checkpoint: Checkpoint | None = None
-    model: Model | None = None
+    model: StoredModel | None = None
 
 
 def find_origin(config: ConfigDict) -> Origin:
@@ -145,7 +145,7 @@ def start(
     return state.replace(params=params, ema_params=ema_params), Progress(), f"the weights of {config.training.init_from}"
 
 
-def _check_weights(model: Model, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+def _check_weights(model: StoredModel, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     differences = []
     for name, value in config.model.items():
         path, there = f"model.{name}", model.config.model[name]
