@@ -198,7 +198,7 @@ def test_the_table(run, dataset_folder, capsys):
     output = capsys.readouterr().out
     result = held_out.evaluate_run(run, [str(dataset_folder)])
     assert f"{run}, step 12, on {dataset_folder}, validation\n" in output
-    assert f"{result['tokens']:,} targets write {result['bytes']:,} bytes" in output
+    assert f"{result['tokens']:,} targets, {result['bytes']:,} bytes of text" in output
     rows = [line.split() for line in output.splitlines()]
     for name, score in result["scores"].items():
         assert [name, *(f"{figure:,.4f}" for figure in score.values())] in rows
@@ -207,7 +207,7 @@ def test_the_table(run, dataset_folder, capsys):
 def test_a_model_that_diverged_has_no_figures():
     def figures(nats, tokens, n_bytes):
         result = evaluator.Evaluation(1, tokens, n_bytes, {"raw": nats})
-        return held_out._figures(result.loss("raw"), result.bits_per_byte("raw"))
+        return held_out._score(result.loss("raw"), result.bits_per_byte("raw"))
 
     assert figures(math.nan, 3, 3) == {"loss": None, "perplexity": None, "bits_per_byte": None}
     assert figures(3000.0, 3, 0) == {"loss": 1000.0, "perplexity": None, "bits_per_byte": None}
@@ -251,11 +251,11 @@ def test_data_that_do_not_fit(run, dataset_folder, demo_jsonl, tmp_path):
     arguments = ["--input", str(demo_jsonl), "--num_workers=1", "--output"]
     prepare(prepare_args([*arguments, str(tmp_path / "other"), "--train_tokenizer", "--vocab_size=300", "--seq_len=32"]))
     fails(
-        r"--data: .* another tokenizer than the model's \(give the raw text, or prepare it with --tokenizer .*out/tokenizer\)",
+        r"--data: .* was not tokenised with the model's tokenizer \(give the raw text, or prepare it with --tokenizer .*out/tokenizer\)",
         [tmp_path / "other"],
     )
     prepare(prepare_args([*arguments, str(tmp_path / "long"), "--tokenizer", str(run / "tokenizer"), "--seq_len=65"]))
-    fails("--data: .* has rows of 65 tokens, the model reads 64", [tmp_path / "long"])
+    fails("--data: .* has rows of 65 tokens, longer than the model's context of 64", [tmp_path / "long"])
 
 
 def test_a_run_without_ema_has_raw_scores_only(run, dataset_folder, tiny_config):
