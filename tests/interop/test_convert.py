@@ -456,7 +456,7 @@ from mateconv_jax.runtime import sharding
 from mateconv_jax.interop import formats
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.transformer import abstract_model
-sharding.SMALLEST_SPLIT = 64
+sharding.MIN_SHARDED_SIZE = 64
 config = config_lib.default_config()
 config.mesh.fsdp = 8
 mesh = sharding.make_mesh(config.mesh)
