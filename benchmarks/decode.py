@@ -26,7 +26,7 @@ from mateconv_jax.inference.decode import Decoder, DecodeState, bucket
 from mateconv_jax.inference.generation_config import GenerationConfig
 from mateconv_jax.inference.sampling import Sampling
 from mateconv_jax.interop import gguf_file
-from mateconv_jax.interop.stored_model import Model
+from mateconv_jax.interop.stored_model import StoredModel
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.kv_cache import make_kv_cache
 from mateconv_jax.model.transformer import Transformer
@@ -151,7 +151,7 @@ def llama_cpp_servers(folder: Path, config, params) -> dict:
     servers = {}
     for dtype in ("float32", "q8_0"):
         path = folder / f"{dtype}.gguf"
-        gguf_file.write_gguf(path, Model(path, config, tokenizer, False, None, None), params, dtype)
+        gguf_file.write_gguf(path, StoredModel(path, config, tokenizer, False, None, None), params, dtype)
         options = xllamacpp.CommonParams()
         options.model.path, options.n_ctx, options.verbosity = str(path), config.model.max_seq_len, -1
         options.cpuparams.n_threads = os.cpu_count()

@@ -17,11 +17,11 @@ def main(args):
     from mateconv_jax.interop import formats  # 3 s of imports from here on, after the command line is right
 
     model = formats.convert(args.source, args.target, args.to_kind, args.dtype, args.ema, args.tokenizer, args.n_heads)
-    from_kind, to_kind = formats.kind_of(args.source, "--from"), formats.kind_of(args.target, "--to")
-    print(f"{args.target}: {formats.KINDS[to_kind].words}, from {args.source}")
-    if "pth" in (from_kind, to_kind):
-        unsaid = [f"{key} {model.config.model[key]}" for key in formats.pytorch.unsaid(model.config.model)]
-        print(f"a .pth file does not say: {', '.join(unsaid)}")
+    from_format, to_format = formats.detect_format(args.source, "--from"), formats.detect_format(args.target, "--to")
+    print(f"{args.target}: {formats.FORMATS[to_format].description}, converted from {args.source}")
+    if "pth" in (from_format, to_format):
+        unspecified = [f"{key} {model.config.model[key]}" for key in formats.pytorch.unspecified(model.config.model)]
+        print(f"not stored in a .pth file: {', '.join(unspecified)}")
 
 
 def parse_args(argv):

@@ -12,7 +12,7 @@ def check_values(instance, checks: list[tuple[str, bool, str]]) -> None:
     """Raises UserError with the first (attribute, holds, what was expected) that does not hold."""
     for name, holds, expected in checks:
         if not holds:
-            raise UserError(f"{name}: {getattr(instance, name)!r} is not possible (expected {expected})")
+            raise UserError(f"{name}: {getattr(instance, name)!r} is invalid (expected {expected})")
 
 
 def exit_code(command, *args) -> int:

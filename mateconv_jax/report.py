@@ -25,9 +25,9 @@ def write_report(folders: list[str], output: str | None = None, smooth: int | No
     """
     path = Path(folders[0], "report.html") if output is None else Path(output)
     if path.suffix not in (".html", ".png"):
-        raise UserError(f"--output: {output!r} is not possible (expected a name that ends in .html or .png)")
+        raise UserError(f"--output: {output!r} is invalid (expected a name that ends in .html or .png)")
     if smooth is not None and smooth < 0:
-        raise UserError(f"--smooth: {smooth} is not possible (expected a number of steps, 0 for none)")
+        raise UserError(f"--smooth: {smooth} is invalid (expected a number of steps, 0 for none)")
     runs = read_runs(folders)
     if smooth is None:
         smooth = max(run.last_step for run in runs) // 200

@@ -114,7 +114,7 @@ def unescape(text: str) -> str:
     try:
         return re.sub(r"\\(.?)", lambda match: {"n": "\n", "t": "\t", "\\": "\\"}[match[1]], text, flags=re.DOTALL)
     except KeyError as error:
-        raise UserError(f"--stop: {text!r} is not possible (expected n, t or a backslash after each backslash)") from error
+        raise UserError(f"--stop: {text!r} is invalid (expected n, t or a backslash after each backslash)") from error
 
 
 def check_options(args) -> None:
@@ -133,7 +133,7 @@ def check_options(args) -> None:
 
 def at_least_1(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not possible (expected an integer, at least 1)")
+        raise argparse.ArgumentTypeError(f"{text!r} is invalid (expected an integer, at least 1)")
     return int(text)
 
 

@@ -233,16 +233,16 @@ def test_dtype_and_ema_choose_the_weights(run, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--temperature=0"], "--temperature: 0.0 is not possible (expected a number from 1e-6"),
-        (["--top_k=-1"], "--top_k: -1 is not possible (expected"),
+        (["--temperature=0"], "--temperature: 0.0 is invalid (expected a number from 1e-6"),
+        (["--top_k=-1"], "--top_k: -1 is invalid (expected"),
         (
             ["--min_new_tokens=9", "--max_new_tokens=8"],
-            "--min_new_tokens: 9 is not possible (expected at most max_new_tokens, 8)",
+            "--min_new_tokens: 9 is invalid (expected at most max_new_tokens, 8)",
         ),
-        (["--seed=-1"], "--seed: -1 is not possible"),
-        (["--stop="], "--stop: ('',) is not possible"),
-        (["--stop", r"\d"], r"--stop: '\\d' is not possible (expected n, t or a backslash after each backslash)"),
-        (["--stop", "a\\"], r"--stop: 'a\\' is not possible"),
+        (["--seed=-1"], "--seed: -1 is invalid"),
+        (["--stop="], "--stop: ('',) is invalid"),
+        (["--stop", r"\d"], r"--stop: '\\d' is invalid (expected n, t or a backslash after each backslash)"),
+        (["--stop", "a\\"], r"--stop: 'a\\' is invalid"),
         (["--greedy", "--temperature=0.8"], "--temperature: not possible with --greedy (expected one of the two)"),
         (["--greedy", "--top_k=0"], "--top_k: not possible with --greedy"),
         (["--greedy", "--top_p=1"], "--top_p: not possible with --greedy"),
@@ -286,8 +286,8 @@ def test_bytes_on_standard_input_that_are_no_utf8_are_an_error(stdin, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--num_samples=0"], "argument --num_samples: '0' is not possible (expected an integer, at least 1)"),
-        (["--batch_size=x"], "argument --batch_size: 'x' is not possible (expected an integer, at least 1)"),
+        (["--num_samples=0"], "argument --num_samples: '0' is invalid (expected an integer, at least 1)"),
+        (["--batch_size=x"], "argument --batch_size: 'x' is invalid (expected an integer, at least 1)"),
         (["--top_k=x"], "argument --top_k: invalid int value: 'x'"),
         (["--preset=wild"], "argument --preset: invalid choice: 'wild'"),
         (["--dtype=int8"], "argument --dtype: invalid choice: 'int8'"),
