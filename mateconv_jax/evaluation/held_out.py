@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -22,6 +23,7 @@ from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.data.tokenizer.token_bytes import bytes_per_token
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop.formats import open_model
+from mateconv_jax.interop.stored_model import StoredModel
 from mateconv_jax.losses.next_token import next_token_loss
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.transformer import abstract_model
@@ -78,13 +80,7 @@ def evaluate_run(
         config.model.attention = config.model.experts = "auto"  # the training backends may be unavailable here
         config.model.dropout = 0.0  # not used in evaluation, and the faster backends do not support it
         graph, abstract_params = abstract_model(ModelConfig.make(config.model, dtype, length=described["seq_len"]))
-        abstract_params = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)), abstract_params
-        )
-        both = use_ema is None and model.has_ema
-        weights = {
-            "ema" if ema else "raw": model.params(abstract_params, ema) for ema in ((False, True) if both else (bool(use_ema),))
-        }
+        weights = _weights(model, abstract_params, use_ema, mesh)
         eval_step = make_eval_step(graph, next_token_loss)
         evaluator = Evaluator(eval_step, rows, bytes_per_token(own_tokenizer), batch_size, max_batches, mesh)
         result = evaluator(weights, progress=_bar)
@@ -98,6 +94,15 @@ def evaluate_run(
         "bytes": result.bytes,
         "scores": {name: _score(result.loss(name), result.bits_per_byte(name)) for name in weights},
     }
+
+
+def _weights(model: StoredModel, abstract_params: nnx.State, use_ema: bool | None, mesh: Mesh) -> dict[str, nnx.State]:
+    """The weights to score, {"raw" and/or "ema": parameters}, replicated on the mesh."""
+    replicated = sharding.replicated(mesh)
+    abstract_params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), abstract_params)
+    both = use_ema is None and model.has_ema
+    choices = (False, True) if both else (bool(use_ema),)
+    return {"ema" if ema else "raw": model.params(abstract_params, ema) for ema in choices}
 
 
 def _bar(batches: Iterable, n: int) -> Iterable:
@@ -149,7 +154,7 @@ def opened(
         name = split or "validation"
         rows = dataset.rows(name, document_starts)
         if rows is None:
-            raise UserError(f"--split: {data[0]!r} has no split {name!r} (there are: {', '.join(dataset.splits or ())})")
+            raise UserError(f"--split: {data[0]!r} has no split {name!r} (available: {', '.join(dataset.splits or ())})")
         dataset.check_tokens(rows, len(tokenizer), f"the model's tokenizer has {len(tokenizer)}")
         yield rows, described | {"split": None if dataset.splits is None else name, "seq_len": dataset.seq_len}
         return

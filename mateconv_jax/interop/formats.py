@@ -116,12 +116,7 @@ def convert(
     from_format = detect_format(source, "--from")
     to_format = to_format or _default_target_format(from_format, target)
     format = FORMATS[to_format]
-    suffixes = [suffix for other in FORMATS.values() for suffix in other.suffixes]
-    if target.suffix not in format.suffixes if format.suffixes else target.suffix in suffixes:
-        ending = format.suffixes[0] if format.suffixes else f"none of {', '.join(suffixes)}"
-        raise UserError(f"--to: {str(target)!r} cannot name {format.description} (expected a name that ends in {ending})")
-    if target.exists():
-        raise UserError(f"--to: {str(target)!r} exists (expected a new name)")
+    _check_target(target, format)
     if n_heads is not None and from_format != "pth":
         raise UserError(f"--n_heads: {str(source)!r} already specifies it (expected only with a .pth file)")
     if dtype not in format.dtypes:
@@ -151,6 +146,15 @@ def convert(
     except OSError as error:
         raise UserError(f"--to: cannot write {str(target)!r} ({error.strerror or error})") from error
     return model
+
+
+def _check_target(target: Path, format: Format) -> None:
+    suffixes = [suffix for other in FORMATS.values() for suffix in other.suffixes]
+    if target.suffix not in format.suffixes if format.suffixes else target.suffix in suffixes:
+        ending = format.suffixes[0] if format.suffixes else f"none of {', '.join(suffixes)}"
+        raise UserError(f"--to: {str(target)!r} cannot name {format.description} (expected a name that ends in {ending})")
+    if target.exists():
+        raise UserError(f"--to: {str(target)!r} exists (expected a new name)")
 
 
 def _default_target_format(from_format: str, target: Path) -> str:

@@ -18,14 +18,10 @@ MIN_SHARDED_SIZE = 2**14  # elements; smaller arrays are replicated, because gat
 
 
 def make_mesh(mesh: ConfigDict | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes `data` and `fsdp`.
-
-    Args:
-      mesh: config.mesh, the sizes of both axes, one of which may be -1 (the remaining devices); None: all on `data`.
-      devices: None: those of all processes.
+    """Devices (None: all of all processes) on the axes `data` and `fsdp`; config.mesh, -1 of one of them: what remains.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the axes do not make up the devices.
     """
     data, fsdp = (-1, 1) if mesh is None else (mesh.data, mesh.fsdp)
     count = jax.device_count() if devices is None else len(devices)
