@@ -1,4 +1,4 @@
-"""Files and folders that are there completely or not at all."""
+"""Atomic writes of files and folders: complete or not there at all."""
 
 import contextlib
 import os
@@ -46,13 +46,13 @@ def _remove(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8."""
+    """Write a UTF-8 text file atomically."""
     with aside(path) as written:
         written.write_text(text, encoding="utf-8")
 
 
 def link(path: Path, target: Path) -> None:
-    """The same file under another name, in place of what was there; a copy where the file system has no hard links."""
+    """Hard-link `path` as `target`, replacing it; copy if the file system has no hard links."""
     with aside(target) as written:
         try:
             os.link(path, written)

@@ -37,7 +37,7 @@ def test_a_relative_path_inside_a_run(run, monkeypatch):
 @pytest.mark.parametrize(
     "path, message",
     [
-        ("checkpoints/3", r"--model_path: no checkpoint at '.*checkpoints/3' \(there are: 2, 10\)"),
+        ("checkpoints/3", r"--model_path: no checkpoint at '.*checkpoints/3' \(available: 2, 10\)"),
         ("unreadable/12", "--model_path: no run at"),
         ("..", "--model_path: no run at"),
         ("none", "--model_path: no run at"),

@@ -97,11 +97,12 @@ def evaluate_run(
 
 
 def _weights(model: StoredModel, abstract_params: nnx.State, use_ema: bool | None, mesh: Mesh) -> dict[str, nnx.State]:
-    """{"raw", "ema": parameters, replicated on the mesh}, those that were asked for."""
+    """The weights to score, {"raw" and/or "ema": parameters}, replicated on the mesh."""
     replicated = sharding.replicated(mesh)
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), abstract_params)
+    abstract_params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), abstract_params)
     both = use_ema is None and model.has_ema
-    return {"ema" if ema else "raw": model.params(wanted, ema) for ema in ((False, True) if both else (bool(use_ema),))}
+    choices = (False, True) if both else (bool(use_ema),)
+    return {"ema" if ema else "raw": model.params(abstract_params, ema) for ema in choices}
 
 
 def _bar(batches: Iterable, n: int) -> Iterable:
@@ -153,7 +154,7 @@ def opened(
         name = split or "validation"
         rows = dataset.rows(name, document_starts)
         if rows is None:
-            raise UserError(f"--split: {data[0]!r} has no split {name!r} (there are: {', '.join(dataset.splits or ())})")
+            raise UserError(f"--split: {data[0]!r} has no split {name!r} (available: {', '.join(dataset.splits or ())})")
         dataset.check_tokens(rows, len(tokenizer), f"the model's tokenizer has {len(tokenizer)}")
         yield rows, described | {"split": None if dataset.splits is None else name, "seq_len": dataset.seq_len}
         return

@@ -240,7 +240,7 @@ def test_data_that_do_not_fit(run, dataset_folder, demo_jsonl, tmp_path):
     fails("--data: no file at 'none.bin'", ["none.bin"])
     fails("--data: no dataset at", [tmp_path])
     fails("--data: .* is a folder", [tmp_path, demo_jsonl])
-    fails(r"--split: .* has no split 'test' \(there are: train, validation\)", [dataset_folder], split="test")
+    fails(r"--split: .* has no split 'test' \(available: train, validation\)", [dataset_folder], split="test")
     fails("--split: .* has no splits", [demo_jsonl], split="train")
     fails("--batch_size: 0 is invalid", [dataset_folder], batch_size=0)
     fails("--max_batches: 0 is invalid", [dataset_folder], max_batches=0)

@@ -260,7 +260,7 @@ def test_wrong_input_names_argument_value_and_what_was_expected(make_run, tmp_pa
     Path(not_json, "config.json").write_text("{")
     Path(foreign, "config.json").write_text('{"vocab_size": 3}')
     cases = [
-        ([str(tmp_path / "no")], "no' (expected a folder with config.json, made by training)"),
+        ([str(tmp_path / "no")], "no' (expected a run folder, which has a config.json)"),
         ([good, str(tmp_path)], f"RUN: no run at {str(tmp_path)!r}"),
         ([good, no_metrics], f"RUN: no metrics yet in {no_metrics!r}"),
         ([empty], f"RUN: no metrics yet in {empty!r}"),
