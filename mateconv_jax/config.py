@@ -87,6 +87,7 @@ def default_config() -> ConfigDict:
     config.training.remat = "none"  # none | full | dots: compute again in the backward pass, for memory
     config.training.dtype = "auto"  # auto | float32 | bfloat16 | float16, of the computation; parameters are float32
     config.training.grad_allreduce_dtype = "float32"  # in which gradients are summed over devices: float32 | bfloat16
+    config.training.deterministic = False  # on a GPU too, the same bits in every run; the CPU's always are
     config.training.use_ema = False
     config.training.ema_decay = 0.9999
     config.training.ema_warmup = True  # a smaller decay in the first steps: (1 + step) / (10 + step)

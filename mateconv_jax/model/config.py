@@ -42,11 +42,14 @@ class ModelConfig:
     attention: str  # a backend of model/attention/, never "auto"
     platform: str  # "cpu" or "gpu"
     dtype: jnp.dtype
+    deterministic: bool = False  # the same bits in every run, on a GPU too
     # Why what "auto" stands for is not what is fastest elsewhere; for the log, no part of what is computed.
     passed_over: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     @staticmethod
-    def make(model: ConfigDict, dtype: str, device: Device | None = None, length: int | None = None) -> "ModelConfig":
+    def make(
+        model: ConfigDict, dtype: str, device: Device | None = None, length: int | None = None, deterministic: bool = False
+    ) -> "ModelConfig":
         """From a resolved config's `model` section.
 
         Args:
@@ -55,6 +58,7 @@ class ModelConfig:
             bfloat16's matrix-vector products are 12 times slower, and NVIDIA GPUs have it from compute capability 8.0 on.
           device: what it is computed on; None: this process's.
           length: of the rows that are trained or evaluated; None: any that is even.
+          deterministic: gradients with the same bits in every run; on the CPU they always have.
 
         Raises:
           UserError: the attention backend asked for cannot serve that.
@@ -74,4 +78,10 @@ class ModelConfig:
         shape["experts"] = moe.choose_backend(model.experts)
         shape["attention"], reasons = backends.choose(model.attention, request)
         passed_over += [f"{reason} (attention)" for reason in reasons]
-        return ModelConfig(**shape, platform=device.platform, dtype=jnp.dtype(dtype), passed_over=tuple(passed_over))
+        return ModelConfig(
+            **shape,
+            platform=device.platform,
+            dtype=jnp.dtype(dtype),
+            deterministic=deterministic,
+            passed_over=tuple(passed_over),
+        )

@@ -44,6 +44,40 @@ def dropout(x, rate: float, key_B):
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def embed_deterministically(embedding_VD, tokens_BS, dtype):
+    """Rows of the embedding, whose gradient has the same bits in every run on a GPU.
+
+    A gather's gradient is a scatter of atomic additions. Made deterministic by XLA, that is a sort and 78 more kernels, 5.5 of
+    the base model's 18.3 ms a step on an H100. The product of the one-hot tokens with the gradients is one more product of the
+    output layer's size, and adds up in fp32 too.
+    """
+    return embedding_VD[tokens_BS].astype(dtype)
+
+
+def _embed_forward(embedding_VD, tokens_BS, dtype):
+    return embed_deterministically(embedding_VD, tokens_BS, dtype), (tokens_BS, jnp.zeros((len(embedding_VD), 0)))
+
+
+ONE_HOT_ROWS = 4096  # at once: 52 MB of bfloat16 at 6,400 tokens
+
+
+def _embed_backward(dtype, saved, g_BSD):
+    tokens_BS, like_V0 = saved
+    tokens_N, g_ND = tokens_BS.reshape(-1), g_BSD.reshape(-1, g_BSD.shape[-1])
+    g_embedding_VD = jnp.zeros((len(like_V0), g_ND.shape[1]), jnp.float32)
+    for start in range(0, len(tokens_N), ONE_HOT_ROWS):
+        rows = slice(start, start + ONE_HOT_ROWS)
+        is_token_NV = jax.nn.one_hot(tokens_N[rows], len(like_V0), dtype=g_ND.dtype)
+        g_embedding_VD += jnp.einsum(
+            "NV,ND->VD", is_token_NV, g_ND[rows], preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST
+        )
+    return g_embedding_VD, None
+
+
+embed_deterministically.defvjp(_embed_forward, _embed_backward)
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square norm (Zhang & Sennrich, 2019), computed in fp32 and scaled in the activations' dtype."""
 

@@ -86,7 +86,7 @@ class MixtureOfExperts(nnx.Module):
         c = self.c
         B, S, D = x_BSD.shape
         x_ND = x_BSD.reshape(-1, D)
-        scores_NE = jax.nn.softmax(jnp.einsum("ND,ED->NE", x_ND.astype(jnp.float32), self.gate_ED[...]))
+        scores_NE = self.gate_scores(x_ND)
         weights_NK, chosen_NK = jax.lax.top_k(scores_NE, c.num_experts_per_tok)
         if c.norm_topk_prob and c.num_experts_per_tok > 1:
             weights_NK /= jnp.sum(weights_NK, axis=1, keepdims=True) + 1e-20
@@ -97,6 +97,12 @@ class MixtureOfExperts(nnx.Module):
         is_real_BS = jnp.ones((B, S), bool) if is_real_BS is None else is_real_BS
         routing = self._routing(scores_NE.reshape(B, S, -1), chosen_NK.reshape(B, S, -1), is_real_BS)
         return out_ND.reshape(B, S, D), routing
+
+    def gate_scores(self, x_ND):
+        """Softmax of the gate's logits, fp32 (N, E)."""
+        # At the default precision NVIDIA GPUs round the operands to TF32: 10 bits, no more than float16 has.
+        logits_NE = jnp.einsum("ND,ED->NE", x_ND.astype(jnp.float32), self.gate_ED[...], precision=jax.lax.Precision.HIGHEST)
+        return jax.nn.softmax(logits_NE)
 
     def _dense(self, x_ND, weights_NK, chosen_NK):
         w13_E2FD, w2_EDF = self.w13_E2FD[...], self.w2_EDF[...].astype(x_ND.dtype)

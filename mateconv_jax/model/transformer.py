@@ -179,6 +179,8 @@ class Transformer(nnx.Module):
         return self._logits(x_BD), tuple(new_cache)
 
     def _embed(self, tokens_BS):
+        if self.c.deterministic and self.c.platform != "cpu":
+            return layers.embed_deterministically(self.embedding_VD[...], tokens_BS, self.c.dtype)
         # fp32 rows: so that the gradients of a frequent token add up in fp32.
         return self.embedding_VD[...].astype(jnp.float32)[tokens_BS].astype(self.c.dtype)
 

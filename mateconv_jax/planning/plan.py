@@ -78,7 +78,7 @@ def make_plan(
       UserError: the config does not fit the devices, or cuDNN refuses the attention.
     """
     device = Device.here() if where.is_here or where.gpu is None else where.gpu.device
-    c = ModelConfig.make(config.model, config.training.dtype, device, config.data.seq_len)
+    c = setup.model_config(config, device)
     steps, length = run_length(config)
     training_steps = steps or ASSUMED_STEPS
 

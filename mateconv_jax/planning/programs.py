@@ -18,6 +18,7 @@ from mateconv_jax.planning.hlo_report import HloReport, read
 from mateconv_jax.runtime import sharding
 from mateconv_jax.training import setup
 from mateconv_jax.training.setup import Setup
+from mateconv_jax.training.step import lower
 
 EOS = 2  # the id that decoding is compiled with; which it is changes nothing
 
@@ -63,7 +64,7 @@ def training_step(config: ConfigDict, c: ModelConfig, devices, steps: int) -> Se
 def compile_step(run: Setup) -> Program:
     state, batch = run.abstract_state, run.abstract_batch
     parts = {"parameters": state.params, "EMA": state.ema_params, "optimizer": state.opt_state, "batch": batch}
-    return Program.compile(run.train_step.lower(state, batch), parts)
+    return Program.compile(lower(run.train_step, state, batch, run.c.deterministic), parts)
 
 
 def measure(run: Setup, compiled: jax.stages.Compiled, seconds: float = 5.0) -> float:

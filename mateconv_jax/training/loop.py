@@ -12,9 +12,8 @@ from mateconv_jax import run_folder
 from mateconv_jax.data.tokenizer import token_bytes
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
-from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.runtime import distributed, sharding
-from mateconv_jax.training import resume, setup
+from mateconv_jax.training import out_of_memory, resume, setup
 from mateconv_jax.training.batches import RowBatches
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
 from mateconv_jax.training.evaluator import Evaluator
@@ -26,6 +25,7 @@ from mateconv_jax.training.preemption import RESUMABLE, Signals
 from mateconv_jax.training.samples import Samples
 from mateconv_jax.training.setup import Length
 from mateconv_jax.training.skipped_steps import SkippedSteps
+from mateconv_jax.training.step import lower
 from mateconv_jax.training.train_state import TrainState
 
 
@@ -47,6 +47,10 @@ def train(config: ConfigDict) -> int:
             f"training.out_dir: cannot write {error.filename or config.training.out_dir!r}: {error.strerror or error} "
             "(finished checkpoints stay, and the same command goes on from the newest)"
         ) from error
+    except jax.errors.JaxRuntimeError as error:
+        if not out_of_memory.is_cause_of(error):
+            raise
+        raise UserError(out_of_memory.explain(error)) from error
 
 
 def _train(config: ConfigDict, signals: Signals) -> int:
@@ -55,7 +59,7 @@ def _train(config: ConfigDict, signals: Signals) -> int:
     # ---- where: devices, mesh, partition rules ----------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(training.batch_size, mesh)
-    c = ModelConfig.make(config.model, training.dtype, length=config.data.seq_len)
+    c = setup.model_config(config)
 
     # ---- what: data, model, optimizer, loss -------------------------------------------------------------------------
     train_rows, val_rows, tokenizer = open_data(config)
@@ -118,7 +122,7 @@ class Run:
         if done:
             logging.info("nothing to do: step %d of %d is in %s", step, length.total_steps, self.training.out_dir)
             return 0
-        train_step = compile_step(self.train_step, state, self.source(step, state.params))
+        train_step = compile_step(self.train_step, state, self.source(step, state.params), self.training.deterministic)
 
         while not (done or self.signals.poll(step)):
             with metrics.waiting_for_input():
@@ -212,10 +216,10 @@ def _metrics(config: ConfigDict, programs: setup.Setup, length: Length, start_st
     )  # fmt: skip
 
 
-def compile_step(train_step, state: TrainState, batch) -> jax.stages.Compiled:
+def compile_step(train_step, state: TrainState, batch, deterministic: bool) -> jax.stages.Compiled:
     """Ahead of the loop, so that its memory is known before the first step and nothing can compile in the loop: arrays of
     other shapes are an error.
     """
-    compiled = train_step.lower(state, batch).compile()
+    compiled = lower(train_step, state, batch, deterministic).compile()
     log_memory(compiled)
     return compiled

@@ -15,6 +15,7 @@ from mateconv_jax import intervals
 from mateconv_jax.errors import UserError
 from mateconv_jax.losses.next_token import next_token_loss
 from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.device import Device
 from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.runtime import sharding
 from mateconv_jax.training import optimizer, train_state
@@ -46,6 +47,15 @@ class Setup:
     def fresh_state(self) -> TrainState:
         """On the mesh, sharded from birth."""
         return jax.jit(self.init, out_shardings=jax.tree.map(lambda x: x.sharding, self.abstract_state))()
+
+
+def model_config(config: ConfigDict, device: Device | None = None) -> ModelConfig:
+    """How a (resolved) config's model is trained on `device`; None: on this process's.
+
+    Raises:
+      UserError: see ModelConfig.make.
+    """
+    return ModelConfig.make(config.model, config.training.dtype, device, config.data.seq_len, config.training.deterministic)
 
 
 def build(config: ConfigDict, c: ModelConfig, mesh: Mesh, total_steps: int) -> Setup:

@@ -4,6 +4,7 @@ A batch is a tree of arrays whose first dimensions are A micro-batches and B row
 loss's business.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from mateconv_jax.losses.loss_output import LossOutput
+from mateconv_jax.model.attention.deterministic import deterministic_attention
 from mateconv_jax.runtime import xla_flags
 from mateconv_jax.training import gradient_sums, norms
 from mateconv_jax.training.train_state import TrainState
@@ -55,8 +57,14 @@ def make_train_step(
         functools.partial(_train_step, sums, tx, schedule, training),
         donate_argnums=0,
         out_shardings=(shardings, None),
-        compiler_options=xla_flags.compiler_options(c.platform),
+        compiler_options=xla_flags.compiler_options(c.platform, c.deterministic),
     )
+
+
+def lower(train_step, state: TrainState, batch, deterministic: bool) -> jax.stages.Lowered:
+    """The step of `make_train_step`, lowered for arrays like these, or shapes with shardings."""
+    with deterministic_attention() if deterministic else contextlib.nullcontext():
+        return train_step.lower(state, batch)
 
 
 def make_eval_step(graph: nnx.GraphDef, loss_fn: LossFn):

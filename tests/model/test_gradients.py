@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mateconv_jax.losses.next_token import token_losses
+from mateconv_jax.model import layers
 from mateconv_jax.model.layers import _rms_norm, swiglu
 from mateconv_jax.model.transformer import gradients_together
 
@@ -62,3 +63,19 @@ def test_gradients_together_changes_no_value():
         jax.grad(loss, (0, 1))(a, b, gradients_together), jax.grad(loss, (0, 1))(a, b, lambda x: x), strict=True
     ):
         np.testing.assert_array_equal(tied, plain)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 1e-6)])
+def test_the_deterministic_embedding_has_the_gather_s_values_and_gradient(dtype, tolerance, monkeypatch):
+    """Where tokens repeat, in blocks that do not divide their number; both add up in fp32."""
+    monkeypatch.setattr(layers, "ONE_HOT_ROWS", 8)
+    embedding_VD = jax.random.normal(jax.random.key(0), (40, 6))
+    g_BSD = jax.random.normal(jax.random.key(1), (*TARGETS_BS.shape, 6), dtype)
+
+    def gather(embedding_VD):
+        return embedding_VD[TARGETS_BS].astype(dtype)
+
+    expected, expected_vjp = jax.vjp(gather, embedding_VD)
+    ours, ours_vjp = jax.vjp(lambda e: layers.embed_deterministically(e, TARGETS_BS, jnp.dtype(dtype)), embedding_VD)
+    np.testing.assert_array_equal(ours, expected)
+    np.testing.assert_allclose(ours_vjp(g_BSD)[0], expected_vjp(g_BSD)[0], rtol=tolerance, atol=tolerance)

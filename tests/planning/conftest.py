@@ -3,8 +3,8 @@ from importlib.util import find_spec
 import pytest
 
 from mateconv_jax import config as config_lib
-from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.planning import programs, target
+from mateconv_jax.training import setup
 
 needs_compiler = pytest.mark.skipif(
     not (find_spec("jax_plugins") and find_spec("jax_plugins.xla_cuda13")), reason="XLA's CUDA compiler is not installed"
@@ -22,7 +22,7 @@ def base_config(model=(), **training):
 def compile_step(config, gpu="h100", devices=8, hosts=1):
     config = config_lib.resolve(config)
     with target.compiling_for(target.GPUS[gpu]):
-        c = ModelConfig.make(config.model, config.training.dtype, target.GPUS[gpu].device)
+        c = setup.model_config(config, target.GPUS[gpu].device)
         run = programs.training_step(config, c, target.devices(target.GPUS[gpu], devices, hosts), 1000)
         return programs.compile_step(run)
 

@@ -1,0 +1,171 @@
+"""The base model's numbers on a GPU beside float32:  python -m benchmarks.gpu.correct --out DIR --data DATASET
+
+Logits and gradients in bfloat16 with the attention that `auto` chooses, beside float32 with plain einsums at the highest
+precision on the same device. bfloat16 with plain einsums is the yardstick: fused attention may not be 1.5 times as far off.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.gpu import sizes
+from benchmarks.gpu.report import Report
+from benchmarks.gpu.sizes import Case
+from mateconv_jax.losses.next_token import token_losses
+from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.moe import MixtureOfExperts
+from mateconv_jax.model.transformer import abstract_model, init_params
+
+LAYERS = dict(n_layers=2)  # of all cases but the base model's own, so that 36 programs compile in time
+CASES = (
+    (Case("base, S 512", {}, 4, 512), False),
+    (Case("base, S 512, document mask", {}, 4, 512), True),
+    (Case("S 4,096", LAYERS, 1, 4096), False),
+    (Case("S 4,096, document mask", LAYERS, 1, 4096), True),
+    (Case("no grouped queries", LAYERS | dict(n_kv_heads=16), 4, 512), False),
+    (Case("8 queries a key", LAYERS | dict(n_kv_heads=2), 4, 512), False),
+    (Case("head_dim 64", LAYERS | dict(n_heads=8, n_kv_heads=4), 4, 512), False),
+    (Case("head_dim 128", LAYERS | dict(n_heads=4, n_kv_heads=2), 4, 512), False),
+    (Case("head_dim 128, document mask", LAYERS | dict(n_heads=4, n_kv_heads=2), 4, 512), True),
+    (Case("norms of queries and keys", LAYERS | dict(qk_norm=True), 4, 512), False),
+    (Case("mixture of experts", LAYERS | dict(use_moe=True), 4, 512), False),
+    (Case("mixture of experts, document mask", LAYERS | dict(use_moe=True), 4, 512), True),
+)
+STEPS, LOSS_ROWS = 50, 2  # of the run whose losses are compared: 20 s on 16 CPU cores
+TOLERANCE = {"float32": 2e-3, "bfloat16": 1e-2, "float16": 1e-2}  # of a loss, relative, within those steps
+
+
+def main(args) -> None:
+    report = Report(args.out, "correct")
+    with tempfile.TemporaryDirectory() as folder:
+        on_cpu = start_losses(args, Path(folder) / "cpu.json", "float32", "cpu")
+        gate(report, args.dry_run)
+        with ThreadPoolExecutor(8) as pool:  # XLA compiles outside of Python's lock
+            cases = CASES[:2] + CASES[-1:] if args.dry_run else CASES
+            programs = [(case, pool.submit(compile_case, case, has_documents, args.dry_run)) for case, has_documents in cases]
+            for case, program in programs:
+                compare(report, case.name, *program.result())
+        on_gpu = {
+            dtype: start_losses(args, Path(folder) / f"{dtype}.json", dtype, None)
+            for dtype in ("float32", "bfloat16", "float16")
+        }
+        expected = on_cpu.result()
+        for dtype, losses in on_gpu.items():
+            losses = losses.result()
+            off = np.max(np.abs(losses / expected - 1))
+            report.row(
+                f"losses of {len(losses)} steps in {dtype} beside the CPU's float32", f"at most {off:.1e} off, relative",
+                f"at most {TOLERANCE[dtype]:.0e}; from {losses[0]:.4f} to {losses[-1]:.4f}, CPU to {expected[-1]:.4f}",
+                bool(off <= TOLERANCE[dtype]), losses=losses.tolist(),
+            )  # fmt: skip
+
+
+# ---- logits and gradients -------------------------------------------------------------------------------------------
+
+
+def compile_case(case: Case, has_documents: bool, dry_run: bool):
+    """(inputs, {name: compiled program}): of one batch with random weights, each (logits, loss, gradients)."""
+    config = case.config(dry_run)
+    ours = ModelConfig.make(config.model, "bfloat16")
+    plain = dataclasses.replace(ours, attention="xla")
+    reference = dataclasses.replace(plain, dtype=jnp.dtype("float32"))
+    params = jax.jit(init_params, static_argnums=(0, 1))(ours, 0)
+    random = np.random.default_rng(0)
+    tokens_BS1 = random.integers(3, ours.vocab_size, (case.rows, config.data.seq_len + 1), np.int32)
+    documents_BS = np.cumsum(random.random((case.rows, config.data.seq_len)) < 0.02, axis=1, dtype=np.int32)
+    inputs = params, tokens_BS1, documents_BS if has_documents else None
+    programs = {
+        ours.attention: compile_program(ours, inputs, {"xla_gpu_autotune_level": 0}),
+        "xla": compile_program(plain, inputs, {"xla_gpu_autotune_level": 0}),
+        "float32": compile_program(reference, inputs, {"xla_gpu_enable_triton_gemm": False}, "highest"),
+    }
+    return inputs, programs
+
+
+def compile_program(c: ModelConfig, inputs, options: dict, precision: str = "default"):
+    """options: XLA's, on a GPU: what only makes the program faster takes longer to find than it is worth here."""
+    graph = abstract_model(c)[0]
+
+    def mean_loss(params, tokens_BS1, documents_BS):
+        logits_BSV = nnx.merge(graph, params)(tokens_BS1[:, :-1], documents_BS)
+        return jnp.mean(token_losses(logits_BSV, tokens_BS1[:, 1:])[0]), logits_BSV
+
+    def logits_and_gradients(*inputs):
+        (_, logits_BSV), grads = jax.value_and_grad(mean_loss, has_aux=True)(*inputs)
+        return logits_BSV, grads
+
+    with jax.default_matmul_precision(precision):
+        return jax.jit(logits_and_gradients).lower(*inputs).compile(options if c.platform == "gpu" else {})
+
+
+@jax.jit
+def distance(x, reference):
+    """|x - reference| / |reference| over all arrays of a tree, fp32."""
+    squares = [
+        (jnp.sum((a.astype(jnp.float32) - b.astype(jnp.float32)) ** 2), jnp.sum(b.astype(jnp.float32) ** 2))
+        for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(reference), strict=True)
+    ]
+    return jnp.sqrt(sum(d for d, _ in squares) / sum(r for _, r in squares))
+
+
+def compare(report: Report, name: str, inputs, programs) -> None:
+    results = {backend: program(*inputs) for backend, program in programs.items()}
+    logits, grads = results.pop("float32")
+    off = {backend: [float(distance(x, y)) for x, y in zip(r, (logits, grads), strict=True)] for backend, r in results.items()}
+    backend = next(iter(off))
+    yardstick = off["xla"]
+    ok = all(np.isfinite(a) and a <= 1.5 * b + 1e-6 for a, b in zip(off[backend], yardstick, strict=True))
+    report.row(
+        f"{name}: {backend} attention in bfloat16 beside float32", "logits {:.2%}, gradients {:.2%}".format(*off[backend]),
+        "xla attention in bfloat16 {:.2%}, {:.2%}".format(*yardstick), ok, off=off,
+    )  # fmt: skip
+
+
+# ---- the experts' gate ----------------------------------------------------------------------------------------------
+
+
+def gate(report: Report, dry_run: bool) -> None:
+    """TF32 keeps 10 bits: a score would be off by 1e-4."""
+    config = Case("", dict(use_moe=True), 1, 512).config(dry_run)
+    layer = MixtureOfExperts(ModelConfig.make(config.model, "bfloat16"), nnx.Rngs(0))
+    x_ND = np.random.default_rng(0).standard_normal((4096, config.model.dim), np.float32)
+    gate_ED = np.asarray(layer.gate_ED[...], np.float64)
+    logits_NE = x_ND.astype(np.float64) @ gate_ED.T
+    expected_NE = np.exp(logits_NE - logits_NE.max(1, keepdims=True))
+    expected_NE /= expected_NE.sum(1, keepdims=True)
+    off = np.max(np.abs(jax.jit(layer.gate_scores)(x_ND) - expected_NE))
+    default_NE = jax.nn.softmax(jax.jit(lambda x, w: x @ w.T)(x_ND, gate_ED.astype(np.float32)))
+    report.row(
+        "scores of the experts' gate beside float64", f"at most {off:.1e} off",
+        f"at most 1e-06; at the default precision {np.max(np.abs(default_NE - expected_NE)):.1e}", bool(off < 1e-6),
+    )  # fmt: skip
+
+
+# ---- losses ---------------------------------------------------------------------------------------------------------
+
+
+class start_losses:
+    """`benchmarks.gpu.losses` in a process of its own: while it runs on the CPU, the GPU has other work."""
+
+    def __init__(self, args, path: Path, dtype: str, platform: str | None):
+        command = [sys.executable, "-m", "benchmarks.gpu.losses", "--out", str(path), "--data", args.data, "--dtype", dtype]
+        command += ["--steps", str(STEPS if not args.dry_run else 5), "--rows", str(LOSS_ROWS)] + ["--dry_run"] * args.dry_run
+        self._path, self._process = path, subprocess.Popen(command + (["--platform", platform] if platform else []))
+
+    def result(self) -> np.ndarray:
+        if self._process.wait() != 0:
+            raise RuntimeError(f"{self._path.stem}: benchmarks.gpu.losses ended with exit code {self._process.returncode}")
+        return np.array(json.loads(self._path.read_text()))
+
+
+if __name__ == "__main__":
+    main(sizes.parse_args(__doc__))

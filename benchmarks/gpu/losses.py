@@ -1,0 +1,46 @@
+"""The losses of a run's first steps, as JSON:  python -m benchmarks.gpu.losses --out FILE --data DATASET --dtype bfloat16
+
+The base model on the dataset's batches, as `train` would read them, without its files.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+
+from benchmarks.gpu.sizes import Case
+
+
+def main(args) -> None:
+    if args.platform:
+        jax.config.update("jax_platforms", args.platform)
+    from mateconv_jax.runtime import sharding
+    from mateconv_jax.training import setup
+    from mateconv_jax.training.batches import RowBatches
+    from mateconv_jax.training.open_data import open_data
+
+    # A rate at which the loss falls within 50 steps.
+    training = dict(dtype=args.dtype, max_steps=args.steps, learning_rate=1e-3, warmup_steps=10)
+    config = Case("", {}, args.rows, 512).config(args.dry_run, **training)
+    config.data.train_data_path = args.data
+    rows, _, _ = open_data(config)
+    mesh = sharding.make_mesh(config.mesh)
+    run = setup.build(config, setup.model_config(config), mesh, args.steps)
+    state, batches, losses = run.fresh_state(), RowBatches(config, rows, mesh), []
+    for step in range(args.steps):
+        state, metrics = run.train_step(state, batches(step, state.params))
+        losses.append(metrics["train/loss"])
+    Path(args.out).write_text(json.dumps([float(loss) for loss in losses]))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.losses", description=__doc__)
+    parser.add_argument("--out", required=True, metavar="FILE")
+    parser.add_argument("--data", required=True, metavar="DATASET")
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--platform")
+    parser.add_argument("--dry_run", action="store_true")
+    main(parser.parse_args())

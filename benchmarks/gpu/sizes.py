@@ -1,0 +1,63 @@
+"""The configurations that are measured, and their tiny stand-ins for a dry run."""
+
+import argparse
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from mateconv_jax import config as config_lib
+
+TINY = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=320)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model and a batch. model: changes of config.model, for a dry run too where `keep` names them."""
+
+    name: str
+    model: dict
+    rows: int
+    seq_len: int
+    training: dict = dataclasses.field(default_factory=dict)
+
+    def config(self, dry_run: bool, **training) -> ConfigDict:
+        """Resolved."""
+        config = config_lib.default_config()
+        config.model.update(self.model)
+        seq_len, rows = self.seq_len, self.rows
+        if dry_run:
+            heads = config.model.n_kv_heads / config.model.n_heads
+            config.model.update(
+                TINY | dict(n_kv_heads=round(TINY["n_heads"] * max(heads, 0.25)), head_dim=config.model.head_dim)
+            )
+            seq_len, rows = 64, min(rows, 4)
+        config.model.max_seq_len = config.data.seq_len = seq_len
+        config.training.update(dict(batch_size=rows) | self.training | training)
+        return config_lib.resolve(config)
+
+
+BASE = Case("base, 32 x 512", {}, 32, 512)
+# Heads of 64, as MiniMind's and nanochat's models of that size have; 16,384 tokens a step.
+MODEL_118M = dict(dim=768, n_layers=16, n_heads=12, n_kv_heads=12)
+MODEL_336M = dict(dim=1280, n_layers=18, n_heads=20, n_kv_heads=10)
+MODEL_988M = dict(dim=2048, n_layers=22, n_heads=32, n_kv_heads=8)
+TRAINING = (
+    BASE,
+    Case("base, 64 x 512", {}, 64, 512),
+    Case("118 M, 16 x 1,024", MODEL_118M, 16, 1024),
+    Case("336 M, 16 x 1,024", MODEL_336M, 16, 1024),
+    Case("336 M, 8 x 2,048", MODEL_336M, 8, 2048),
+    Case("988 M, 4 x 2,048", MODEL_988M, 4, 2048),
+)
+
+
+def parse_args(description: str, *flags: str) -> argparse.Namespace:
+    """The flags that every part takes, and further ones with any number of values."""
+    parser = argparse.ArgumentParser(description=description)
+    for flag in flags:
+        parser.add_argument(flag, nargs="+", default=[])
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--data", required=True, metavar="DATASET")
+    parser.add_argument("--dry_run", action="store_true")
+    parser.add_argument("--compile_only", action="store_true", help="fill the compilation caches and measure nothing")
+    return parser.parse_args()

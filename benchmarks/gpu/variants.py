@@ -1,0 +1,73 @@
+"""Options of the training step, each beside the base model's:  python -m benchmarks.gpu.variants --out DIR --data DATASET"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+
+from benchmarks.gpu import sizes, timing
+from benchmarks.gpu.report import Report
+from benchmarks.gpu.sizes import Case
+from mateconv_jax.runtime import compilation_cache, sharding
+from mateconv_jax.training import setup
+from mateconv_jax.training.step import lower
+
+EXPERTS = dict(use_moe=True)
+# name: (changes of the model, of training, XLA's options)
+VARIANTS = {
+    "base, 32 x 512": ({}, {}, {}),
+    "EMA": ({}, dict(use_ema=True), {}),
+    "deterministic": ({}, dict(deterministic=True), {}),
+    "remat full": ({}, dict(remat="full"), {}),
+    "remat dots": ({}, dict(remat="dots"), {}),
+    "document mask, attention auto": ({}, dict(document_mask=True), {}),
+    "document mask, attention xla": (dict(attention="xla"), dict(document_mask=True), {}),
+    "attention xla": (dict(attention="xla"), {}, {}),
+    "4 micro-batches of 8": ({}, dict(accumulation_steps=4, batch_size=8), {}),
+    "experts dense": (EXPERTS | dict(experts="dense"), {}, {}),
+    "experts ragged": (EXPERTS | dict(experts="ragged"), {}, {}),
+    "without command buffers": ({}, {}, {"xla_gpu_enable_command_buffer": ""}),
+    "without latency hiding": ({}, {}, {"xla_gpu_enable_latency_hiding_scheduler": False}),
+    "without Triton products": ({}, {}, {"xla_gpu_enable_triton_gemm": False}),
+    "not donated": ({}, {}, {}),
+}
+
+
+def main(args) -> None:
+    compilation_cache.enable()
+    report = Report(args.out, "variants")
+    names = ["base, 32 x 512", "experts ragged", "not donated"] if args.dry_run else list(VARIANTS)
+    with ThreadPoolExecutor(8) as pool:
+        compiled = {name: pool.submit(compile_variant, name, args.dry_run) for name in names}
+    if args.compile_only:
+        return
+    base = None
+    for name, result in compiled.items():
+        try:
+            step, program = result.result()
+            running = timing.Step(step, program)
+            seconds = running.seconds()
+        except jax.errors.JaxRuntimeError as error:
+            report.row(name, "failed", " ".join(str(error).split())[:200], False)
+            continue
+        base = base or seconds
+        memory = program.memory_analysis()
+        gigabytes = (
+            memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        ) / 1e9
+        report.row(
+            name, f"{1e3 * seconds:.2f} ms, {gigabytes:.2f} GB", f"{seconds / base:.2f} times the base's", None, seconds=seconds
+        )
+        del running
+
+
+def compile_variant(name: str, dry_run: bool):
+    model, training, options = VARIANTS[name]
+    config = Case(name, model, 32, 512, training).config(dry_run)
+    run = setup.build(config, setup.model_config(config), sharding.make_mesh(config.mesh), 1000)
+    train_step = jax.jit(run.train_step.__wrapped__) if name == "not donated" else run.train_step
+    lowered = lower(train_step, run.abstract_state, run.abstract_batch, run.c.deterministic)
+    return run, lowered.compile(options if run.c.platform == "gpu" else {})
+
+
+if __name__ == "__main__":
+    main(sizes.parse_args(__doc__))

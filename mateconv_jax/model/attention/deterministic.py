@@ -1,0 +1,29 @@
+"""cuDNN attention whose gradients have the same bits in every run."""
+
+import contextlib
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def deterministic_attention() -> Iterator[None]:
+    """Programs lowered inside ask cuDNN for its deterministic backward pass; compile them with xla_flags.DETERMINISTIC too.
+
+    XLA sets this flag itself, but only on the first of several equal layers, and then fails in the first step with
+    "IndexError: raw_hash_map::at" (jax 0.11.2; openxla/xla#46500). It can go when the oldest supported jax has that mended.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    original = fused.create_dot_product_attention_backend_config_base
+
+    def with_flag(*args, **kwargs):
+        config = original(*args, **kwargs)
+        attention = config["cudnn_fmha_backend_config"]
+        if "bmm1_grad_gemm1_dot_dimension_numbers" in attention:  # backward
+            attention["force_deterministic"] = True
+        return config
+
+    fused.create_dot_product_attention_backend_config_base = with_flag
+    try:
+        yield
+    finally:
+        fused.create_dot_product_attention_backend_config_base = original
