@@ -130,6 +130,7 @@ def convert(
         raise UserError("--dtype: float16 has no number as large as one of the weights (expected bfloat16 or float32)")
     write = functools.partial(kind.write, dtype=dtype) if to_kind == "gguf" else kind.write
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with files.aside(target, folder=not kind.suffixes) as written:
             write(written, model, params)
     except OSError as error:
