@@ -142,7 +142,7 @@ def their_step(config, c: ModelConfig, compile: bool, total_steps: int):
     training = config.training
     model = llama.from_ours(Transformer(c, nnx.Rngs(WEIGHTS_SEED))).train()
     model.config.use_cache = False
-    schedule = optimizer.make_schedule(training, total_steps)
+    schedule = optimizer.make_schedule(config_lib.options(optimizer.ScheduleOptions, training), total_steps)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     norms = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": norms, "weight_decay": 0.0}]

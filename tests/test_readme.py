@@ -1,4 +1,4 @@
-"""The READMEs' commands are what users type first: they say the same, and they run."""
+"""The commands of the READMEs and of docs/ are what users type first: they run. (That both languages have the same: test_docs.py.)"""
 
 import json
 import os
@@ -15,17 +15,16 @@ from mateconv_jax.data import demo
 ROOT = Path(__file__).parents[1]
 
 
-def blocks(readme, language):
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / readme).read_text(encoding="utf-8"), re.S)
+# In this order: the README makes what the others work on.
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("configuration", "data", "interop", "planning", "sampling", "training"))]
 
 
-COMMANDS = [line for block in blocks("README.md", "bash") for line in block.splitlines()]
+def blocks(language):
+    pages = ((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    return [block for page in pages for block in re.findall(rf"^```{language}\n(.*?)^```$", page, re.S | re.M)]
 
 
-def test_both_readmes_show_the_same_commands_and_code():
-    for language in ("bash", "python"):
-        assert blocks("README.md", language) == blocks("README.zh-CN.md", language)
-    assert len(COMMANDS) >= 10
+COMMANDS = list(dict.fromkeys(line for block in blocks("bash") for line in block.splitlines()))
 
 
 # The long ones are made short where only their length is.
@@ -76,7 +75,7 @@ def test_the_quickstart_teaches_a_model_to_speak(checkout):
 
 
 @pytest.mark.slow
-def test_every_command_of_the_readme_runs(checkout):
+def test_every_command_runs(checkout):
     for command in COMMANDS:
         if command.startswith("bash launch/test.sh"):
             continue  # this very test
@@ -88,6 +87,6 @@ def test_every_command_of_the_readme_runs(checkout):
             continue
         shorter = "".join(flags for part, flags in SHORTER.items() if part in command)
         run(command + shorter, checkout)
-    for code in blocks("README.md", "python"):
+    for code in blocks("python"):
         (checkout / "readme.py").write_text(code, encoding="utf-8")
         assert run("python readme.py", checkout).strip()

@@ -24,7 +24,7 @@ def main(args) -> None:
     running = timing.Step(run, compiled)
     seconds = running.seconds()
     dispatch(report, running, seconds)
-    transfer(report, running, seconds, sharding.make_mesh(config.mesh))
+    transfer(report, running, seconds, sharding.make_mesh(config.mesh.data, config.mesh.fsdp))
     save(report, running, seconds, args.out)
 
 

@@ -24,7 +24,7 @@ def main(args) -> None:
     steps = 5 if args.dry_run else 50
     case = Case("", dict(dim=256, n_layers=4, n_heads=8, n_kv_heads=8), 8, 512)  # 5 M parameters: 4 GB of checkpoints
     config = case.config(args.dry_run, use_ema=True)
-    run = setup.build(config, setup.model_config(config), sharding.make_mesh(config.mesh), steps)
+    run = setup.build(config, setup.model_config(config), sharding.make_mesh(config.mesh.data, config.mesh.fsdp), steps)
     state, shapes = run.fresh_state(), run.abstract_batch
     copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
     random, copies = np.random.default_rng(0), {}

@@ -43,17 +43,17 @@ class Case:
 
 
 BASE = Case("base, 32 x 512", {}, 32, 512)
-# As MiniMind's and nanochat's models of that size are shaped, heads of 64; 16,384 tokens a step.
-MODEL_110M = dict(dim=768, n_layers=16, n_heads=12, n_kv_heads=12)
-MODEL_340M = dict(dim=1280, n_layers=18, n_heads=20, n_kv_heads=10)
-MODEL_1B = dict(dim=2048, n_layers=22, n_heads=32, n_kv_heads=8)
+# Heads of 64, as MiniMind's and nanochat's models of that size have; 16,384 tokens a step.
+MODEL_118M = dict(dim=768, n_layers=16, n_heads=12, n_kv_heads=12)
+MODEL_336M = dict(dim=1280, n_layers=18, n_heads=20, n_kv_heads=10)
+MODEL_988M = dict(dim=2048, n_layers=22, n_heads=32, n_kv_heads=8)
 TRAINING = (
     BASE,
     Case("base, 64 x 512", {}, 64, 512),
-    Case("110 M, 16 x 1,024", MODEL_110M, 16, 1024),
-    Case("340 M, 16 x 1,024", MODEL_340M, 16, 1024),
-    Case("340 M, 8 x 2,048", MODEL_340M, 8, 2048),
-    Case("1 B, 4 x 2,048", MODEL_1B, 4, 2048),
+    Case("118 M, 16 x 1,024", MODEL_118M, 16, 1024),
+    Case("336 M, 16 x 1,024", MODEL_336M, 16, 1024),
+    Case("336 M, 8 x 2,048", MODEL_336M, 8, 2048),
+    Case("988 M, 4 x 2,048", MODEL_988M, 4, 2048),
 )
 
 

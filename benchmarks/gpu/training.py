@@ -63,7 +63,7 @@ def peer_case(case: Case, dry_run: bool) -> str:
 def compile_step(case: Case, dry_run: bool, without_command_buffers: bool = False, **training):
     """(config, Setup, compiled)."""
     config = case.config(dry_run, **training)
-    run = setup.build(config, setup.model_config(config), sharding.make_mesh(config.mesh), 1000)
+    run = setup.build(config, setup.model_config(config), sharding.make_mesh(config.mesh.data, config.mesh.fsdp), 1000)
     options = {"xla_gpu_enable_command_buffer": ""} if without_command_buffers and run.c.platform == "gpu" else {}
     return config, run, lower(run.train_step, run.abstract_state, run.abstract_batch, run.c.deterministic).compile(options)
 
@@ -82,9 +82,8 @@ def compare(report: Report, case: Case, config, run: Setup, compiled, theirs: di
         beside = f"PyTorch compiled {speed(theirs['seconds'])}: {ratio:.2f} times as fast"
     memory = compiled.memory_analysis()
     gigabytes = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9
-    name = f"{case.name}, {flops.parameters(c)[0] / 1e6:,.0f} M parameters"
     ours = f"{speed(seconds)}, {1e3 * seconds:.2f} ms, {gigabytes:.1f} GB"
-    report.row(name, ours, beside, None, ratio=ratio, seconds=seconds, peer=theirs, tokens=tokens)
+    report.row(case.name, ours, beside, None, ratio=ratio, seconds=seconds, peer=theirs, tokens=tokens)
     if theirs is not None and "kernels" in theirs and case is sizes.BASE:
         report.row("PyTorch's step", timing.in_words(theirs["kernels"]), f"{theirs['peak_gb']:.1f} GB", None)
 

@@ -63,7 +63,7 @@ def main(args) -> None:
 def compile_variant(name: str, dry_run: bool):
     model, training, options = VARIANTS[name]
     config = Case(name, model, 32, 512, training).config(dry_run)
-    run = setup.build(config, setup.model_config(config), sharding.make_mesh(config.mesh), 1000)
+    run = setup.build(config, setup.model_config(config), sharding.make_mesh(config.mesh.data, config.mesh.fsdp), 1000)
     train_step = jax.jit(run.train_step.__wrapped__) if name == "not donated" else run.train_step
     lowered = lower(train_step, run.abstract_state, run.abstract_batch, run.c.deterministic)
     return run, lowered.compile(options if run.c.platform == "gpu" else {})

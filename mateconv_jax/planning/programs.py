@@ -62,7 +62,7 @@ def training_step(config: ConfigDict, c: ModelConfig, devices, steps: int) -> Se
     Raises:
       UserError: the mesh or the batch size does not fit the devices.
     """
-    return setup.build(config, c, sharding.make_mesh(config.mesh, devices), steps)
+    return setup.build(config, c, sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices), steps)
 
 
 def compile_step(run: Setup) -> Program:

@@ -10,20 +10,22 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from mateconv_jax.errors import UserError
 
 MIN_SHARDED_SIZE = 2**14  # elements; smaller arrays are replicated, because gathering them would cost more than it saves
 
 
-def make_mesh(mesh: ConfigDict | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Devices (None: all of all processes) on the axes `data` and `fsdp`; config.mesh, -1 of one of them: what remains.
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes `data` and `fsdp`.
+
+    Args:
+      data, fsdp: the sizes of the axes; one may be -1 (the remaining devices).
+      devices: None: those of all processes.
 
     Raises:
-      UserError: the axes do not make up the devices.
+      UserError: the sizes do not multiply to the number of devices.
     """
-    data, fsdp = (-1, 1) if mesh is None else (mesh.data, mesh.fsdp)
     count = jax.device_count() if devices is None else len(devices)
     if data == -1 and fsdp > 0:
         data = count // fsdp

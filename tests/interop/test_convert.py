@@ -210,7 +210,7 @@ def test_weights_alone_are_nothing_to_resume(base_tiny_config, exported, tmp_pat
     config = copy.deepcopy(base_tiny_config)
     config.model.update(dict(rope_theta=5e4, norm_eps=1e-6))
     for changes in (dict(out_dir=str(tmp_path / "run")), dict(out_dir=str(tmp_path / "x"), resume_from=str(tmp_path / "run"))):
-        with pytest.raises(UserError, match="holds weights alone.*training.init_from="):
+        with pytest.raises(UserError, match="holds only weights.*training.init_from="):
             train(config, **changes)
     assert not (tmp_path / "x").exists()
 
@@ -459,7 +459,7 @@ from mateconv_jax.model.transformer import abstract_model
 sharding.MIN_SHARDED_SIZE = 64
 config = config_lib.default_config()
 config.mesh.fsdp = 8
-mesh = sharding.make_mesh(config.mesh)
+mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
 model = formats.open_model({str(exported)!r}, "x")
 _, abstract_params = abstract_model(ModelConfig.make(model.config.model, "float32"))
 params = model.params(sharding.with_shardings(mesh, abstract_params))

@@ -48,7 +48,7 @@ for devices, fsdp in [(1, 1), (8, 1), (8, 4)]:
     config = config_lib.resolve(config)
     c = ModelConfig.make(config.model, "float32")
     tx = optimizer.make_optimizer(config.training, c)
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, jax.devices()[:devices])
     init = lambda: train_state.init(c, tx, 0, True)
     abstract = sharding.with_shardings(mesh, jax.eval_shape(init))
     state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()

@@ -173,7 +173,7 @@ def test_axes_that_are_not_the_devices(monkeypatch, data, fsdp):
     config = config_lib.default_config()
     config.mesh.update(dict(data=data, fsdp=fsdp))
     with pytest.raises(UserError, match="mesh.data, mesh.fsdp: .* are not the 8 devices"):
-        sharding.make_mesh(config.mesh)
+        sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
 
 
 @pytest.mark.slow
@@ -195,7 +195,7 @@ for fsdp in (1, 8):
     config = config_lib.resolve(config)
     c = ModelConfig.make(config.model, "float32")
     tx = optimizer.make_optimizer(config.training, c)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     state = sharding.with_shardings(mesh, jax.eval_shape(lambda: train_state.init(c, tx, 0, True)))
     step = make_train_step(abstract_model(c)[0], next_token_loss, tx, lambda step: 1e-3, config.training, abstract_state=state)
     rows = sharding.batch(mesh, 1)

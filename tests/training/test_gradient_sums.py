@@ -34,7 +34,7 @@ for devices, fsdp, dtype in [(1, 1, "float32"), (4, 1, "float32"), (4, 1, "bfloa
     config = config_lib.resolve(config)
     c = ModelConfig.make(config.model, "float32")
     tx = optimizer.make_optimizer(config.training, c)
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, jax.devices()[:devices])
     init = lambda: train_state.init(c, tx, 0, True)
     abstract = sharding.with_shardings(mesh, jax.eval_shape(init))
     state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()

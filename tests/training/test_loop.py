@@ -14,9 +14,11 @@ from mateconv_jax.data.tokenizer import token_bytes, tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.runtime import sharding
 from mateconv_jax.training import loop
+from mateconv_jax.training.batches import RowBatches
 from mateconv_jax.training.checkpoints import Checkpoints
-from tests.training.runs import losses_of, metrics_of, train
+from tests.training.runs import losses_of, metrics_of, saved, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,7 +84,7 @@ def test_what_a_run_writes(tiny_config):
     n_bytes = token_bytes.target_bytes(token_bytes.bytes_per_token(tokenizer_lib.load(folder / "tokenizer", "")), batch)
     assert metrics[-1]["val/bits_per_byte"] == pytest.approx(metrics[-1]["val/ema_loss"] * n_tokens / np.log(2) / n_bytes)
     log = (folder / "train.log").read_text()
-    assert "FLOPs a token" in log and "a device's peak is unknown" in log
+    assert "FLOPs per token" in log and "peak per device: unknown" in log
     assert "ln(400) = 5.9915" in log and f"initial loss: {training[0]['train/loss']:.4f}" in log
 
 
@@ -91,7 +93,7 @@ def test_a_finished_run_is_left_as_it_is(tiny_config):
     before = metrics_of(tiny_config.training.out_dir)
     loop.train(config_lib.resolve(tiny_config))
     assert metrics_of(tiny_config.training.out_dir) == before
-    assert "nothing to do: step 6 of 6" in (Path(tiny_config.training.out_dir) / "train.log").read_text()
+    assert "is at step 6 of 6" in (Path(tiny_config.training.out_dir) / "train.log").read_text()
 
 
 @pytest.mark.slow
@@ -308,7 +310,7 @@ def test_a_given_tokenizer_goes_into_the_run_folder(tiny_config, tmp_path):
 
 def test_more_rows_in_a_batch_than_there_are(tiny_config):
     tiny_config.training.update(dict(max_steps=None, epochs=1, batch_size=10**6))
-    assert error_of(tiny_config).startswith("training.batch_size: 1000000 rows of a step are more than")
+    assert error_of(tiny_config).startswith("training.batch_size: a step takes 1000000 rows, more than")
 
 
 def test_a_batch_that_the_devices_cannot_share(monkeypatch, tiny_config):
@@ -317,7 +319,7 @@ def test_a_batch_that_the_devices_cannot_share(monkeypatch, tiny_config):
     class EightDevices:
         size = 8
 
-    monkeypatch.setattr(sharding, "make_mesh", lambda mesh: EightDevices)
+    monkeypatch.setattr(sharding, "make_mesh", lambda data, fsdp: EightDevices)
     tiny_config.training.batch_size = 12
     assert "12 rows cannot be split over 8 devices" in error_of(tiny_config)
     assert "8 or 16" in error_of(tiny_config)
@@ -330,6 +332,31 @@ def test_another_model_in_the_run_folder(tiny_config):
 
 
 # ---- the loop itself ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_source_of_batches_gets_the_parameters_of_its_step(tiny_config, tmp_path, monkeypatch):
+    given = {}
+
+    class Source(loop.RowBatches):
+        def __call__(self, step, params):
+            given.setdefault(step, jax.device_get(params["norm"]["scale_D"][...]))
+            return super().__call__(step, params)
+
+    monkeypatch.setattr(loop, "RowBatches", Source)
+    train(tiny_config, tmp_path / "out", max_steps=3, save_interval=1, keep_latest=9, eval_interval=100)
+    assert given.keys() == {0, 1, 2} and not np.array_equal(given[0], given[2])
+    for step in (1, 2):
+        np.testing.assert_array_equal(given[step], saved(tmp_path / "out", step)[0]["params"]["norm"]["scale_D"]["value"])
+
+
+def test_a_batch_is_a_function_of_its_step(tiny_config):
+    config = config_lib.resolve(tiny_config)
+    mesh = sharding.make_mesh()
+    rows = open_dataset(config.data.train_data_path, "", 32).rows("train")
+    in_order, source = RowBatches(config, rows, mesh), RowBatches(config, rows, mesh)
+    batches = [in_order(step, None) for step in range(6)]
+    for step in (3, 3, 4, 1, 0, 5):
+        jax.tree.map(np.testing.assert_array_equal, source(step, None), batches[step])
 
 
 def test_a_steps_metrics_are_read_after_the_next_step_is_dispatched(tiny_config, tmp_path, monkeypatch):

@@ -101,12 +101,7 @@ def prepare(
         training, given = None, tokenizer_lib.load(tokenizer, "--tokenizer")
         vocab_size, identity = len(given), tokenizer_lib.fingerprint(given)
     _check_bin(sources, training is not None, also_bin, vocab_size)
-    described = {
-        "input": [[source.path, source.size] for source in sources],
-        "tokenizer": identity,
-        **dataclasses.asdict(options),
-        "also_bin": also_bin,
-    }
+    described = _described(sources, identity, options, also_bin)
     partial = output.with_name(output.name + ".partial")
     if output.exists() and not overwrite:
         from mateconv_jax.data import dataset
@@ -118,16 +113,7 @@ def prepare(
         # Finished chunks of another version of the rows cannot be mixed with ours.
         with work_folder(partial, described | {"row_version": VERSION}, overwrite) as folder:
             _make_chunks(folder, sources, given, training, options, num_workers, run_chunks, open_file)
-
-            from mateconv_jax.data.build.assembling import assemble  # imports tensorflow_datasets, 2 s
-
-            whole = folder / "dataset"
-            shutil.rmtree(whole, ignore_errors=True)
-            seconds = time.perf_counter() - start
-            figures = assemble(folder / "chunks", whole, folder / "tokenizer", options.seq_len, described, seconds, also_bin)
-            if output.exists():
-                output.rename(folder / "replaced")
-            whole.rename(output)
+            figures = _assemble(folder, output, options, described, also_bin, start)
         shutil.rmtree(partial)
     except OSError as error:
         raise UserError(
@@ -135,6 +121,12 @@ def prepare(
             f"{str(partial)!r}; the same command goes on)"
         ) from error
     return figures
+
+
+def _described(sources: list[Source], tokenizer: dict | str, options: PrepareOptions, also_bin: bool) -> dict:
+    """What decides the dataset's bytes, for JSON. tokenizer: how one is trained, or the fingerprint of the one given."""
+    inputs = [[source.path, source.size] for source in sources]
+    return {"input": inputs, "tokenizer": tokenizer, **dataclasses.asdict(options), "also_bin": also_bin}
 
 
 def _check_bin(sources: list[Source], trains_tokenizer: bool, also_bin: bool, vocab_size: int) -> None:
@@ -169,6 +161,20 @@ def _make_chunks(folder: Path, sources, given, training, options, num_workers, r
     else:
         with Progress(sources) as progress:
             process_chunks(chunks, setup, num_workers, progress.done)
+
+
+def _assemble(folder: Path, output: Path, options: PrepareOptions, described: dict, also_bin: bool, start: float) -> dict:
+    """The finished chunks of a work folder become the dataset at `output`. `start`: when the work began."""
+    from mateconv_jax.data.build.assembling import assemble  # imports tensorflow_datasets, 2 s
+
+    dataset = folder / "dataset"
+    shutil.rmtree(dataset, ignore_errors=True)
+    seconds = time.perf_counter() - start
+    figures = assemble(folder / "chunks", dataset, folder / "tokenizer", options.seq_len, described, seconds, also_bin)
+    if output.exists():
+        output.rename(folder / "replaced")
+    dataset.rename(output)
+    return figures
 
 
 # ---- the tokenizer ------------------------------------------------------------------------------------------------
