@@ -61,7 +61,7 @@ def parse_args(argv):
 
 
 def command() -> int:
-    """What `mateconv-report` runs."""
+    """Entry point of `mateconv-report`."""
     return exit_code(main, parse_args(sys.argv[1:]))
 
 
