@@ -102,7 +102,7 @@ def prepare(
     work_folder.restore_replaced(output)
     training, given, described = _described(sources, tokenizer, options, also_bin)
     if output.exists() and not overwrite:
-        bos_eos = given and (given.bos_token_id, given.eos_token_id)
+        bos_eos = None if given is None else (given.bos_token_id, given.eos_token_id)
         _check_there(output, described, functools.partial(all_chunks, sources, options, bos_eos, open_file))
         work_folder.remove(partial)
         return None

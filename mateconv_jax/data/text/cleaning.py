@@ -163,7 +163,7 @@ def _in_canonical_order(text: str, form: str) -> str:
         return text
 
     def in_order(run: re.Match) -> str:
-        decomposed = "".join(unicodedata.normalize(form.replace("C", "D"), mark) for mark in run[0])
+        decomposed = "".join(unicodedata.normalize("NFKD" if form == "NFKC" else "NFD", mark) for mark in run[0])
         by_class = (sorted(group, key=unicodedata.combining) for _, group in itertools.groupby(decomposed, _is_mark))
         return "".join(itertools.chain.from_iterable(by_class))  # stable, as normalisation is
 

@@ -111,7 +111,7 @@ def local_files(pattern: str) -> list[tuple[str, int, int | None]]:
     Raises:
       UserError: nothing is there, or a folder is.
     """
-    found = []
+    found: list[tuple[str, int, int | None]] = []
     for path in sorted(glob.glob(pattern, recursive=True)) or [pattern]:
         try:
             status = os.stat(path)
@@ -160,13 +160,14 @@ def groups(sources: list[Source], sizes: ChunkSizes) -> list[list[Source]]:
     found: list[list[Source]] = []
     joined = 0  # bytes of the last group; a large input is never added to
     for source in sources:
-        small = source.size is not None and source.size <= sizes.bytes // 16
-        if small and found and joined + source.size <= sizes.bytes and _same_kind(source, found[-1][0]):
+        size = sizes.bytes if source.size is None else source.size
+        small = size <= sizes.bytes // 16
+        if small and found and joined + size <= sizes.bytes and _same_kind(source, found[-1][0]):
             found[-1].append(source)
-            joined += source.size
+            joined += size
         else:
             found.append([source])
-            joined = source.size if small else sizes.bytes
+            joined = size if small else sizes.bytes
     return found
 
 
