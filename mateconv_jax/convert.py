@@ -45,7 +45,7 @@ def parse_args(argv):
 
 
 def command() -> int:
-    """What `mateconv-convert` runs."""
+    """Entry point of `mateconv-convert`."""
     return exit_code(main, parse_args(sys.argv[1:]))
 
 

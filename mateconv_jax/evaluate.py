@@ -77,7 +77,7 @@ def parse_args(argv):
 
 
 def command() -> int:
-    """What `mateconv-evaluate` runs."""
+    """Entry point of `mateconv-evaluate`."""
     return exit_code(main, parse_args(sys.argv[1:]))
 
 

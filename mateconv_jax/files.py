@@ -18,14 +18,14 @@ def aside(path: Path, folder: bool = False, replace_folder: bool = False) -> Ite
       replace_folder: a folder at `path` is replaced; otherwise it is an error. A file is always replaced.
 
     Raises:
-      OSError: a file cannot be written, or `path` is a folder with something in it.
+      OSError: there is no folder for it, a file cannot be written, or `path` is a folder with something in it.
     """
     partial = path.with_name(path.name + ".partial")
     written, replaced = partial / path.name, partial / "replaced"
     if replaced.exists() and not path.exists():  # killed between the two renames below
         replaced.rename(path)
     _remove(partial)
-    partial.mkdir(parents=True)
+    partial.mkdir()
     try:
         if folder:
             written.mkdir()

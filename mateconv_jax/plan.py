@@ -47,7 +47,7 @@ def parse_args(argv):
 
 
 def command() -> int:
-    """What `mateconv-plan` runs."""
+    """Entry point of `mateconv-plan`."""
     return exit_code(main, sys.argv)
 
 

@@ -36,6 +36,7 @@ def write_report(folders: list[str], output: str | None = None, smooth: int | No
 
     content = curves.draw(runs, smooth, "png") if path.suffix == ".png" else report_page.html(runs, smooth).encode()
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with files.aside(path) as written:
             written.write_bytes(content)
     except OSError as error:
@@ -60,7 +61,7 @@ def parse_args(argv):
 
 
 def command() -> int:
-    """What `mateconv-report` runs."""
+    """Entry point of `mateconv-report`."""
     return exit_code(main, parse_args(sys.argv[1:]))
 
 

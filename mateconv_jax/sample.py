@@ -204,7 +204,7 @@ def parse_args(argv):
 
 
 def command() -> int:
-    """What `mateconv-sample` runs."""
+    """Entry point of `mateconv-sample`."""
     return exit_code(main, parse_args(sys.argv[1:]))
 
 

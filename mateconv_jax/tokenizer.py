@@ -64,6 +64,7 @@ def _folder_aside(output: Path, overwrite: bool) -> Iterator[Path]:
     if output.exists() and not (output / "tokenizer.json").is_file():
         raise UserError(f"--output: {str(output)!r} holds no tokenizer and is not replaced (choose another folder)")
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         with files.aside(output, folder=True, replace_folder=True) as written:
             yield written
     except OSError as error:

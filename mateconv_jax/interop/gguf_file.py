@@ -60,6 +60,7 @@ PRE_TOKENIZERS = {
 
 
 def is_gguf(path: Path) -> bool:
+    """Whether `path` is a GGUF file, by its magic number."""
     if not path.is_file():
         return False
     with path.open("rb") as file:

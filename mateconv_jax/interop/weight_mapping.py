@@ -157,6 +157,7 @@ def _permute(w_OD: np.ndarray, split: tuple[int, int, int]) -> np.ndarray:
 
 
 def n_parameters(c) -> int:
+    """The number of parameters, counting tied weights once. c: as in `mapping`."""
     return sum(math.prod(shape) for shapes in mapping(c).values() for _, shape in shapes)
 
 

@@ -196,6 +196,7 @@ def shapes(text: str) -> list[tuple[str, list[int]]]:
 
 
 def n_bytes(text: str) -> float:
+    """Bytes of a shape, which may be a tuple's."""
     return sum(_BYTES[dtype] * math.prod(dims) for dtype, dims in shapes(text))
 
 

@@ -66,6 +66,7 @@ def training_step(config: ConfigDict, c: ModelConfig, devices, steps: int) -> Se
 
 
 def compile_step(run: Setup) -> Program:
+    """Compile the training step. XLA's and cuDNN's errors are passed on."""
     state, batch = run.abstract_state, run.abstract_batch
     parts = {"parameters": state.params, "EMA": state.ema_params, "optimizer": state.opt_state, "batch": batch}
     return Program.compile(lower(run.train_step, state, batch, run.c.deterministic), parts)
