@@ -1,5 +1,5 @@
-"""How well a model predicts text:  python -m mateconv_jax.evaluate --model_path=out --data=data/zh
-How well it learned the demo corpus:  python -m mateconv_jax.evaluate --model_path=runs/demo --demo
+"""Evaluate a model on held-out text:  python -m mateconv_jax.evaluate --model_path=out --data=data/zh
+Score what it learned of the demo corpus:  python -m mateconv_jax.evaluate --model_path=runs/demo --demo
 """
 
 import argparse
@@ -10,7 +10,7 @@ from mateconv_jax.errors import exit_code, program
 
 
 def main(args):
-    from mateconv_jax.runtime import compilation_cache  # 3 s of imports from here on, after the command line is right
+    from mateconv_jax.runtime import compilation_cache  # the 3 s of imports come after checking the command line
 
     compilation_cache.enable()
     if args.demo:
@@ -21,8 +21,8 @@ def main(args):
         if args.json:
             print(json.dumps(score))
             return
-        print(f"grammar: {score['grammar']:.1%} of {score['sentences']} sampled sentences belong to the demo corpus's language")
-        print(f"facts:   {score['facts']:.1%} of {score['questions']} questions asked in chat are answered right")
+        print(f"grammar: {score['grammar']:.1%} of {score['sentences']} sampled sentences follow the demo corpus's grammar")
+        print(f"facts:   {score['facts']:.1%} of {score['questions']} questions in chat are answered correctly")
         return
     from mateconv_jax.evaluation import held_out
 
@@ -45,7 +45,7 @@ def parse_args(argv):
         required=True,
         metavar="MODEL",
         help="a run folder or one of its checkpoints (RUN/best, RUN/checkpoints/STEP), "
-        "a Hugging Face folder, a .pth or a .gguf file",
+        "a Hugging Face folder, or a .pth or .gguf file",
     )
     add("--tokenizer", metavar="DIR", help="the tokenizer to use (default: the model's own; a .pth file has none)")
     what = parser.add_mutually_exclusive_group(required=True)
@@ -53,22 +53,22 @@ def parse_args(argv):
         "--data",
         nargs="+",
         metavar="PATH",
-        help="a folder made by prepare; a flat .bin file; or raw text, as prepare takes it (JSONL, .txt, globs, -, tfds:…), "
-        "which is tokenised with the model's tokenizer",
+        help="a dataset folder from prepare; a flat .bin file; or any raw text that prepare accepts (JSONL, .txt, globs, -, "
+        "tfds:…), which is tokenised with the model's tokenizer",
     )
-    what.add_argument("--demo", action="store_true", help="score what was trained on the demo corpus")
+    what.add_argument("--demo", action="store_true", help="score a model trained on the demo corpus")
     add(
         "--use_ema",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="EMA weights or the raw ones (default: with --data both, with --demo EMA, where there are EMA weights)",
+        help="use the EMA weights or the raw ones (default: both with --data, EMA with --demo, if the model has EMA weights)",
     )
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="compute dtype (default: auto)")
     add("--json", action="store_true", help="print one JSON object")
     group = parser.add_argument_group("with --data")
-    group.add_argument("--split", help="of the folder (default: validation)")
+    group.add_argument("--split", help="split of a dataset folder (default: validation)")
     group.add_argument("--batch_size", type=int, help="rows over all devices (default: 8)")
-    group.add_argument("--max_batches", type=int, help="read no more than this many (default: all)")
+    group.add_argument("--max_batches", type=int, help="stop after this many batches (default: score everything)")
     args = parser.parse_args(argv)
     for flag in ("split", "batch_size", "max_batches"):
         if args.demo and getattr(args, flag) is not None:
@@ -77,7 +77,7 @@ def parse_args(argv):
 
 
 def command() -> int:
-    """What `mateconv-evaluate` runs."""
+    """Entry point of `mateconv-evaluate`."""
     return exit_code(main, parse_args(sys.argv[1:]))
 
 

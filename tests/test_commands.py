@@ -18,11 +18,11 @@ def run(*arguments):
         (["mateconv_jax.prepare", "--input", "none.jsonl", "--output", "x", "--train_tokenizer"], "--input: no file at"),
         (["mateconv_jax.prepare", "--input", "a", "--output", "x"], "--tokenizer --train_tokenizer is required"),
         (["mateconv_jax.sample", "--model_path=none"], "--model_path: no model at 'none'"),
-        (["mateconv_jax.sample", "--model_path=none", "--temperature=0"], "temperature: 0.0 is not possible"),
+        (["mateconv_jax.sample", "--model_path=none", "--temperature=0"], "temperature: 0.0 is invalid"),
         (["mateconv_jax.evaluate", "--model_path=none", "--demo"], "--model_path: no model at 'none'"),
         (["mateconv_jax.evaluate", "--model_path=none", "--data=x"], "--model_path: no model at 'none'"),
         (["mateconv_jax.train", "--config=configs/yaml.py:none.yaml"], "none.yaml"),
-        (["mateconv_jax.plan", "--config=configs/base.py", "--gpu=none"], "--gpu: 'none' is not known"),
+        (["mateconv_jax.plan", "--config=configs/base.py", "--gpu=none"], "--gpu: 'none' is unknown"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_line_and_exit_code_2(arguments, message):

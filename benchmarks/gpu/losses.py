@@ -1,6 +1,6 @@
-"""The losses of a run's first steps, as JSON:  python -m benchmarks.gpu.losses --out FILE --data DATASET --dtype bfloat16
+"""Losses of a run's first steps, as JSON:  python -m benchmarks.gpu.losses --out FILE --data DATASET --dtype bfloat16
 
-The base model on the dataset's batches, as `train` would read them, without its files.
+Trains the base model on the batches that `train` would read, without writing a run folder.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def main(args) -> None:
     from mateconv_jax.training.batches import RowBatches
     from mateconv_jax.training.open_data import DataOptions, open_data
 
-    # A rate at which the loss falls within 50 steps.
+    # A learning rate at which the loss falls within 50 steps.
     training = dict(dtype=args.dtype, max_steps=args.steps, learning_rate=1e-3, warmup_steps=10)
     config = Case("", {}, args.rows, 512).config(args.dry_run, **training)
     config.data.train_data_path = args.data

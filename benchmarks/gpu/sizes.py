@@ -1,4 +1,4 @@
-"""The configurations that are measured, and their tiny stand-ins for a dry run."""
+"""The measured configurations, and their tiny versions for a dry run."""
 
 import argparse
 import dataclasses
@@ -12,7 +12,13 @@ TINY = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=320)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model and a batch. model: changes of config.model, for a dry run too where `keep` names them."""
+    """A model and a batch.
+
+    Attributes:
+      model: changes to config.model; a dry run keeps all but the sizes in TINY.
+      rows, seq_len: of a batch.
+      training: changes to config.training.
+    """
 
     name: str
     model: dict
@@ -21,7 +27,7 @@ class Case:
     training: dict = dataclasses.field(default_factory=dict)
 
     def config(self, dry_run: bool, **training) -> ConfigDict:
-        """Resolved."""
+        """The resolved config; `training`: further changes to config.training."""
         config = config_lib.default_config()
         config.model.update(self.model)
         seq_len, rows = self.seq_len, self.rows
@@ -52,12 +58,12 @@ TRAINING = (
 
 
 def parse_args(description: str, *flags: str) -> argparse.Namespace:
-    """The flags that every part takes, and further ones with any number of values."""
+    """Parse the flags common to all parts, and `flags`, each of which takes any number of values."""
     parser = argparse.ArgumentParser(description=description)
     for flag in flags:
         parser.add_argument(flag, nargs="+", default=[])
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--data", required=True, metavar="DATASET")
     parser.add_argument("--dry_run", action="store_true")
-    parser.add_argument("--compile_only", action="store_true", help="fill the compilation caches and measure nothing")
+    parser.add_argument("--compile_only", action="store_true", help="only fill the compilation caches")
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""Options of the training step, each beside the base model's:  python -m benchmarks.gpu.variants --out DIR --data DATASET"""
+"""Variants of the training step compared with the base:  python -m benchmarks.gpu.variants --out DIR --data DATASET"""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +12,7 @@ from mateconv_jax.training import setup
 from mateconv_jax.training.step import lower
 
 EXPERTS = dict(use_moe=True)
-# name: (changes of the model, of training, XLA's options)
+# {name: (changes to config.model, changes to config.training, XLA options)}.
 VARIANTS = {
     "base, 32 x 512": ({}, {}, {}),
     "EMA": ({}, dict(use_ema=True), {}),
@@ -27,7 +27,7 @@ VARIANTS = {
     "experts ragged": (EXPERTS | dict(experts="ragged"), {}, {}),
     "without command buffers": ({}, {}, {"xla_gpu_enable_command_buffer": ""}),
     "without latency hiding": ({}, {}, {"xla_gpu_enable_latency_hiding_scheduler": False}),
-    "without Triton products": ({}, {}, {"xla_gpu_enable_triton_gemm": False}),
+    "without Triton matmuls": ({}, {}, {"xla_gpu_enable_triton_gemm": False}),
     "not donated": ({}, {}, {}),
 }
 

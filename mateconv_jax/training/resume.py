@@ -13,7 +13,7 @@ from mateconv_jax.config_keys import KEYS, OnResume
 from mateconv_jax.data.tokenizer.tokenizer import fingerprint
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop.formats import open_model
-from mateconv_jax.interop.stored_model import Model
+from mateconv_jax.interop.stored_model import StoredModel
 from mateconv_jax.run_folder import Checkpoint
 from mateconv_jax.training import checkpoints as checkpoints_lib
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
@@ -34,7 +34,7 @@ class Origin:
 
     key: str | None = None
     checkpoint: Checkpoint | None = None
-    model: Model | None = None
+    model: StoredModel | None = None
 
 
 def find_origin(config: ConfigDict) -> Origin:
@@ -127,7 +127,7 @@ def start(origin: Origin, checkpoints: Checkpoints, init, abstract: TrainState) 
     return state.replace(params=params, ema_params=ema_params), Progress(), f"the weights of {origin.model.path}"
 
 
-def _check_weights(model: Model, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+def _check_weights(model: StoredModel, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     differences = []
     for key in KEYS:
         section, name = key.path.split(".")

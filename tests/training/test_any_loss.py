@@ -33,7 +33,7 @@ def toy_loss(model, batch, key_B):
     loss = jnp.sum(weight_B * jax.nn.softplus(-margin_B))
     return LossOutput(loss, jnp.sum(weight_B), loss, {"train/accuracy": jnp.sum(weight_B * (margin_B > 0))})
 
-sharding.SMALLEST_SPLIT = 64
+sharding.MIN_SHARDED_SIZE = 64
 random = np.random.default_rng(0)
 batches = [{
     "better": random.integers(0, 32, (2, 8, 9)), "worse": random.integers(32, 64, (2, 8, 12)),
