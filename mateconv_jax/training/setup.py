@@ -140,7 +140,7 @@ class Length:
         """Of a run over a dataset of n_rows.
 
         Raises:
-          UserError: the run is shorter than one step.
+          UserError: the run is shorter than one step, or keys contradict its length.
         """
         steps = total_steps(training, n_rows)
         rows_per_step = training.batch_size * training.accumulation_steps
@@ -155,6 +155,10 @@ class Length:
             return intervals.steps(training[key], steps, steps_per_epoch)
 
         samples = None if training.samples_interval is None else interval("samples_interval")
+        if samples is not None and not training.sample_prompts:
+            raise UserError(
+                "training.sample_prompts: empty, but training.samples_interval asks for samples (expected a prompt)"
+            )
         _check_schedule(training, steps)
         return Length(steps, interval("eval_interval"), interval("save_interval"), interval("log_interval"), samples)
 
