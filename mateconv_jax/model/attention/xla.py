@@ -38,8 +38,8 @@ def cached_attention(q_BSHN, k_BKNT, v_BKTN, positions_BS):
 
 
 def attend(q_BSHN, k_BKNT, v_BKTN, mask_BST, dropout_rate: float = 0.0, key_B=None):
-    """Attention with an explicit mask: mask_BST (B or 1, S, T) is True where a query may attend. Scores and softmax are fp32; the
-    result (B, S, H, N) has q's dtype.
+    """Attention with an explicit mask: mask_BST (B or 1, S, T) is True where a query may attend. Scores and softmax are fp32;
+    the result (B, S, H, N) has q's dtype.
     """
     B, S, H, N = q_BSHN.shape
     K = k_BKNT.shape[1]
