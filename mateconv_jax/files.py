@@ -1,6 +1,7 @@
 """Atomic writes of files and folders: complete or not there at all."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,21 +12,23 @@ from pathlib import Path
 def aside(path: Path, folder: bool = False, replace_folder: bool = False) -> Iterator[Path]:
     """Where to write what will be at `path`: PATH.partial/NAME, which takes its place when the block ends without an error.
 
-    What a killed process left in PATH.partial is removed at the next try.
+    What a killed process left in PATH.partial is removed at the next try; anything else that stands there is left alone.
 
     Args:
       folder: an empty folder is made there; otherwise nothing is.
       replace_folder: a folder at `path` is replaced; otherwise it is an error. A file is always replaced.
 
     Raises:
-      OSError: a file cannot be written, or `path` is a folder with something in it.
+      OSError: there is no folder for it, a file cannot be written, `path` is a folder with something in it, or PATH.partial is
+        not from here.
     """
     partial = path.with_name(path.name + ".partial")
     written, replaced = partial / path.name, partial / "replaced"
+    _check_ours(partial, {written.name, replaced.name})
     if replaced.exists() and not path.exists():  # killed between the two renames below
         replaced.rename(path)
-    _remove(partial)
-    partial.mkdir(parents=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
     try:
         if folder:
             written.mkdir()
@@ -34,15 +37,13 @@ def aside(path: Path, folder: bool = False, replace_folder: bool = False) -> Ite
             path.rename(replaced)
         written.replace(path)
     finally:
-        _remove(partial)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _remove(path: Path) -> None:
-    """A folder, or the file that earlier versions wrote aside."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def _check_ours(partial: Path, names: set[str]) -> None:
+    """Raises FileExistsError where something stands at `partial` that `aside` did not put there."""
+    if partial.exists() and not (partial.is_dir() and names.issuperset(os.listdir(partial))):
+        raise FileExistsError(errno.EEXIST, "In the way, and not left by an interrupted write; move it", os.fspath(partial))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -38,7 +38,16 @@ def main(args):
         run_chunks = functools.partial(beam.run_chunks, beam_flags=flags, work_folder=args.beam_work_folder)
     found = sources.find(args.input, files)
     figures = pipeline.prepare(
-        found, output, tokenizer, options, args.num_workers, args.overwrite, args.also_bin, run_chunks, open_file
+        found,
+        output,
+        tokenizer,
+        options,
+        args.num_workers,
+        args.overwrite,
+        args.also_bin,
+        run_chunks,
+        open_file,
+        args.keep_going,
     )
     if figures is None:
         print(f"nothing to do: {output} is there, made with the same options")
@@ -86,6 +95,7 @@ def parse_args(argv):
     group = parser.add_argument_group("records")
     group.add_argument("--text_key", default=rows.text_key, help="the key of a JSON line's text")
     group.add_argument("--txt_document", choices=sources.TXT_DOCUMENTS, default=rows.txt_document, help="what a document of a .txt file is: a line, what stands between blank lines, the file")  # fmt: skip  # noqa: E501
+    group.add_argument("--keep_going", action="store_true", help="use what can be read of a broken or mostly rejected input")
     group.add_argument("--max_line_mb", type=float, default=rows.sizes.longest_record / 1e6, help="longer records are rejected")
 
     group = parser.add_argument_group("cleaning")

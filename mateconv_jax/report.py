@@ -36,6 +36,7 @@ def write_report(folders: list[str], output: str | None = None, smooth: int | No
 
     content = curves.draw(runs, smooth, "png") if path.suffix == ".png" else report_page.html(runs, smooth).encode()
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with files.aside(path) as written:
             written.write_bytes(content)
     except OSError as error:

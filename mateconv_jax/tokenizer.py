@@ -15,7 +15,13 @@ from mateconv_jax import files
 from mateconv_jax.data.build import pipeline
 from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.text import sources as sources_lib
-from mateconv_jax.data.tokenizer import bpe, report as tokenizer_report, report_tables, tokenizer as tokenizer_lib
+from mateconv_jax.data.tokenizer import (
+    bpe,
+    folder as folder_lib,
+    report as tokenizer_report,
+    report_tables,
+    tokenizer as tokenizer_lib,
+)
 from mateconv_jax.errors import UserError, exit_code, program
 
 INSPECT_MB = 4  # of each --input: seconds, and the ratio's second decimal is right
@@ -63,7 +69,10 @@ def _folder_aside(output: Path, overwrite: bool) -> Iterator[Path]:
         raise UserError(f"--output: {str(output)!r} is there already (choose another folder, or --overwrite)")
     if output.exists() and not (output / "tokenizer.json").is_file():
         raise UserError(f"--output: {str(output)!r} holds no tokenizer and is not replaced (choose another folder)")
+    if output.exists() and (foreign := folder_lib.foreign_files(output)):
+        raise UserError(f"--output: {str(output)!r} holds {foreign[0]!r} too and is not replaced (choose another folder)")
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         with files.aside(output, folder=True, replace_folder=True) as written:
             yield written
     except OSError as error:

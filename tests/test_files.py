@@ -14,14 +14,32 @@ def test_a_file_is_there_completely_or_not_at_all(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and path.read_text() == "after"
 
 
+def test_a_folder_that_is_not_there_is_not_made(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        files.write_text(tmp_path / "mistyped" / "a", "a")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_killed_process_left_is_no_hindrance(tmp_path):
     (tmp_path / "a.partial" / "a").mkdir(parents=True)
     (tmp_path / "a.partial" / "a" / "old").touch()
-    (tmp_path / "b.partial").touch()  # as earlier versions wrote
+    (tmp_path / "b.partial").mkdir()
+    (tmp_path / "b.partial" / "b").touch()
     with files.aside(tmp_path / "a", folder=True) as written:
         (written / "new").touch()
     files.write_text(tmp_path / "b", "b")
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == ["a", "a/new", "b"]
+
+
+def test_what_others_put_at_the_partial_path_is_never_removed(tmp_path):
+    (tmp_path / "a.partial").write_text("a download")
+    (tmp_path / "b.partial").mkdir()
+    (tmp_path / "b.partial" / "notes.txt").write_text("notes")
+    for name in ("a", "b"):
+        with pytest.raises(FileExistsError, match="In the way"):
+            files.write_text(tmp_path / name, "text")
+    assert (tmp_path / "a.partial").read_text() == "a download"
+    assert (tmp_path / "b.partial" / "notes.txt").read_text() == "notes"
 
 
 def test_a_folder_is_replaced_only_when_told(tmp_path):

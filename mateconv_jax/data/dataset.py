@@ -14,10 +14,12 @@ A flat `.bin` file: MateConv's stream of 16-bit token ids, see token_bin.py. All
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 from mateconv_jax.data.shards import VERSION, RowFormat, ShardRows
 from mateconv_jax.data.token_bin import FlatRows, n_rows
+from mateconv_jax.data.tokenizer import folder as tokenizer_folder_lib
 from mateconv_jax.errors import UserError
 
 Rows = ShardRows | FlatRows
@@ -108,6 +110,21 @@ def open_dataset(path: str | Path, key: str, seq_len: int) -> Dataset:
         metadata["tokenizer_fingerprint"],
         RowFormat(metadata["seq_len"], metadata["vocab_size"], metadata.get("learned", False), version),
     )
+
+
+_OWN_FILES = re.compile(
+    r"mateconv-\w+\.array_record-\d+-of-\d+|(dataset_info|features|metadata|stats)\.json|stats\.png|rejected\.jsonl"
+    r"|(train|validation)\.bin|tokenizer"
+)
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """What stands in a dataset folder and is not of the dataset, sorted."""
+    foreign = [path.name for path in folder.iterdir() if not _OWN_FILES.fullmatch(path.name)]
+    tokenizer = folder / "tokenizer"
+    if tokenizer.is_dir():
+        foreign += [f"tokenizer/{name}" for name in tokenizer_folder_lib.foreign_files(tokenizer)]
+    return sorted(foreign)
 
 
 def read_metadata(folder: str | Path, key: str) -> dict:

@@ -155,7 +155,8 @@ def opened(
         rows = dataset.rows(name, document_starts)
         if rows is None:
             raise UserError(f"--split: {data[0]!r} has no split {name!r} (available: {', '.join(dataset.splits or ())})")
-        dataset.check_tokens(rows, len(tokenizer), f"the model's tokenizer has {len(tokenizer)}")
+        vocab_size = tokenizer_lib.vocab_size(tokenizer)
+        dataset.check_tokens(rows, vocab_size, f"the model's tokenizer has {vocab_size}")
         yield rows, described | {"split": None if dataset.splits is None else name, "seq_len": dataset.seq_len}
         return
     if split is not None:

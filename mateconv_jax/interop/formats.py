@@ -141,6 +141,7 @@ def convert(
         raise UserError("--dtype: some weights overflow float16 (expected bfloat16 or float32)")
     write = functools.partial(format.write, dtype=dtype) if to_format == "gguf" else format.write
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with files.aside(target, folder=not format.suffixes) as written:
             write(written, model, params)
     except OSError as error:

@@ -43,9 +43,9 @@ def open_data(data: DataOptions, vocab_size: int, document_mask: bool) -> tuple[
     datasets = [dataset for dataset in (train, validation) if dataset is not None]
     for dataset in datasets:
         _check(dataset, data.seq_len, tokenizer)
-    if len(tokenizer) > vocab_size:
+    if (needed := tokenizer_lib.vocab_size(tokenizer)) > vocab_size:
         raise UserError(
-            f"model.vocab_size: {vocab_size} is smaller than the tokenizer's vocabulary (expected at least {len(tokenizer)})"
+            f"model.vocab_size: {vocab_size} is smaller than the tokenizer's vocabulary (expected at least {needed})"
         )
     document_starts = (tokenizer.bos_token_id, tokenizer.eos_token_id) if document_mask else None
     train_rows = train.rows("train", document_starts)

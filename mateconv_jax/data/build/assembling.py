@@ -29,21 +29,22 @@ DESCRIPTION = (
 
 
 def assemble(
-    chunks_folder: Path,
+    chunks: list[Path],
     folder: Path,
     tokenizer_folder: Path,
     seq_len: int,
     options: dict,
+    input_digest: str,
     seconds: float,
     also_bin: bool,
 ) -> dict:
     """Put the folders of finished chunks together as a dataset folder. The chunks' own folders stay as they are.
 
     Args:
-      chunks_folder: what worker.ChunkWriter wrote.
+      chunks: folders that worker.ChunkWriter wrote, in order.
       folder: a new one.
       tokenizer_folder: the tokenizer that made the chunks; it is copied as it is.
-      options: what the dataset was made from, kept for the reader.
+      options, input_digest: what the dataset was made from, see build/identity.py.
       seconds: that the work took, for stats.json.
       also_bin: write each split as a flat uint16 stream too, SPLIT.bin.
 
@@ -57,25 +58,26 @@ def assemble(
 
     folder.mkdir(parents=True)
     tokenizer = tokenizer_lib.load(tokenizer_folder, "--tokenizer")
-    format = RowFormat(seq_len, len(tokenizer))
-    statistics, shards = _gather(chunks_folder, folder, len(tokenizer))
+    format = RowFormat(seq_len, tokenizer_lib.vocab_size(tokenizer))
+    statistics, shards = _gather(chunks, folder, format.vocab_size)
     split_infos = [_link_split(folder, split, found) for split, found in shards.items() if found]
     if also_bin:
         for split, found in shards.items():
             if found:
-                _write_bin(folder / f"{split}.bin", [ShardRows([path], format) for path, _ in found])
+                _write_bin(folder / f"{split}.bin", [path for path, _ in found], format)
     shutil.copytree(tokenizer_folder, folder / "tokenizer")
     figures = summary(statistics, tokenizer, seconds)
     files.write_text(folder / "stats.json", json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
     write_plot(figures, folder / "stats.png")
     metadata = {
         "seq_len": seq_len,
-        "vocab_size": len(tokenizer),
+        "vocab_size": format.vocab_size,
         "version": format.version,
         "learned": format.learned,
         "tokenizer_fingerprint": tokenizer_lib.fingerprint(tokenizer),
         "splits": figures["splits"],
         "options": options,
+        "input_digest": input_digest,
     }
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
@@ -91,7 +93,7 @@ def assemble(
 Shards = dict[str, list[tuple[Path, dict]]]  # split: each shard and its counts, {"rows", "bytes"}
 
 
-def _gather(chunks_folder: Path, folder: Path, vocab_size: int) -> tuple[Statistics, Shards]:
+def _gather(chunks: list[Path], folder: Path, vocab_size: int) -> tuple[Statistics, Shards]:
     """What all chunks have: their statistics together and their shards; their rejects go to rejected.jsonl.
 
     Raises:
@@ -100,7 +102,7 @@ def _gather(chunks_folder: Path, folder: Path, vocab_size: int) -> tuple[Statist
     statistics = Statistics(vocab_size)
     shards: Shards = {split: [] for split in SPLITS}
     with (folder / "rejected.jsonl").open("wb") as rejected:
-        for chunk in sorted(path for path in chunks_folder.iterdir() if path.suffix != ".partial"):
+        for chunk in chunks:
             statistics += Statistics.load(chunk / "statistics.npz")
             for split, counts in json.loads((chunk / "chunk.json").read_text())["splits"].items():
                 shards[split].append((chunk / split, counts))
@@ -127,11 +129,12 @@ def _link_split(folder: Path, split: str, shards: list[tuple[Path, dict]]) -> tf
     )
 
 
-def _write_bin(path: Path, shards_of_split: list[ShardRows]) -> None:
+def _write_bin(path: Path, shards: list[Path], format: RowFormat) -> None:
     """The shards' streams one behind the other: each row but for the token that it shares with the row before."""
     with path.open("wb") as file:
-        for shard in shards_of_split:
-            for start in range(0, len(shard), 4096):
-                batch = shard.read(np.arange(start, min(start + 4096, len(shard))))
+        for shard in shards:  # opened one at a time: there may be more than files may be open
+            rows = ShardRows([shard], format)
+            for start in range(0, len(rows), 4096):
+                batch = rows.read(np.arange(start, min(start + 4096, len(rows))))
                 for i, (tokens, length) in enumerate(zip(batch["tokens"], batch["length"], strict=True), start):
                     file.write(tokens[min(i, 1) : length].tobytes())

@@ -8,6 +8,8 @@ workers see no common disk.
 """
 
 import dataclasses
+import json
+import os
 import pickle
 import shutil
 import tempfile
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import apache_beam as beam
 import numpy as np
-from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.io.filesystem import CompressionTypes, FileMetadata
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 
@@ -31,19 +33,23 @@ from mateconv_jax.errors import UserError
 CHUNK_FILES = (*SPLITS, "statistics.npz", "keys.npy", "rejected.jsonl", "chunk.json")  # the last one seals
 
 
-def run_chunks(sources: list[Source], setup: WorkerSetup, beam_flags: list[str], work_folder: str | None) -> None:
-    """Make the folders of all chunks in setup.chunks_folder.
+def run_chunks(
+    sources: list[Source], setup: WorkerSetup, identity: str, beam_flags: list[str], work_folder: str | None
+) -> list[str]:
+    """Make the folders of all chunks in setup.chunks_folder; their names, in order.
 
     Args:
+      identity: of the inputs, tokenizer and options. Chunks go to a folder of that name in work_folder, so that a run finds its
+        own chunks again and never another's.
       beam_flags: Beam's own options, `--runner=…` and what the runner takes.
       work_folder: where workers put chunks before they are fetched; None: beside setup.chunks_folder.
     """
-    work_folder = work_folder or str(setup.chunks_folder.with_name("beam"))
+    work_folder = f"{work_folder or setup.chunks_folder.with_name('beam')}/{identity}"
     tokenizer = {path.name: path.read_bytes() for path in setup.tokenizer_folder.iterdir()}
     with beam.Pipeline(options=PipelineOptions(beam_flags)) as pipeline:
         cleaned = (
             pipeline
-            | beam.Create(list(enumerate(sources)))
+            | beam.Create(list(enumerate(sources_lib.groups(sources, setup.options.sizes))))
             | "read chunks" >> beam.FlatMap(_chunks, setup)
             | beam.Reshuffle()
             | "clean" >> beam.Map(_clean, setup)
@@ -56,31 +62,39 @@ def run_chunks(sources: list[Source], setup: WorkerSetup, beam_flags: list[str],
         )
         joined = {"cleaned": cleaned, "dropped": dropped} | beam.CoGroupByKey()
         joined | "write" >> beam.ParDo(_Write(setup, tokenizer, work_folder))
-    for match in FileSystems.match([f"{work_folder}/*/chunk.json"])[0].metadata_list:
-        _fetch(match.path.removesuffix("/chunk.json"), setup.chunks_folder)
+    finished = FileSystems.match([f"{work_folder}/*/chunk.json"])[0].metadata_list
+    return sorted(_fetch(match.path.removesuffix("/chunk.json"), setup.chunks_folder) for match in finished)
 
 
-def files(pattern: str) -> list[tuple[str, int]]:
+def files(pattern: str) -> list[tuple[str, int, int | None]]:
     """As sources.local_files, on any of Beam's file systems."""
-    found = [(match.path, match.size_in_bytes) for match in FileSystems.match([pattern])[0].metadata_list]
+    found = [(match.path, match.size_in_bytes, _modified(match)) for match in FileSystems.match([pattern])[0].metadata_list]
     if not found:
         raise UserError(f"--input: no file at {pattern!r} (expected .jsonl, .txt or .bin files, or a glob)")
     return sorted(found)
+
+
+def _modified(match: FileMetadata) -> int | None:
+    """Nanoseconds, to the digit as sources.local_files has it where that can see the file."""
+    if os.path.exists(match.path):
+        return os.stat(match.path).st_mtime_ns
+    return int(1e9 * match.last_updated_in_seconds) or None
 
 
 def open_file(path: str):
     return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)  # sources.py decompresses itself
 
 
-def _chunks(numbered: tuple[int, Source], setup: WorkerSetup) -> Iterator[Chunk]:
-    number, source = numbered
+def _chunks(numbered: tuple[int, list[Source]], setup: WorkerSetup) -> Iterator[Chunk]:
+    number, group = numbered
     options = setup.options
-    return sources_lib.chunks(source, number, options.sizes, options.txt_document, setup.bos_eos, open_file)
+    return sources_lib.chunks(group, number, options.sizes, options.txt_document, setup.bos_eos, open_file)
 
 
 def _clean(chunk: Chunk, setup: WorkerSetup) -> tuple[str, tuple[bytes, str, np.ndarray]]:
+    """(name, (pickled, digest of the input, keys))."""
     cleaned = worker.read_chunk(chunk, setup.options, setup.special_tokens, setup.vocab_size)
-    return chunk.name, (pickle.dumps(cleaned), chunk.source.path, cleaned.keys)
+    return chunk.name, (pickle.dumps(cleaned), cleaned.digest, cleaned.keys)
 
 
 Position = tuple[str, int]  # chunk, document: in the order of the input
@@ -121,14 +135,14 @@ class _Write(beam.DoFn):
     def process(self, element):
         name, joined = element
         target = f"{self._work_folder}/{name}"
-        [(pickled, source, keys)] = joined["cleaned"]
-        if not FileSystems.exists(f"{target}/chunk.json"):
+        [(pickled, digest, keys)] = joined["cleaned"]
+        if not _is_there(target, digest):
             codes = np.full(len(keys), duplicates.KEPT, np.uint8)
             for document, exact in joined["dropped"]:
                 codes[document] = (
                     duplicates.DUPLICATE if exact or codes[document] == duplicates.DUPLICATE else duplicates.NEAR_DUPLICATE
                 )
-            self._writer.write_chunk(pickle.loads(pickled), source, codes)
+            self._writer.write_chunk(pickle.loads(pickled), codes)
             for file in CHUNK_FILES:
                 if (self._local / name / file).exists():
                     with (
@@ -142,10 +156,19 @@ class _Write(beam.DoFn):
         shutil.rmtree(self._local, ignore_errors=True)
 
 
-def _fetch(remote: str, chunks_folder: Path) -> None:
+def _is_there(target: str, digest: str) -> bool:
+    """Whether a chunk was finished before, of the same input."""
+    if not FileSystems.exists(f"{target}/chunk.json"):
+        return False
+    with open_file(f"{target}/chunk.json") as file:
+        return json.load(file)["digest"] == digest
+
+
+def _fetch(remote: str, chunks_folder: Path) -> str:
     name = remote.rstrip("/").rsplit("/", 1)[1]
     with files_lib.aside(chunks_folder / name, folder=True, replace_folder=True) as written:
         for file in CHUNK_FILES:
             if FileSystems.exists(f"{remote}/{file}"):
                 with open_file(f"{remote}/{file}") as data, (written / file).open("wb") as out:
                     shutil.copyfileobj(data, out)
+    return name

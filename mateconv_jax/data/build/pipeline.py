@@ -1,4 +1,4 @@
-"""The making of a dataset folder: a tokenizer, chunk after chunk in parallel, and the whole put together.
+"""Making a dataset folder: a tokenizer, the chunks in parallel, and the folder assembled from them.
 
 Everything is made in OUTPUT.partial, one folder a finished chunk, and renamed at the end. A run that was killed goes on with
 the chunks that are missing, and gives the same bytes as one that was not.
@@ -6,9 +6,7 @@ the chunks that are missing, and gives the same bytes as one that was not.
 
 import collections
 import concurrent.futures.process
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import heapq
 import itertools
@@ -24,20 +22,24 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from hashlib import blake2b
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 import numpy as np
 from tqdm import tqdm
 
 from mateconv_jax import files
-from mateconv_jax.data.build import worker
+from mateconv_jax.data.build import identity, work_folder, worker
 from mateconv_jax.data.build.options import PrepareOptions
-from mateconv_jax.data.build.worker import ChunkWriter
+from mateconv_jax.data.build.unreadable import UnreadableInputs
+from mateconv_jax.data.build.worker import ChunkWriter, InputCounts
 from mateconv_jax.data.shards import VERSION
 from mateconv_jax.data.text import duplicates, sources as sources_lib
-from mateconv_jax.data.text.sources import Chunk, Source
+from mateconv_jax.data.text.sources import Chunk, Part, Source
 from mateconv_jax.errors import UserError
+
+CHUNK_VERSION = 2  # of the folders of finished chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ class WorkerSetup:
     vocab_size: int
 
     def writer(self) -> ChunkWriter:
-        return ChunkWriter(self.chunks_folder, self.options, self.tokenizer_folder, self.bos_eos)
+        return ChunkWriter(self.chunks_folder, self.options, self.tokenizer_folder, self.bos_eos, self.vocab_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,16 +76,19 @@ def prepare(
     also_bin: bool = False,
     run_chunks: Callable | None = None,
     open_file: Callable[[str], BinaryIO] = sources_lib.open_local,
+    keep_going: bool = False,
 ) -> dict | None:
     """Make a dataset folder; see data/dataset.py.
 
     Args:
       tokenizer: a folder that holds one, or how to train one.
       num_workers: processes that clean and tokenise; 1 works in this one.
-      overwrite: replace what is there, or was begun there, with other options.
+      overwrite: replace the dataset that is there, or was begun there, with other options. Nothing but a dataset is replaced.
       also_bin: write each split as a flat uint16 stream too.
-      run_chunks: takes (sources, WorkerSetup) and makes all chunks, in place of this machine's processes.
+      run_chunks: takes (sources, WorkerSetup, identity), makes all chunks in place of this machine's processes, and returns
+        their names in order.
       open_file: opens an input for reading bytes.
+      keep_going: use what can be read of an input that is broken or mostly rejected; otherwise it is an error.
 
     Returns:
       What stats.json holds; None where the dataset was there already, made with the same options.
@@ -91,30 +96,24 @@ def prepare(
     Raises:
       UserError: wrong input, another run in the same folder, a full disk. What was finished stays, and is not done again.
     """
-    from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib  # imports transformers, 2 s
-
     start = time.perf_counter()
-    if isinstance(tokenizer, TokenizerTraining):
-        training, given = tokenizer, None
-        vocab_size, identity = tokenizer.vocab_size, dataclasses.asdict(tokenizer)
-    else:
-        training, given = None, tokenizer_lib.load(tokenizer, "--tokenizer")
-        vocab_size, identity = len(given), tokenizer_lib.fingerprint(given)
-    _check_bin(sources, training is not None, also_bin, vocab_size)
-    described = _described(sources, identity, options, also_bin)
-    partial = output.with_name(output.name + ".partial")
+    partial = work_folder.path_for(output)
+    work_folder.check_outside(sources, partial)
+    work_folder.restore_replaced(output)
+    training, given, described = _described(sources, tokenizer, options, also_bin)
     if output.exists() and not overwrite:
-        from mateconv_jax.data import dataset
-
-        check_options(dataset.read_metadata(output, "--output")["options"], described, f"{str(output)!r} was made")
-        shutil.rmtree(partial, ignore_errors=True)
+        bos_eos = None if given is None else (given.bos_token_id, given.eos_token_id)
+        _check_there(output, described, functools.partial(all_chunks, sources, options, bos_eos, open_file))
+        work_folder.remove(partial)
         return None
+    work_folder.check_replaceable(output, sources)
+    versions = {"row_version": VERSION, "chunk_version": CHUNK_VERSION}  # chunks of another version cannot be mixed with ours
+    unreadable = UnreadableInputs(keep_going, options.txt_document == "file")
     try:
-        # Finished chunks of another version of the rows cannot be mixed with ours.
-        with work_folder(partial, described | {"row_version": VERSION}, overwrite) as folder:
-            _make_chunks(folder, sources, given, training, options, num_workers, run_chunks, open_file)
-            figures = _assemble(folder, output, options, described, also_bin, start)
-        shutil.rmtree(partial)
+        with work_folder.opened(partial, described | versions, overwrite) as folder:
+            names = _make_chunks(folder, sources, given, training, options, num_workers, run_chunks, open_file, unreadable)
+            figures = _assemble(folder, names, output, options, described, also_bin, start)
+        work_folder.remove(partial)
     except OSError as error:
         raise UserError(
             f"--output: cannot write {error.filename or str(partial)!r}: {error.strerror or error} (what was finished stays in "
@@ -123,10 +122,46 @@ def prepare(
     return figures
 
 
-def _described(sources: list[Source], tokenizer: dict | str, options: PrepareOptions, also_bin: bool) -> dict:
-    """What decides the dataset's bytes, for JSON. tokenizer: how one is trained, or the fingerprint of the one given."""
-    inputs = [[source.path, source.size] for source in sources]
-    return {"input": inputs, "tokenizer": tokenizer, **dataclasses.asdict(options), "also_bin": also_bin}
+def _described(sources: list[Source], tokenizer: str | TokenizerTraining, options: PrepareOptions, also_bin: bool):
+    """How a tokenizer is trained, or None; the one given, or None; and what decides the dataset's bytes, for JSON."""
+    from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib  # imports transformers, 2 s
+
+    if isinstance(tokenizer, TokenizerTraining):
+        training, given, vocab_size = tokenizer, None, tokenizer.vocab_size
+        made_with = {"tokenizer": dataclasses.asdict(tokenizer), "tokenizer_settings": None}
+    else:
+        training, given = None, tokenizer_lib.load(tokenizer, "--tokenizer")
+        vocab_size = tokenizer_lib.vocab_size(given)
+        settings = identity.tokenizer_settings(given)
+        made_with = {"tokenizer": tokenizer_lib.fingerprint(given), "tokenizer_settings": settings}
+    _check_bin(sources, training is not None, also_bin, vocab_size)
+    described = {"input": identity.inputs(sources), **made_with, **dataclasses.asdict(options), "also_bin": also_bin}
+    return training, given, described
+
+
+def _check_there(output: Path, described: dict, read: Callable[[], Iterator[Chunk]]) -> None:
+    """Raises UserError unless the dataset at `output` was made of these inputs with these options."""
+    from mateconv_jax.data import dataset
+
+    metadata = dataset.read_metadata(output, "--output")
+    theirs = metadata["options"]
+    identity.check_options(theirs, described, f"{str(output)!r} was made")
+    if identity.same_input(theirs, described):
+        return
+    if "input_digest" not in metadata:  # made by an earlier version, which compared names and sizes
+        if any(size is None for _, size, *_ in described["input"]):
+            raise UserError(f"--input: what {str(output)!r} was made from cannot be compared with this (give --overwrite)")
+        return
+    print("the input may have changed: comparing it with what the dataset was made from", file=sys.stderr, flush=True)
+    if input_digest(map(worker.digest, read())) != metadata["input_digest"]:
+        raise UserError(
+            f"--input: the content is not what {str(output)!r} was made from (choose another --output, or --overwrite)"
+        )
+
+
+def input_digest(chunk_digests: Iterable[str]) -> str:
+    """Of everything that was read, from the digests of all chunks in order."""
+    return blake2b("".join(chunk_digests).encode(), digest_size=16).hexdigest()
 
 
 def _check_bin(sources: list[Source], trains_tokenizer: bool, also_bin: bool, vocab_size: int) -> None:
@@ -138,42 +173,59 @@ def _check_bin(sources: list[Source], trains_tokenizer: bool, also_bin: bool, vo
         raise UserError("--also_bin: a .bin file holds 16-bit token ids (expected a vocabulary of at most 65,536)")
 
 
-def _make_chunks(folder: Path, sources, given, training, options, num_workers, run_chunks, open_file) -> None:
-    """Tokenizer and finished chunks in a work folder; the arguments are `prepare`'s."""
+def _make_chunks(
+    folder: Path, sources, given, training, options, num_workers, run_chunks, open_file, unreadable: UnreadableInputs
+) -> list[str]:
+    """Tokenizer and finished chunks in a work folder; the chunks' names in order. The arguments are `prepare`'s."""
     bos_eos = given and (given.bos_token_id, given.eos_token_id)
     read = functools.partial(all_chunks, sources, options, bos_eos, open_file)
     chunks = read()
     if given is None:
         once = any(source.path == "-" for source in sources)
-        given, chunks = _trained(training, options, folder / "tokenizer", chunks, None if once else read)
+        given, chunks = _trained(training, options, folder, chunks, None if once else read)
     elif not (folder / "tokenizer").exists():
         _save(given, folder / "tokenizer")
+    from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
+
     setup = WorkerSetup(
         folder / "chunks",
         options,
         folder / "tokenizer",
         (given.bos_token_id, given.eos_token_id),
         tuple(given.all_special_tokens),
-        len(given),
+        tokenizer_lib.vocab_size(given),
     )
-    if run_chunks:
-        run_chunks(sources, setup)
-    else:
+    if not run_chunks:
         with Progress(sources) as progress:
-            process_chunks(chunks, setup, num_workers, progress.done)
+            return process_chunks(chunks, setup, num_workers, progress.done, unreadable)
+    made_from = (folder / "options.json").read_text(encoding="utf-8")
+    if not identity.same_input(json.loads(made_from), json.loads(made_from)):  # not known: no chunk can be taken for ours
+        made_from += str(time.time_ns())
+    names = run_chunks(sources, setup, blake2b(made_from.encode(), digest_size=8).hexdigest())
+    for name in names:
+        inputs = _counts_of_done(folder / "chunks" / name)
+        unreadable.begin(counts.path for counts in inputs)
+        unreadable.done(inputs)
+    unreadable.finish()
+    return names
 
 
-def _assemble(folder: Path, output: Path, options: PrepareOptions, described: dict, also_bin: bool, start: float) -> dict:
+def _assemble(
+    folder: Path, names: list[str], output: Path, options: PrepareOptions, described: dict, also_bin: bool, start: float
+) -> dict:
     """The finished chunks of a work folder become the dataset at `output`. `start`: when the work began."""
     from mateconv_jax.data.build.assembling import assemble  # imports tensorflow_datasets, 2 s
 
-    dataset = folder / "dataset"
-    shutil.rmtree(dataset, ignore_errors=True)
+    made, replaced = folder / "dataset", folder / "replaced"
+    shutil.rmtree(made, ignore_errors=True)
+    chunks = [folder / "chunks" / name for name in names]
+    digest = input_digest(json.loads((chunk / "chunk.json").read_text())["digest"] for chunk in chunks)
     seconds = time.perf_counter() - start
-    figures = assemble(folder / "chunks", dataset, folder / "tokenizer", options.seq_len, described, seconds, also_bin)
+    figures = assemble(chunks, made, folder / "tokenizer", options.seq_len, described, digest, seconds, also_bin)
     if output.exists():
-        output.rename(folder / "replaced")
-    dataset.rename(output)
+        shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed after it had put a newer one in its place
+        output.rename(replaced)
+    made.rename(output)
     return figures
 
 
@@ -181,24 +233,37 @@ def _assemble(folder: Path, output: Path, options: PrepareOptions, described: di
 
 
 def _trained(training: TokenizerTraining, options: PrepareOptions, folder: Path, chunks: Iterator[Chunk], read_again):
-    """The tokenizer, and the chunks that are still to be read. `read_again` is None where the input can be read only once."""
+    """The tokenizer, and the chunks that are still to be read. `read_again` is None where the input can be read only once.
+
+    Raises:
+      UserError: a tokenizer is there that was trained on other text.
+    """
     from mateconv_jax.data.tokenizer import bpe, tokenizer as tokenizer_lib
 
-    if folder.exists():
-        return tokenizer_lib.load(folder, "--output"), chunks
+    described = json.loads((folder / "options.json").read_text(encoding="utf-8"))
+    record = folder / "sample.json"  # what the tokenizer was trained on
+    before = json.loads(record.read_text(encoding="utf-8")) if (folder / "tokenizer").exists() else None
+    if before and identity.same_input(before, described):
+        return tokenizer_lib.load(folder / "tokenizer", "--output"), chunks
     max_bytes = int(training.sample_mb * 1e6)
     if read_again is None:  # the sample is the input's beginning
         head, size = [], 0
         for chunk in chunks:
             head.append(chunk)
-            size += sum(len(record) for _, record in chunk.records)
+            size += sum(len(record) for part in chunk.parts for _, record in part.records)
             if size >= max_bytes:
                 break
-        texts, chunks = clean_texts(head, options), itertools.chain(head, chunks)
+        sampled, chunks = head, itertools.chain(head, chunks)
     else:
-        texts, chunks = clean_texts(sample(chunks, max_bytes), options), read_again()
-    trained = bpe.train(texts, training.vocab_size, split_digits=training.split_digits)
-    _save(trained, folder)
+        sampled, chunks = list(sample(chunks, max_bytes)), read_again()
+    now = {"input": described["input"], "digest": input_digest(map(worker.digest, sampled))}
+    if before:
+        if before["digest"] != now["digest"]:
+            raise UserError("--input: the content has changed since a tokenizer was trained on it (--overwrite begins again)")
+        return tokenizer_lib.load(folder / "tokenizer", "--output"), chunks
+    trained = bpe.train(clean_texts(sampled, options), training.vocab_size, split_digits=training.split_digits)
+    files.write_text(record, json.dumps(now))
+    _save(trained, folder / "tokenizer")
     return trained, chunks
 
 
@@ -209,21 +274,23 @@ def sample(chunks: Iterable[Chunk], max_bytes: int, seed: int = 0) -> Iterator[C
     Each record draws a number, and those with the smallest are kept (a reservoir; Vitter, 1985, with a bound in bytes).
     """
     rng = random.Random(seed)
-    kept: list[tuple[float, int, Chunk]] = []  # a heap, the largest number first
+    kept: list[tuple[float, int, Source, tuple[int, bytes]]] = []  # a heap, the largest number first
     size, limit, position = 0, 1.0, 0
-    for chunk in chunks:
-        for record in chunk.records:
+    for part in itertools.chain.from_iterable(chunk.parts for chunk in chunks):
+        for record in part.records:
             position += 1
             if (number := rng.random()) >= limit or len(record[1]) > max_bytes:
                 continue
-            heapq.heappush(kept, (-number, position, dataclasses.replace(chunk, records=[record], rejects=[])))
+            heapq.heappush(kept, (-number, position, part.source, record))
             size += len(record[1])
             while size > max_bytes:
-                negative, _, dropped = heapq.heappop(kept)
-                size -= len(dropped.records[0][1])
+                negative, _, _, dropped = heapq.heappop(kept)
+                size -= len(dropped[1])
                 limit = -negative
-    for _, _, chunk in sorted(kept, key=lambda entry: entry[1]):
-        yield chunk
+    kept.sort(key=lambda entry: entry[1])
+    for start in range(0, len(kept), 1000):
+        by_source = itertools.groupby(kept[start : start + 1000], key=lambda entry: entry[2])
+        yield Chunk("", [Part(source, [record for *_, record in entries]) for source, entries in by_source])
 
 
 def clean_texts(chunks: Iterable[Chunk], options: PrepareOptions) -> Iterator[str]:
@@ -242,50 +309,6 @@ def clean_texts(chunks: Iterable[Chunk], options: PrepareOptions) -> Iterator[st
 def _save(tokenizer, folder: Path) -> None:
     with files.aside(folder, folder=True) as written:
         tokenizer.save_pretrained(written)
-
-
-# ---- the work folder ----------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def work_folder(folder: Path, options: dict, overwrite: bool) -> Iterator[Path]:
-    """The folder, made and locked, once it is known that what lies there was made with the same options.
-
-    Raises:
-      UserError: another run is writing there, or other options made what is there and overwrite is False.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"--output: another run is writing {str(folder)!r} (wait for it, or choose another folder)"
-            ) from error
-        there = folder / "options.json"
-        if there.exists():
-            try:
-                check_options(json.loads(there.read_text()), options, f"{str(folder)!r} was begun")
-            except UserError:
-                if not overwrite:
-                    raise
-                for path in folder.iterdir():
-                    if path.name != "lock":
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
-        files.write_text(there, json.dumps(options, ensure_ascii=False))
-        (folder / "chunks").mkdir(exist_ok=True)
-        yield folder
-
-
-def check_options(theirs: dict, ours: dict, what: str) -> None:
-    """Raises UserError with the first option that differs. `what` starts the sentence: "'data/zh' was made"."""
-    ours = json.loads(json.dumps(ours))
-    for key in [*ours, *theirs]:
-        if theirs.get(key) != ours.get(key):
-            raise UserError(
-                f"--output: {what} with {key}={theirs.get(key)!r}, not {ours.get(key)!r} "
-                "(choose another folder, give the same options, or --overwrite)"
-            )
 
 
 # ---- all chunks, in parallel --------------------------------------------------------------------------------------
@@ -317,9 +340,12 @@ class Progress:
 
     def done(self, chunk: Chunk) -> None:
         """A chunk is finished, perhaps not in order."""
-        before = self._positions.get(chunk.source, 0)
-        self._positions[chunk.source] = max(before, chunk.position)
-        self._bar.update(self._positions[chunk.source] - before)
+        advance = 0
+        for part in chunk.parts:
+            before = self._positions.get(part.source, 0)
+            self._positions[part.source] = max(before, part.position)
+            advance += self._positions[part.source] - before
+        self._bar.update(advance)
         if self._bar.disable and time.monotonic() - self._last_line > 10:
             self._last_line = time.monotonic()
             total = "" if self._total is None else f" of {self._total / 1e6:,.0f}"
@@ -329,13 +355,19 @@ class Progress:
 
 
 def all_chunks(
-    sources: list[Source], options: PrepareOptions, bos_eos: tuple[int, int] | None, open_file=sources_lib.open_local
+    sources: list[Source], options: PrepareOptions, bos_eos: tuple[int | None, int] | None, open_file=sources_lib.open_local
 ) -> Iterator[Chunk]:
-    for number, source in enumerate(sources):
-        yield from sources_lib.chunks(source, number, options.sizes, options.txt_document, bos_eos, open_file)
+    for number, group in enumerate(sources_lib.groups(sources, options.sizes)):
+        yield from sources_lib.chunks(group, number, options.sizes, options.txt_document, bos_eos, open_file)
 
 
-def process_chunks(chunks: Iterable[Chunk], setup: WorkerSetup, num_workers: int, on_done: Callable[[Chunk], None]) -> None:
+def process_chunks(
+    chunks: Iterable[Chunk],
+    setup: WorkerSetup,
+    num_workers: int,
+    on_done: Callable[[Chunk], None],
+    unreadable: UnreadableInputs,
+) -> list[str]:
     """Make the folders of all chunks that are not there yet.
 
     Chunks are cleaned and tokenised out of order, but which documents are duplicates is decided in order, between the two.
@@ -343,11 +375,15 @@ def process_chunks(chunks: Iterable[Chunk], setup: WorkerSetup, num_workers: int
     Args:
       num_workers: processes; 1 works in this one.
       on_done: called with each chunk, without its records, when its folder is there.
+      unreadable: told what became of each input.
+
+    Returns:
+      The names of all chunks, in order.
 
     Raises:
-      UserError: an input changed since the folder of a chunk was made; a worker was killed.
+      UserError: an input changed since the folder of a chunk was made, or is mostly unusable; a worker was killed.
     """
-    seen = duplicates.SeenKeys()
+    seen, names = duplicates.SeenKeys(), []
     reading: collections.deque = collections.deque()  # (chunk, its cleaned form and keys), in order
     writing: dict[concurrent.futures.Future, Chunk] = {}
 
@@ -355,17 +391,18 @@ def process_chunks(chunks: Iterable[Chunk], setup: WorkerSetup, num_workers: int
         chunk, cleaned = reading.popleft()
         if isinstance(cleaned, np.ndarray):  # the keys of a chunk that is done
             seen.mark(cleaned)
+            unreadable.done(_counts_of_done(setup.chunks_folder / chunk.name))
             on_done(chunk)
             return
         pickled, keys = cleaned.result()
         codes = seen.mark(keys) if setup.options.dedup != "none" else np.full(len(keys), duplicates.KEPT, np.uint8)
-        writing[pool.submit(_write, pickled, chunk.source.path, codes)] = chunk
+        writing[pool.submit(_write, pickled, codes)] = chunk
 
     def wait_for_one():
         done, _ = concurrent.futures.wait(writing, return_when=concurrent.futures.FIRST_COMPLETED)
         for future in done:
-            future.result()
             on_done(writing.pop(future))
+            unreadable.done(future.result())
 
     with _pool(num_workers, setup) as pool:
         try:
@@ -376,11 +413,14 @@ def process_chunks(chunks: Iterable[Chunk], setup: WorkerSetup, num_workers: int
                 while len(writing) > num_workers:
                     wait_for_one()
                 keys = _keys_of_done(setup.chunks_folder, chunk)
-                reading.append((dataclasses.replace(chunk, records=[]), pool.submit(_read, chunk) if keys is None else keys))
+                names.append(chunk.name)
+                unreadable.begin(part.source.path for part in chunk.parts)
+                reading.append((_without_records(chunk), pool.submit(_read, chunk) if keys is None else keys))
             while reading:
                 write_next()
             while writing:
                 wait_for_one()
+            unreadable.finish()
         except concurrent.futures.process.BrokenProcessPool as error:
             raise UserError(
                 "--num_workers: a worker process was killed, perhaps for want of memory (run again, it goes on; fewer workers "
@@ -389,6 +429,15 @@ def process_chunks(chunks: Iterable[Chunk], setup: WorkerSetup, num_workers: int
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    return names
+
+
+def _without_records(chunk: Chunk) -> Chunk:
+    return dataclasses.replace(chunk, parts=[Part(part.source, position=part.position) for part in chunk.parts])
+
+
+def _counts_of_done(folder: Path) -> list[InputCounts]:
+    return [InputCounts(**counts) for counts in json.loads((folder / "chunk.json").read_text())["inputs"]]
 
 
 def _keys_of_done(folder: Path, chunk: Chunk) -> np.ndarray | None:
@@ -396,9 +445,10 @@ def _keys_of_done(folder: Path, chunk: Chunk) -> np.ndarray | None:
     if not done.exists():
         return None
     if json.loads((done / "chunk.json").read_text())["digest"] != worker.digest(chunk):
+        first = chunk.parts[0]
         raise UserError(
-            f"--input: {chunk.source.path!r} has changed since part of it was prepared, near line "
-            f"{chunk.records[0][0] if chunk.records else 1:,} (--overwrite begins again)"
+            f"--input: {first.source.path!r} has changed since part of it was prepared, near line "
+            f"{first.records[0][0] if first.records else 1:,} (--overwrite begins again)"
         )
     return np.load(done / "keys.npy")
 
@@ -422,6 +472,7 @@ def _pool(num_workers: int, setup: WorkerSetup) -> concurrent.futures.Executor:
 
 _setup: WorkerSetup
 _writer: ChunkWriter
+_lock: TextIO  # kept open
 
 
 def _start(setup: WorkerSetup) -> None:
@@ -431,9 +482,11 @@ def _start(setup: WorkerSetup) -> None:
 
 
 def _start_worker(setup: WorkerSetup) -> None:
+    global _lock
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker is one thread
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    _lock = work_folder.hold_for_worker(setup.chunks_folder.parent)
     _start(setup)
 
 
@@ -449,5 +502,5 @@ def _read(chunk: Chunk) -> tuple[bytes, np.ndarray]:
     return pickle.dumps(cleaned), cleaned.keys  # pickled here, the documents only pass through the parent
 
 
-def _write(pickled: bytes, source: str, codes: np.ndarray) -> None:
-    _writer.write_chunk(pickle.loads(pickled), source, codes)
+def _write(pickled: bytes, codes: np.ndarray) -> list[InputCounts]:
+    return _writer.write_chunk(pickle.loads(pickled), codes)

@@ -2,15 +2,15 @@
 
 import dataclasses
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from mateconv_jax import files
-from mateconv_jax.data.build import pipeline, worker
+from mateconv_jax.data.build import pipeline, work_folder, worker
 from mateconv_jax.data.build.options import PrepareOptions
+from mateconv_jax.data.dataset import is_dataset
 from mateconv_jax.data.text import duplicates, sources
 from mateconv_jax.data.text.cleaning import CleaningOptions
 from mateconv_jax.data.text.sources import ChunkSizes
@@ -45,18 +45,21 @@ class DataProcessor:
           {"lines", "documents"} and, for each rule, how many it rejected.
 
         Raises:
-          UserError: no such input.
+          UserError: no such input, or the output would replace it.
         """
         output, seen, counts = Path(output_path), duplicates.SeenKeys(), Counter(lines=0, documents=0)
-        output.parent.mkdir(parents=True, exist_ok=True)
         rejected_path = output.with_name(output.name + ".rejected.jsonl")
+        found = sources.find([str(input_path)])
+        for path in (output, rejected_path):
+            _check_not_an_input(path, found)
+        output.parent.mkdir(parents=True, exist_ok=True)
         with (
             files.aside(output) as cleaned_path,
             files.aside(rejected_path) as rejects_path,
             cleaned_path.open("w", encoding="utf-8") as cleaned_file,
             rejects_path.open("w", encoding="utf-8") as rejected_file,
         ):
-            for chunk in pipeline.all_chunks(sources.find([str(input_path)]), self._options, None):
+            for chunk in pipeline.all_chunks(found, self._options, None):
                 cleaned = worker.read_chunk(chunk, self._options, tuple(SPECIAL_TOKENS.values()), 0)
                 codes = seen.mark(cleaned.keys)
                 for i in np.flatnonzero(codes == duplicates.KEPT):
@@ -64,33 +67,41 @@ class DataProcessor:
                         record = {"text": piece} if isinstance(piece, str) else {"messages": piece}
                         cleaned_file.write(json.dumps(record, ensure_ascii=False) + "\n")
                         counts["documents"] += 1
-                for reject in worker.rejects_of(cleaned, chunk.source.path, codes):
+                for reject in worker.rejects_of(cleaned, codes):
                     rejected_file.write(json.dumps(reject, ensure_ascii=False) + "\n")
                     counts[reject["rule"]] += 1
                 counts["lines"] += cleaned.statistics.lines
         return dict(counts)
 
-    def process_dataset(self, input_path: str, output_path: str, resume: bool = True) -> dict:
+    def process_dataset(self, input_path: str, output_path: str, resume: bool = True, keep_going: bool = False) -> dict:
         """Make a dataset folder that training takes as data.train_data_path; or, when output_path ends in .bin, MateConv's flat
         file of 16-bit token ids, all documents in it.
 
         Args:
           resume: go on with what an earlier call began, and do nothing where it finished; False begins again.
+          keep_going: use what can be read of an input that is broken or mostly rejected; otherwise it is an error.
 
         Returns:
           What stats.json holds.
 
         Raises:
-          UserError: no such input, no such tokenizer, or (with resume) other options made what is there.
+          UserError: no such input, no such tokenizer, (with resume) other options made what is there, or what is there was not
+            made by this method.
         """
         output = Path(output_path)
         flat = output.suffix == ".bin"
         folder = output.with_name(output.name + ".dataset") if flat else output
-        if not resume:
-            shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
-        options = dataclasses.replace(self._options, val_fraction=0.0) if flat else self._options
         found = sources.find([str(input_path)])
-        pipeline.prepare(found, folder, self.tokenizer_path, options, self.num_workers, not resume, also_bin=flat)
+        if flat and output.exists() and not is_dataset(folder):
+            raise UserError(f"output_path: {str(output)!r} is there, and process_dataset did not make it (choose another name)")
+        _check_not_an_input(output, found)
+        if not resume:
+            work_folder.check_outside(found, work_folder.path_for(folder))
+            work_folder.check_replaceable(folder, found)
+            work_folder.remove(work_folder.path_for(folder))
+        options = dataclasses.replace(self._options, val_fraction=0.0) if flat else self._options
+        workers = self.num_workers
+        pipeline.prepare(found, folder, self.tokenizer_path, options, workers, not resume, also_bin=flat, keep_going=keep_going)
         self._statistics = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
         if flat:
             files.link(folder / "train.bin", output)
@@ -105,3 +116,9 @@ class DataProcessor:
         if self._statistics is None:
             raise UserError("save_statistics: nothing was processed yet (expected process_dataset before)")
         files.write_text(Path(path), json.dumps(self._statistics, indent=2, ensure_ascii=False) + "\n")
+
+
+def _check_not_an_input(output: Path, inputs: list[sources.Source]) -> None:
+    for source in inputs:
+        if output.exists() and source.size is not None and output.samefile(source.path):
+            raise UserError(f"output_path: {str(output)!r} is the input (choose another name)")

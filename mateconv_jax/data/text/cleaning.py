@@ -1,6 +1,8 @@
 """Cleaning rules, each an option: what is mended, what is split, and which documents are left out."""
 
 import dataclasses
+import functools
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -116,13 +118,15 @@ class Cleaner:
             text = apply("control_tokens", self.control_tokens.sub("", text))
         if options.unicode != "keep":  # last: what stood between two characters that combine may be gone now
             form = "NFKC" if options.unicode == "nfkc" else "NFC"
-            if not unicodedata.is_normalized(form, text):
-                text = apply("unicode", unicodedata.normalize(form, text))
+            ordered = _in_canonical_order(text, form)
+            normal = ordered if unicodedata.is_normalized(form, ordered) else unicodedata.normalize(form, ordered)
+            text = apply("unicode", normal)
         if options.whitespace == "normalize":
             tidy = text
             if _UNTIDY.search(text):  # line feeds alone, none behind spaces, at most one empty line
                 tidy = re.sub(r"\r\n?", "\n", tidy)
-                tidy = re.sub(r"[^\S\n]+\n", "\n", tidy)
+                # Begun only where a run of spaces begins: from each of its spaces on, 80,000 of them take 45 s.
+                tidy = re.sub(r"(?<![^\S\n])[^\S\n]+\n", "\n", tidy)
                 tidy = re.sub(r"\n{3,}", "\n\n", tidy)
             text = apply("whitespace", tidy.strip())
         return text
@@ -139,6 +143,35 @@ class Cleaner:
             raise Rejected("repetition", f"{share:.0%} repeats itself (at most {options.max_repetition:.0%})")
         if options.min_han_ratio is not None and (share := han_ratio(text)) < options.min_han_ratio:
             raise Rejected("low_han_ratio", f"{share:.0%} Chinese characters (at least {options.min_han_ratio:.0%})")
+
+
+@functools.cache
+def _marks() -> tuple[re.Pattern, re.Pattern]:
+    """One character, and 32 or more, that normalisation may move past each other: combining ones, and what decomposes to some.
+
+    Above the basic plane one range, with others in it: `re` tries such ranges one after the other at every character.
+    """
+    marks = [chr(i) for i in range(0x300, 0x10000) if unicodedata.combining(unicodedata.normalize("NFKD", chr(i))[0])]
+    mark = f"[{''.join(marks)}\U000101fd-\U0001e94a]"
+    return re.compile(mark), re.compile(mark + "{32,}")
+
+
+def _in_canonical_order(text: str, form: str) -> str:
+    """The text, long runs of combining marks sorted as normalisation does; it sorts by insertion: 40,000 take 12 s."""
+    mark, long_run = _marks()
+    if text.isascii() or not mark.search(text[::32]):  # 2 ns a character; all of them would take 60
+        return text
+
+    def in_order(run: re.Match) -> str:
+        decomposed = "".join(unicodedata.normalize("NFKD" if form == "NFKC" else "NFD", mark) for mark in run[0])
+        by_class = (sorted(group, key=unicodedata.combining) for _, group in itertools.groupby(decomposed, _is_mark))
+        return "".join(itertools.chain.from_iterable(by_class))  # stable, as normalisation is
+
+    return long_run.sub(in_order, text)
+
+
+def _is_mark(character: str) -> bool:
+    return unicodedata.combining(character) > 0
 
 
 def repetition(text: str) -> float:

@@ -3,14 +3,16 @@
 What a chunk holds depends on the input's bytes alone, so that it means the same to any number of workers and to a later run.
 """
 
+import bz2
 import dataclasses
 import glob
 import lzma
 import os
 import re
+import stat
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,22 +23,35 @@ import zstandard
 from mateconv_jax.errors import UserError, check_values
 
 READ_BYTES = 1 << 18
+DECOMPRESSED_BYTES = 1 << 20  # handed on at once, whatever a file promises: 98 kB of .zst can hold 1 GB
+DECOMPRESSOR_BYTES = 1 << 31  # memory of a decompressor: `zstd --long=31` needs all of it, `xz -9` 64 MB
+# One byte of zstd can stand for 32 kB, and zstandard returns whatever its input holds: 1 kB at a time is at most 32 MB.
+ZSTD_BYTES = 1 << 10
 DECOMPRESSORS = {
     ".gz": lambda: zlib.decompressobj(wbits=31),
-    ".xz": lzma.LZMADecompressor,
-    ".zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
+    ".bz2": bz2.BZ2Decompressor,
+    ".xz": lambda: lzma.LZMADecompressor(memlimit=DECOMPRESSOR_BYTES),
+    ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=DECOMPRESSOR_BYTES).decompressobj(),
 }
 TXT_DOCUMENTS = ("line", "blank_line", "file")  # what ends a document of a .txt file
+_ARCHIVE = re.compile(r"\.(tar|tgz|tbz2?|txz|zip|7z|rar|parquet)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
 _TFDS = re.compile(r"tfds:([^:]+):([^:\[]+(?:\[[^\]]*\])?):([^:]+)")  # the split may be a part of one, train[:10%]
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One input. `format`: jsonl, txt, tfds (each example becomes a line of JSON) or bin (token ids, uint16)."""
+    """One input.
+
+    Attributes:
+      format: jsonl, txt, tfds (each example becomes a line of JSON) or bin (token ids, uint16).
+      size: bytes on disk; None: not known.
+      modified: when it was last written, nanoseconds since 1970; None: not known.
+    """
 
     path: str
     format: str
-    size: int | None = None  # bytes on disk, for the progress bar and to notice that a file changed
+    size: int | None = None
+    modified: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,41 +73,63 @@ class ChunkSizes:
         )
 
 
+@dataclasses.dataclass
+class Part:
+    """Consecutive records of one source.
+
+    Attributes:
+      records: (line, from 1; text in UTF-8, JSON, or token ids).
+      rejects: (line, rule, reason) of what the reader itself refused.
+      position: bytes of the source's file read so far.
+    """
+
+    source: Source
+    records: list[tuple[int, bytes]] = dataclasses.field(default_factory=list)
+    rejects: list[tuple[int, str, str]] = dataclasses.field(default_factory=list)
+    position: int = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Consecutive records of one source: the unit of work, which becomes at most one shard of each split."""
+    """The unit of work, which becomes at most one shard of each split: a part of one large source, or several small sources.
 
-    name: str  # SOURCE-PART, two numbers that sort: the order of all chunks
-    source: Source
-    records: list[tuple[int, bytes]]  # (line, from 1; text in UTF-8, JSON, or token ids)
-    position: int  # bytes of the source's file read so far
-    rejects: list[tuple[int, str, str]]  # (line, rule, reason) of what the reader itself refused
+    Attributes:
+      name: GROUP-NUMBER, two numbers that sort: the order of all chunks.
+    """
+
+    name: str
+    parts: list[Part]
 
 
 def open_local(path: str) -> BinaryIO:
     return open(path, "rb")
 
 
-def local_files(pattern: str) -> list[tuple[str, int]]:
-    """(path, bytes) of the files that a path or glob names, sorted.
+def local_files(pattern: str) -> list[tuple[str, int, int | None]]:
+    """(path, bytes, when it was last written in nanoseconds) of the files that a path or glob names, sorted.
 
     Raises:
       UserError: nothing is there, or a folder is.
     """
-    paths = sorted(glob.glob(pattern, recursive=True)) or [pattern]
-    for path in paths:
-        if Path(path).is_dir():
+    found: list[tuple[str, int, int | None]] = []
+    for path in sorted(glob.glob(pattern, recursive=True)) or [pattern]:
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise UserError(f"--input: no file at {path!r} (expected .jsonl, .txt or .bin files, or a glob)") from error
+        if stat.S_ISDIR(status.st_mode):
             raise UserError(f"--input: {path!r} is a folder (expected files, or a glob such as {Path(path) / '*.jsonl'})")
-        if not Path(path).is_file():
-            raise UserError(f"--input: no file at {path!r} (expected .jsonl, .txt or .bin files, or a glob)")
-    return [(path, Path(path).stat().st_size) for path in paths]
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"--input: {path!r} is not a regular file (expected one, or - with the data piped in)")
+        found.append((path, status.st_size, status.st_mtime_ns))
+    return found
 
 
-def find(patterns: list[str], files: Callable[[str], list[tuple[str, int]]] = local_files) -> list[Source]:
+def find(patterns: list[str], files: Callable[[str], list[tuple[str, int, int | None]]] = local_files) -> list[Source]:
     """The inputs that paths, globs, `-` and `tfds:NAME/CONFIG:SPLIT:FEATURE` name, in the order given.
 
     Args:
-      files: the (path, bytes) that a path or glob names; Beam brings its own.
+      files: (path, bytes, time) of what a path or glob names; Beam brings its own.
 
     Raises:
       UserError: nothing is there.
@@ -106,25 +143,50 @@ def find(patterns: list[str], files: Callable[[str], list[tuple[str, int]]] = lo
                 raise UserError(f"--input: {pattern!r} is incomplete (expected tfds:NAME/CONFIG:SPLIT:FEATURE)")
             sources.append(Source(pattern, "tfds"))
         else:
-            for path, size in files(pattern):
+            for path, size, modified in files(pattern):
+                if archive := _ARCHIVE.search(path):
+                    raise UserError(f"--input: {path!r} is a {archive[0]} file (expected JSONL or text; unpack it first)")
                 suffixes = [suffix for suffix in Path(path).suffixes if suffix not in DECOMPRESSORS]
                 kind = {".txt": "txt", ".bin": "bin"}.get((suffixes or [""])[-1], "jsonl")
-                sources.append(Source(path, kind, size))
+                sources.append(Source(path, kind, size, modified))
     return sources
 
 
+def groups(sources: list[Source], sizes: ChunkSizes) -> list[list[Source]]:
+    """Sources in order, small ones together: a chunk becomes a shard, and a shard is a file of at least 130 kB.
+
+    Consecutive inputs of at most 1/16 chunk each are joined, up to the size of a chunk; token ids are never joined with text.
+    """
+    found: list[list[Source]] = []
+    joined = 0  # bytes of the last group; a large input is never added to
+    for source in sources:
+        size = sizes.bytes if source.size is None else source.size
+        small = size <= sizes.bytes // 16
+        if small and found and joined + size <= sizes.bytes and _same_kind(source, found[-1][0]):
+            found[-1].append(source)
+            joined += size
+        else:
+            found.append([source])
+            joined = size if small else sizes.bytes
+    return found
+
+
+def _same_kind(a: Source, b: Source) -> bool:
+    return (a.format == "bin") == (b.format == "bin")
+
+
 def chunks(
-    source: Source,
+    group: list[Source],
     number: int,
     sizes: ChunkSizes,
     txt_document: str = "line",
-    bos_eos: tuple[int, int] | None = None,
+    bos_eos: tuple[int | None, int] | None = None,
     open_file: Callable[[str], BinaryIO] = open_local,
 ) -> Iterator[Chunk]:
-    """The chunks of a source, in order.
+    """The chunks of one of `groups`, in order.
 
     Args:
-      number: of the source among all.
+      number: of the group among all.
       txt_document: what a document of a .txt file is, one of TXT_DOCUMENTS.
       bos_eos: the ids of `<s>` and `</s>`, between which a document of a .bin file stands.
       open_file: opens a path for reading bytes; Beam brings its own.
@@ -132,25 +194,34 @@ def chunks(
     Raises:
       UserError: a TFDS dataset that is not there; a .bin file that holds no 16-bit numbers.
     """
-    progress = [0]
+    index, parts, size, n_records = 0, [], 0, 0
+    for source in group:
+        progress = [0]
+        part = Part(source)
+        for line, record in _records(source, sizes, txt_document, bos_eos, open_file, progress):
+            if isinstance(record, bytes):
+                part.records.append((line, record))
+                size += len(record)
+                n_records += 1
+            else:
+                part.rejects.append((line, *record))
+            part.position = progress[0]
+            if size >= sizes.bytes or n_records == sizes.records:
+                yield Chunk(f"{number:07d}-{index:06d}", [*parts, part])
+                part = Part(source)
+                index, parts, size, n_records = index + 1, [], 0, 0
+        if part.records or part.rejects:
+            parts.append(part)
+    if parts:
+        yield Chunk(f"{number:07d}-{index:06d}", parts)
+
+
+def _records(source: Source, sizes: ChunkSizes, txt_document: str, bos_eos, open_file, progress: list[int]):
+    """(line, record) or (line, (rule, reason)) of a source; progress[0] is kept at the bytes read so far."""
     if source.format == "bin":
-        records = _bin_records(source.path, bos_eos, sizes.bytes, progress)
-    else:
-        blocks = _tfds_lines(source.path) if source.format == "tfds" else _blocks(source.path, open_file, progress)
-        document = txt_document if source.format == "txt" else "line"
-        records = _text_records(blocks, document, sizes.longest_record)
-    part, kept, rejects, size = 0, [], [], 0
-    for line, record in records:
-        if isinstance(record, bytes):
-            kept.append((line, record))
-            size += len(record)
-        else:
-            rejects.append((line, *record))
-        if size >= sizes.bytes or len(kept) == sizes.records:
-            yield Chunk(f"{number:05d}-{part:06d}", source, kept, progress[0], rejects)
-            part, kept, rejects, size = part + 1, [], [], 0
-    if kept or rejects:
-        yield Chunk(f"{number:05d}-{part:06d}", source, kept, progress[0], rejects)
+        return _bin_records(source.path, bos_eos, sizes.bytes, progress)
+    blocks = _tfds_lines(source.path) if source.format == "tfds" else _blocks(source.path, open_file, progress)
+    return _text_records(blocks, txt_document if source.format == "txt" else "line", sizes.longest_record)
 
 
 # ---- text ---------------------------------------------------------------------------------------------------------
@@ -203,22 +274,43 @@ def _lines(blocks: Iterator[bytes], longest: int) -> Iterator[tuple[bytes, int]]
 
 
 def _blocks(path: str, open_file, progress: list[int]) -> Iterator[bytes]:
-    """The file's bytes, decompressed as its suffix says."""
+    """The file's bytes, decompressed as its suffix says, in bounded blocks."""
     with sys.stdin.buffer if path == "-" else open_file(path) as file:
-        new = DECOMPRESSORS.get(Path(path).suffix)
+        suffix = Path(path).suffix
         member = None  # compressed files may be several, one behind the other
         while block := file.read(READ_BYTES):
             progress[0] += len(block)
-            if new is None:
+            if suffix not in DECOMPRESSORS:
                 yield block
                 continue
             while block:
-                member = member or new()
-                yield member.decompress(block)
-                block = member.unused_data.lstrip(b"\0") if member.eof else b""
-                member = None if member.eof else member
+                member = member or DECOMPRESSORS[suffix]()
+                block = yield from _decompress(member, block, suffix)
+                if member.eof:
+                    member, block = None, block.lstrip(b"\0")
         if member is not None:
             raise EOFError("the file ends too early")
+
+
+def _decompress(member, block: bytes, suffix: str) -> Generator[bytes, None, bytes]:
+    """What a block holds, in bounded pieces; returns what stands behind the end of the compressed member."""
+    if suffix == ".zst":
+        for start in range(0, len(block), ZSTD_BYTES):
+            yield member.decompress(block[start : start + ZSTD_BYTES])
+            if member.eof:
+                return member.unused_data + block[start + ZSTD_BYTES :]
+        return b""
+    while True:
+        try:
+            piece = member.decompress(block, DECOMPRESSED_BYTES)
+        except OSError as error:  # what bz2 raises for broken data
+            raise EOFError(error) from error
+        yield piece
+        # zlib gives back the input that it has not used; the others keep it and say so.
+        block = member.unconsumed_tail if suffix == ".gz" else b""
+        all_used = len(piece) < DECOMPRESSED_BYTES and not block if suffix == ".gz" else member.needs_input
+        if member.eof or all_used:
+            return member.unused_data if member.eof else b""
 
 
 def _tfds_lines(name: str) -> Iterator[bytes]:
@@ -286,7 +378,9 @@ def _tfrecords(file_instructions: Iterable) -> Iterator[bytes]:
 # ---- token ids ----------------------------------------------------------------------------------------------------
 
 
-def _bin_records(path: str, bos_eos: tuple[int, int] | None, longest: int, progress: list[int]) -> Iterator[tuple[int, bytes]]:
+def _bin_records(
+    path: str, bos_eos: tuple[int | None, int] | None, longest: int, progress: list[int]
+) -> Iterator[tuple[int, bytes]]:
     """Documents of a flat uint16 stream; (number of its first token from 1, its ids as bytes).
 
     A document ends with a `</s>` that a `<s>` follows directly, so that the turns of a dialogue, which have a line feed between

@@ -1,7 +1,9 @@
 """Training a byte-level BPE tokenizer."""
 
+import functools
 import sys
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -12,6 +14,7 @@ from mateconv_jax.data.tokenizer.chat import CHAT_TEMPLATE
 from mateconv_jax.data.tokenizer.tokenizer import SPECIAL_TOKENS
 from mateconv_jax.errors import UserError
 
+LONGEST_WORD = 1000  # characters
 CUT = "\ufdd0"  # a place where training texts are cut: a noncharacter, which no text is meant to hold
 
 
@@ -77,7 +80,8 @@ def _log(line: str) -> None:
 
 
 def _cut_at_rare_pairs(texts: list[str], n_merges: int) -> Iterator[str]:
-    """The texts, with CUT between documents and inside each pair of Chinese characters that is too rare to be in a token.
+    """The texts, with CUT between documents, inside each pair of Chinese characters that is too rare to be in a token, and in
+    words without end.
 
     For the byte-level pre-tokeniser a clause is one word, and the trainer's time and memory grow with the distinct words. Cut
     at rare pairs, nearly all words become short, and few are distinct. What BPE merges last is about as frequent as the
@@ -97,7 +101,31 @@ def _cut_at_rare_pairs(texts: list[str], n_merges: int) -> Iterator[str]:
     for codes in _code_points(texts, 1 << 12):  # long enough for NumPy, short enough for the trainer's threads
         positions, here = _han_pairs(codes)
         is_rare = frequent[np.searchsorted(frequent, here)] != here
-        yield np.insert(codes, positions[is_rare], ord(CUT)).tobytes().decode("utf-32-le")
+        cuts = np.union1d(positions[is_rare], _cuts_of_long_words(codes))
+        yield np.insert(codes, cuts, ord(CUT)).tobytes().decode("utf-32-le")
+
+
+@functools.cache
+def _word_classes() -> np.ndarray:
+    """(0x20001,) uint8: GPT-2's pre-tokeniser makes a word of a run of letters, numbers, spaces or others; CUT is alone. The
+    last one stands for all code points from there on, ideographs.
+    """
+    classes = {"L": 1, "N": 2}
+    table = np.array([classes.get(unicodedata.category(chr(code))[0], 0) for code in range(0x20001)], np.uint8)
+    table[[code for code in range(0x3001) if chr(code).isspace()]] = 3
+    table[ord(CUT)] = 4
+    return table
+
+
+def _cuts_of_long_words(codes: np.ndarray) -> np.ndarray:
+    """(n,) positions, LONGEST_WORD apart within a word: the trainer's time grows with the square of a word's length."""
+    classes = _word_classes()[np.minimum(codes, 0x20000)]
+    starts = np.flatnonzero(np.diff(classes, prepend=255))
+    lengths = np.diff(starts, append=len(codes))
+    if not len(codes) or lengths.max() <= LONGEST_WORD:
+        return np.zeros(0, np.int64)
+    place = np.arange(len(codes)) - np.repeat(starts, lengths)
+    return np.flatnonzero((place % LONGEST_WORD == 0) & (place > 0))
 
 
 def _code_points(texts: list[str], at_least: int) -> Iterator[np.ndarray]:

@@ -36,6 +36,11 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
 
 
+def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Largest id + 1, the rows that an embedding needs. `len(tokenizer)` is less where ids are left out."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
     """Token ids of plain texts; a literal `</s>` in a text is five ordinary characters."""
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)["input_ids"]

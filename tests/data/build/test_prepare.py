@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,16 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from mateconv_jax import config as config_lib
 from mateconv_jax.data import dataset
-from mateconv_jax.data.build import pipeline, worker
+from mateconv_jax.data.build import pipeline, work_folder, worker
 from mateconv_jax.data.dataset import open_dataset
 from mateconv_jax.data.text import jsonl
+from mateconv_jax.data.text.sources import Chunk, Part
 from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.prepare import main, parse_args
+from mateconv_jax.training.open_data import open_data
 
 TRAIN_TOKENIZER = ("--train_tokenizer", "--vocab_size", "300")
 
@@ -125,7 +129,7 @@ def test_all_shapes_of_input(tmp_path, monkeypatch):
     "flags, expected",
     [
         ([], ["Ａ<s>甲", "乙乙", "丙", "丙。丙丙丙"]),
-        (["--text_key", "body"], ["别的"]),
+        (["--text_key", "body", "--keep_going"], ["别的"]),
         (["--dedup", "none"], ["Ａ<s>甲", "乙乙", "丙", "丙。丙丙丙", "丙"]),
         (["--strip_control_tokens"], ["Ａ甲", "乙乙", "丙", "丙。丙丙丙"]),
         (["--unicode", "nfkc", "--min_chars", "2"], ["A<s>甲", "乙乙", "丙。丙丙丙"]),
@@ -260,7 +264,7 @@ def test_nasty_lines_are_counted_and_nothing_stops(tmp_path):
     }  # fmt: skip
     path = tmp_path / "raw.jsonl"
     path.write_bytes(b"".join(nasty))
-    folder = prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER, "--val_fraction", "0", "--max_line_mb", "0.05")
+    folder = prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER, "--val_fraction", "0", "--max_line_mb", "0.05", "--keep_going")
     assert documents_of_text(folder) == ["good", "with a mark", "nul"]
     lines, line = [], 1
     for text, rule in nasty.items():
@@ -270,11 +274,15 @@ def test_nasty_lines_are_counted_and_nothing_stops(tmp_path):
     assert sum(stats(folder)["rejects"].values()) == len(lines) == stats(folder)["lines"] - 3
 
 
-def test_a_truncated_file_is_used_as_far_as_it_goes_and_the_next_one_too(tmp_path):
+def test_a_truncated_file_is_an_error_or_used_as_far_as_it_goes(tmp_path):
     data = b"".join(b'{"text": "%d"}\n' % random.Random(i).getrandbits(200) for i in range(3000))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(data)[:-5000])
     write_jsonl(tmp_path / "b.jsonl", [{"text": "the next one"}])
-    folder = prepare([tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl"], tmp_path / "zh", *TRAIN_TOKENIZER, "--val_fraction", "0")
+    inputs, flags = [tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl"], (*TRAIN_TOKENIZER, "--val_fraction", "0")
+    with pytest.raises(UserError, match=r"--input: .*a\.jsonl\.gz' could not be read to its end: 1 of .*--keep_going"):
+        prepare(inputs, tmp_path / "zh", *flags)
+    assert not (tmp_path / "zh").exists()
+    folder = prepare(inputs, tmp_path / "zh", *flags, "--keep_going")
     assert [rule for _, rule in rejected(folder)] == ["broken_file"]
     assert documents_of_text(folder)[-1] == "the next one" and stats(folder)["documents"] > 1000
 
@@ -307,7 +315,7 @@ def test_impossible_options_write_nothing(tmp_path, monkeypatch, flags, message)
 def test_no_document_is_an_error_with_the_first_reason(tmp_path):
     path = write_jsonl(tmp_path / "raw.jsonl", ["{broken"])
     with pytest.raises(UserError, match=r"no document to train on .*raw\.jsonl:1: not JSON"):
-        prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER)
+        prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER, "--keep_going")
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(UserError, match="no document to train on"):
         prepare(tmp_path / "empty.jsonl", tmp_path / "empty", *TRAIN_TOKENIZER)
@@ -326,6 +334,100 @@ def test_a_bad_line_says_why(line, rule, reason):
     with pytest.raises(jsonl.Rejected, match=reason) as error:
         jsonl.parse_line(line, "text")
     assert error.value.rule == rule
+
+
+@pytest.mark.parametrize("template, reason", [
+    ("{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}<s>{{ messages[0].content }}</s>", "user first"),
+    ("{% for m in messages %}{% if m.role == 'user' %}<s>{{ m.content }}</s>{% endif %}{% endfor %}", "writes nothing"),
+    ("", "no chat template"),
+])  # fmt: skip
+def test_a_dialogue_that_the_template_cannot_write_is_a_reject(tmp_path, dataset_folder, template, reason):
+    shutil.copytree(dataset_folder / "tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(template)
+    if not template:
+        (tmp_path / "tokenizer" / "chat_template.jinja").unlink()
+    lines = [{"text": f"第{i}篇"} for i in range(4)]
+    if template:
+        lines[2] = {"messages": [{"role": "user", "content": "你好"}]}
+    bad = {"messages": [{"role": "assistant", "content": "好"}]}
+    path = write_jsonl(tmp_path / "raw.jsonl", [*lines, bad])
+    folder = prepare(path, tmp_path / "zh", "--tokenizer", tmp_path / "tokenizer", "--val_fraction", "0")
+    [reject] = map(json.loads, (folder / "rejected.jsonl").read_text().splitlines())
+    assert (reject["line"], reject["rule"]) == (5, "chat_template") and reason in reject["reason"]
+    assert stats(folder)["rejects"] == {"chat_template": 1} and stats(folder)["documents"] == 4
+    with pytest.raises(
+        UserError, match=f"raw.jsonl' is mostly unusable: 1 of 1 records rejected, the first at line 1: .*{reason}"
+    ):
+        prepare(write_jsonl(path, [bad]), tmp_path / "none", "--tokenizer", tmp_path / "tokenizer")
+
+
+def test_one_token_is_a_reject_where_it_stands_alone(tmp_path, dataset_folder):
+    tokenizer = ("--tokenizer", dataset_folder / "tokenizer", "--val_fraction", "0")
+    np.array([2], np.uint16).tofile(tmp_path / "a.bin")
+    with pytest.raises(UserError, match="no document to train on .*one token alone"):
+        prepare(tmp_path / "a.bin", tmp_path / "none", *tokenizer)
+    np.array([1, 5, 2], np.uint16).tofile(tmp_path / "b.bin")
+    folder = prepare([tmp_path / "a.bin", tmp_path / "b.bin"], tmp_path / "zh", *tokenizer)
+    assert stats(folder)["tokens"] == 4 and stats(folder)["rejects"] == {}
+    write_jsonl(tmp_path / "c.jsonl", [{"text": "别的"}])
+    folder = prepare([tmp_path / "c.jsonl", tmp_path / "a.bin"], tmp_path / "both", *tokenizer)
+    assert rejected(folder) == [(1, "one_token")]
+
+
+def test_a_vocabulary_may_leave_out_ids(tmp_path, dataset_folder):
+    """Its embedding has largest id + 1 rows; `len(tokenizer)` is less."""
+    shutil.copytree(dataset_folder / "tokenizer", tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["model"]["vocab"] |= {piece: 420 for piece, token in content["model"]["vocab"].items() if token == 67}
+    file.write_text(json.dumps(content), encoding="utf-8")
+    tokenizer = tokenizer_lib.load(tmp_path / "tokenizer", "")
+    assert len(tokenizer) < tokenizer_lib.vocab_size(tokenizer) == 421
+    path = write_jsonl(tmp_path / "raw.jsonl", [{"text": tokenizer.decode([420]) + f"第{i}篇"} for i in range(50)])
+    folder = prepare(path, tmp_path / "zh", "--tokenizer", tmp_path / "tokenizer", "--val_fraction", "0")
+    assert dataset.read_metadata(folder, "")["vocab_size"] == 421
+    assert any(420 in stream for stream in streams(folder, "train"))
+    config = config_lib.default_config()
+    config.data.train_data_path, config.data.seq_len, config.model.vocab_size = str(folder), 16, len(tokenizer)
+    with pytest.raises(UserError, match="model.vocab_size: .*expected at least 421"):
+        open_data(config)
+
+
+@pytest.mark.parametrize("name, make, hint", [
+    ("array.json", lambda lines: b"[\n" + b",\n".join(lines) + b"\n]\n", "JSON array"),
+    ("one.json", lambda lines: b"[" + b",".join(lines) + b"]", "JSON array"),
+    ("packed.jsonl", lambda lines: gzip.compress(b"\n".join(lines)), r"suffix \.gz"),
+    ("plain.jsonl.gz", b"\n".join, "incorrect header"),
+    ("utf16.jsonl", lambda lines: b"\n".join(lines).decode().encode("utf-16"), "UTF-16"),
+    ("gbk.jsonl", lambda lines: b"\n".join(lines).decode().encode("gb18030"), "GB18030"),
+])  # fmt: skip
+def test_a_file_that_would_vanish_is_named(tmp_path, name, make, hint):
+    lines = [json.dumps({"text": f"第 {i} 篇文章说的是春天。"}, ensure_ascii=False).encode() for i in range(30)]
+    (tmp_path / name).write_bytes(make(lines))
+    good = write_jsonl(tmp_path / "good.jsonl", [{"text": f"好{i}"} for i in range(50)])
+    with pytest.raises(UserError, match=rf"--input: '.*/{name}' .*{hint}.*--keep_going"):
+        prepare([tmp_path / name, good], tmp_path / "zh", *TRAIN_TOKENIZER)
+    folder = prepare([tmp_path / name, good], tmp_path / "zh", *TRAIN_TOKENIZER, "--keep_going")
+    assert stats(folder)["documents"] >= 50
+
+
+def test_a_file_that_is_wrong_from_its_beginning_stops_the_work_at_once(tmp_path, dataset_folder, monkeypatch):
+    path = write_jsonl(tmp_path / "raw.jsonl", [{"content": f"{i}" * 50} for i in range(20_000)])
+    reads = []
+    monkeypatch.setattr(pipeline, "_read", lambda chunk, read=pipeline._read: reads.append(chunk.name) or read(chunk))
+    with pytest.raises(UserError, match=r"mostly unusable: 1,\d\d\d of 1,\d\d\d records .*no key 'text'"):
+        prepare(path, tmp_path / "zh", "--tokenizer", dataset_folder / "tokenizer", "--chunk_mb", "0.05")
+    assert len(reads) < 10
+
+
+def test_one_bad_file_of_many_that_are_a_document_each_is_one_reject(tmp_path, dataset_folder):
+    flags = ("--tokenizer", dataset_folder / "tokenizer", "--txt_document", "file", "--val_fraction", "0")
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_bytes(b"\xff" if i == 1 else f"第{i}篇".encode())
+    assert rejected(prepare(tmp_path / "*.txt", tmp_path / "zh", *flags)) == [(1, "invalid_utf8")]
+    (tmp_path / "0.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"--input: .*/0.txt' is mostly unusable: 2 of 3"):
+        prepare(tmp_path / "*.txt", tmp_path / "bad", *flags)
 
 
 def test_a_disk_that_fills_keeps_what_is_finished(tmp_path, dataset_folder):
@@ -367,14 +469,14 @@ def test_the_same_command_again_does_nothing_and_another_refuses(tmp_path, capsy
     assert "nothing to do" in capsys.readouterr().out
     assert (tmp_path / "zh" / "dataset_info.json").stat().st_mtime_ns == before
     for flags, message in [
-        (["--min_chars", "2"], "cleaning="), (["--dedup", "near"], "dedup='exact', not 'near'"), (["--also_bin"], "also_bin=False"),
-        (["--chunk_mb", "1"], "sizes="), (["--seq_len", "17"], "seq_len=16, not 17"),
+        (["--min_chars", "2"], "cleaning.min_chars=1, not 2 "), (["--dedup", "near"], "dedup='exact', not 'near'"), (["--also_bin"], "also_bin=False"),
+        (["--chunk_mb", "1"], "sizes.bytes=16000000, not 1000000 "), (["--seq_len", "17"], "seq_len=16, not 17"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=rf"was made with .*{message}.*--overwrite"):
             prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER, *flags)
     with path.open("a") as file:
         file.write('{"text": "more"}\n')
-    with pytest.raises(UserError, match="input="):
+    with pytest.raises(UserError, match=r"another --input: .*raw\.jsonl' had \d+ bytes, now \d+"):
         prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER)
     prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER, "--overwrite", "--val_fraction", "0")
     assert stats(tmp_path / "zh")["documents"] == 21 and not (tmp_path / "zh.partial").exists()
@@ -391,7 +493,7 @@ def test_what_was_begun_with_other_options_or_another_input_is_refused(tmp_path,
     with pytest.raises(UserError, match=r"was begun with .*val_fraction=0.01, not 0.5"):
         prepare(path, tmp_path / "zh", *flags, "--val_fraction", "0.5")
     path.write_text(path.read_text().replace("文字1", "文章1"))  # the same size
-    with pytest.raises(UserError, match=r"--input: .*raw.jsonl' has changed"):
+    with pytest.raises(UserError, match="--input: the content has changed since a tokenizer was trained on it"):
         prepare(path, tmp_path / "zh", *flags)
     prepare(path, tmp_path / "zh", *flags, "--val_fraction", "0", "--overwrite")
     assert "文章1" in documents_of_text(tmp_path / "zh")
@@ -409,10 +511,34 @@ def stop_after(n, function):
     return wrapped
 
 
-def test_two_runs_in_one_folder_do_not_mix(tmp_path):
+def test_two_runs_in_one_folder_do_not_mix(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "raw.jsonl", [{"text": "一"}])
-    with pipeline.work_folder(tmp_path / "zh.partial", {}, False), pytest.raises(UserError, match="another run is writing"):
+    monkeypatch.setattr(work_folder, "LOCK_SECONDS", 0.2)
+    with (
+        work_folder.opened(tmp_path / "zh.partial", {}, False),
+        pytest.raises(UserError, match="another run is writing"),
+    ):
         prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER)
+    workers = work_folder.hold_for_worker(tmp_path / "zh.partial")  # its parent was killed, and it still writes
+    with pytest.raises(UserError, match="another run is writing"):
+        prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER, "--overwrite")
+    workers.close()
+    prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER, "--overwrite")
+
+
+def test_a_run_waits_for_the_lock_of_one_that_is_dying(tmp_path):
+    path = write_jsonl(tmp_path / "raw.jsonl", [{"text": "一"}])
+    script = """
+import sys, time
+from mateconv_jax.data.build import work_folder
+with work_folder.opened(__import__("pathlib").Path(sys.argv[1]), {"input": []}, False):
+    print("locked", flush=True)
+    time.sleep(1.5)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "zh.partial")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "locked\n" and process.poll() is None
+    prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER, "--overwrite")
+    process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -485,6 +611,18 @@ def die(chunk):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def test_more_chunks_than_files_may_be_open(tmp_path, dataset_folder):
+    """All of them are put together, into a flat file too, where 300 files may be open."""
+    path = write_jsonl(tmp_path / "raw.jsonl", [{"text": f"第{i:03d}篇"} for i in range(60)])
+    flags = ("--tokenizer", dataset_folder / "tokenizer", "--also_bin", "--val_fraction", "0", "--num_workers", "1")
+    arguments = command(path, tmp_path / "zh", *flags, "--chunk_mb", "0.000001")
+    script = "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300)); from mateconv_jax import prepare; "
+    script += "sys.exit(prepare.main(prepare.parse_args(sys.argv[1:])))"
+    subprocess.run([sys.executable, "-c", script, *arguments], check=True, stdout=subprocess.DEVNULL)
+    assert len(list((tmp_path / "zh").glob("*array_record*"))) == 60
+    assert (np.fromfile(tmp_path / "zh" / "train.bin", np.uint16) == 1).sum() == 60
+
+
 def test_a_worker_that_is_killed_is_a_clear_error(corpus, tmp_path, monkeypatch):
     path, flags, straight = corpus
     monkeypatch.setattr(pipeline, "_read", die)
@@ -500,11 +638,11 @@ def test_a_worker_that_is_killed_is_a_clear_error(corpus, tmp_path, monkeypatch)
 def records(n, size=10):
     source = SimpleNamespace(path="a", format="jsonl")
     lines = [(i, b"%0*d" % (size, i)) for i in range(n)]
-    return [pipeline.Chunk(str(i), source, lines[i : i + 7], 0, []) for i in range(0, n, 7)]
+    return [Chunk(str(i), [Part(source, lines[i : i + 7])]) for i in range(0, n, 7)]
 
 
 def drawn(chunks, max_bytes, seed=0):
-    return [line for chunk in pipeline.sample(chunks, max_bytes, seed) for line, _ in chunk.records]
+    return [line for chunk in pipeline.sample(chunks, max_bytes, seed) for part in chunk.parts for line, _ in part.records]
 
 
 def test_a_sample_is_bounded_ordered_and_the_same_for_the_same_seed():
@@ -512,7 +650,7 @@ def test_a_sample_is_bounded_ordered_and_the_same_for_the_same_seed():
     assert len(sample) == 30 and sample == sorted(sample)
     assert sample == drawn(records(1000), 300) != drawn(records(1000), 300, seed=1)
     assert drawn(records(20), 200) == list(range(20))
-    long = pipeline.Chunk("x", SimpleNamespace(path="a", format="jsonl"), [(1, b"x" * 301)], 0, [])
+    long = Chunk("x", [Part(SimpleNamespace(path="a", format="jsonl"), [(1, b"x" * 301)])])
     assert len(drawn([long, *records(1000)], 300, seed=5)) == 30  # a record that is too long alone takes no place
 
 

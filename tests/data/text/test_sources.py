@@ -1,8 +1,12 @@
+import bz2
+import dataclasses
+import functools
 import gzip
 import json
 import lzma
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,20 +20,27 @@ from mateconv_jax.data.text import sources
 from mateconv_jax.data.text.sources import ChunkSizes
 from mateconv_jax.errors import UserError
 
-COMPRESS = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress}
+COMPRESS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": functools.partial(lzma.compress, preset=0),
+    ".zst": zstandard.ZstdCompressor().compress,
+}
 
 
 def chunks(path, sizes=ChunkSizes(), **options):
-    [source] = sources.find([str(path)])
-    return list(sources.chunks(source, 0, sizes, **options))
+    """The parts that chunks of one file have."""
+    found = list(sources.chunks(sources.find([str(path)]), 0, sizes, **options))
+    assert [chunk.name for chunk in found] == [f"0000000-{part:06d}" for part in range(len(found))]
+    return [part for chunk in found for part in chunk.parts]
 
 
 def records(path, sizes=ChunkSizes(), **options):
-    return [record for chunk in chunks(path, sizes, **options) for record in chunk.records]
+    return [record for part in chunks(path, sizes, **options) for record in part.records]
 
 
 def rejects(path, sizes=ChunkSizes(), **options):
-    return [(line, rule) for chunk in chunks(path, sizes, **options) for line, rule, _ in chunk.rejects]
+    return [(line, rule) for part in chunks(path, sizes, **options) for line, rule, _ in part.rejects]
 
 
 @given(
@@ -52,7 +63,6 @@ def test_chunks_hold_every_line_once_and_do_not_depend_on_how_the_file_is_read(t
     for chunk in whole[:-1]:
         sizes = [len(record) for _, record in chunk.records]
         assert sum(sizes) >= size > sum(sizes[:-1])
-    assert [chunk.name for chunk in whole] == [f"00000-{part:06d}" for part in range(len(whole))]
     if whole:
         assert whole[-1].position == path.stat().st_size
 
@@ -72,18 +82,57 @@ def test_compressed_files_of_several_members(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_a_truncated_file_gives_what_it_has_and_says_so(tmp_path, suffix):
     rng = np.random.default_rng(0)
-    data = b"".join(rng.bytes(30).hex().encode() + b"\n" for _ in range(20_000))
+    data = b"".join(rng.bytes(30).hex().encode() + b"\n" for _ in range(40_000))  # .bz2 has blocks of 900 kB
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(COMPRESS[suffix](data)[: len(COMPRESS[suffix](data)) * 2 // 3])
     found = records(path)
-    assert 5_000 < len(found) < 20_000
+    assert 10_000 < len(found) < 40_000
     assert [record for _, record in found] == data.split(b"\n")[: len(found)]
     assert rejects(path) == [(len(found) + 1, "broken_file")]
 
 
-def test_what_is_no_compressed_file_is_said(tmp_path):
-    (tmp_path / "a.jsonl.gz").write_text("{}\n")
-    assert rejects(tmp_path / "a.jsonl.gz") == [(1, "broken_file")]
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_a_file_that_is_not_compressed_is_rejected(tmp_path, suffix):
+    (tmp_path / f"a.jsonl{suffix}").write_text("{}\n")
+    assert rejects(tmp_path / f"a.jsonl{suffix}") == [(1, "broken_file")]
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_what_a_small_file_expands_to_is_never_held(tmp_path, suffix):
+    """Zeros, 100 MB of which .zst stores in 3 kB."""
+    path = tmp_path / f"bomb{suffix}"
+    path.write_bytes(COMPRESS[suffix](bytes(100_000_000 if suffix == ".zst" else 20_000_000)))
+    largest = total = 0
+    for block in sources._blocks(str(path), sources.open_local, [0]):
+        largest, total = max(largest, len(block)), total + len(block)
+    assert total >= 20_000_000 and largest <= (32_000_000 if suffix == ".zst" else 2**20)
+
+
+def test_zstd_windows_up_to_2_gb_are_read(tmp_path):
+    """As `zstd --long=31` writes; the decompressor's own limit is 128 MB."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=28, enable_ldm=True)
+    path = tmp_path / "a.jsonl.zst"
+    with path.open("wb") as file, zstandard.ZstdCompressor(compression_params=parameters).stream_writer(file) as writer:
+        writer.write(b"one\ntwo\n")
+    assert [record for _, record in records(path)] == [b"one", b"two"]
+
+
+def test_small_inputs_are_joined_in_order(tmp_path):
+    sizes = ChunkSizes(bytes=3200)
+    lengths = {"a.txt": 200, "b.jsonl": 150, "c.bin": 100, "d.bin": 2, "e.jsonl": 201, "f.txt": 100}
+    for name, length in lengths.items():
+        (tmp_path / name).write_bytes(b"x" * length)
+    found = sources.find([str(tmp_path / "*")])
+    names = [[Path(source.path).name for source in group] for group in sources.groups(found, sizes)]
+    assert names == [["a.txt", "b.jsonl"], ["c.bin", "d.bin"], ["e.jsonl"], ["f.txt"]]
+    [chunk] = sources.chunks(found[:2], 7, sizes)
+    assert chunk.name == "0000007-000000"
+    assert [(part.source, part.records, part.position) for part in chunk.parts] == [
+        (found[0], [(1, b"x" * 200)], 200),
+        (found[1], [(1, b"x" * 150)], 150),
+    ]
+    sixteen = [dataclasses.replace(found[0], size=200)] * 17
+    assert [len(group) for group in sources.groups(sixteen, sizes)] == [16, 1]
 
 
 def test_a_too_long_line_is_skipped_without_holding_it(tmp_path):
@@ -147,6 +196,10 @@ def test_what_is_found(tmp_path, monkeypatch):
         sources.find(["no*"])
     with pytest.raises(UserError, match=r"is a folder .*\*\.jsonl"):
         sources.find([str(tmp_path)])
+    for archive in ("a.tar", "a.jsonl.tar.bz2", "a.TGZ", "a.zip", "a.parquet"):
+        (tmp_path / archive).touch()
+        with pytest.raises(UserError, match=rf"--input: '{archive}' is a \..* file .*unpack"):
+            sources.find([archive])
     for incomplete in ("tfds:imdb", "tfds:imdb:train[:10%]", "tfds:imdb::text"):
         with pytest.raises(UserError, match="tfds:NAME/CONFIG:SPLIT:FEATURE"):
             sources.find([incomplete])
@@ -186,8 +239,7 @@ def to_tfrecord(folder):
 
 
 def tfds_records(split):
-    [source] = sources.find([f"tfds:poems:{split}:text"])
-    return [record for chunk in sources.chunks(source, 0, ChunkSizes()) for _, record in chunk.records]
+    return [record for _, record in records(f"tfds:poems:{split}:text")]
 
 
 @pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
@@ -230,4 +282,4 @@ def test_a_tfds_dataset_is_made_without_tensorflow_or_the_error_names_what_is_mi
 )
 def test_a_tfds_dataset_that_is_not_there(tfds_texts, name, message):
     with pytest.raises(UserError, match=message):
-        list(sources.chunks(sources.find([name])[0], 0, ChunkSizes()))
+        list(sources.chunks(sources.find([name]), 0, ChunkSizes()))

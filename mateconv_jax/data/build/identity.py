@@ -1,0 +1,84 @@
+"""What a dataset is made from, and whether that is what an earlier run had before it."""
+
+import json
+from hashlib import blake2b, sha256
+from typing import TYPE_CHECKING
+
+from mateconv_jax.data.text.sources import Source
+from mateconv_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+END_BYTES = 1 << 16  # of each end of an input that are compared
+
+
+def inputs(sources: list[Source]) -> list[list]:
+    """[path, bytes, when it was last written, digest of its ends] of each input; the last two are None where not known."""
+    return [[source.path, source.size, source.modified, _ends(source)] for source in sources]
+
+
+def _ends(source: Source) -> str | None:
+    if source.size is None:
+        return None
+    try:
+        with open(source.path, "rb") as file:
+            hasher = blake2b(file.read(END_BYTES), digest_size=8)
+            if source.size > END_BYTES:
+                file.seek(max(END_BYTES, source.size - END_BYTES))
+                hasher.update(file.read(END_BYTES))
+    except OSError:  # on a file system that Beam knows
+        return None
+    return hasher.hexdigest()
+
+
+def tokenizer_settings(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """Equal for two tokenizers that write dialogues and document ends alike; `tokenizer.fingerprint` covers ordinary text."""
+    settings = [tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.all_special_tokens]
+    return sha256(json.dumps(settings).encode()).hexdigest()[:16]
+
+
+def same_input(theirs: dict, ours: dict) -> bool:
+    """Whether the inputs are known to be unchanged without reading them. Not so for standard input and TFDS."""
+    known = all(size is not None and modified is not None for _, size, modified, _ in ours["input"])
+    return known and theirs.get("input") == ours["input"]
+
+
+def check_options(theirs: dict, ours: dict, what: str) -> None:
+    """Raises UserError with the first option that differs. `what` starts the sentence: "'data/zh' was made".
+
+    Of the inputs only names and sizes are compared here, see `same_input`.
+    """
+    ours = json.loads(json.dumps(ours))
+    for key in [*ours, *theirs]:
+        if key == "input":
+            difference = _input_difference(theirs.get(key, []), ours[key])
+        elif key == "tokenizer_settings" and key not in theirs:  # made by an earlier version
+            continue
+        else:
+            difference = _difference(key, theirs.get(key), ours.get(key))
+        if difference:
+            raise UserError(
+                f"--output: {what} with {difference} (choose another folder, give the same options, or --overwrite)"
+            )
+
+
+def _difference(key: str, theirs, ours) -> str | None:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        parts = (_difference(f"{key}.{name}", theirs.get(name), ours.get(name)) for name in [*ours, *theirs])
+        return next(filter(None, parts), None)
+    return None if theirs == ours else f"{key}={theirs!r}, not {ours!r}"
+
+
+def _input_difference(theirs: list[list], ours: list[list]) -> str | None:
+    sizes, before = ({path: size for path, size, *_ in files} for files in (ours, theirs))
+    for files, others, word in ((sizes, before, "without"), (before, sizes, "with")):
+        if other := [path for path in files if path not in others]:
+            more = f" and {len(other) - 1:,} more" if len(other) > 1 else ""
+            return f"another --input: {word} {other[0]!r}{more}"
+    for path, size in before.items():
+        if size != sizes[path]:
+            return f"another --input: {path!r} had {size:,} bytes, now {sizes[path]:,}"
+    if [path for path, *_ in theirs] != [path for path, *_ in ours]:
+        return "the same --input in another order"
+    return None

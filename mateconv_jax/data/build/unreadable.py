@@ -1,0 +1,78 @@
+"""Inputs that vanish: whose records are mostly rejected, or that could not be read to their end."""
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from mateconv_jax.data.build.worker import InputCounts
+from mateconv_jax.errors import UserError
+
+HOPELESS = 1000  # records, all of them unreadable, after which a file's end is not waited for
+
+_MAGIC = [
+    ("\x1f\x8b", "it is compressed: give it the suffix .gz"),
+    ("BZh", "it is compressed: give it the suffix .bz2"),
+    ("\xfd7zXZ", "it is compressed: give it the suffix .xz"),
+    ("\x28\xb5\x2f\xfd", "it is compressed: give it the suffix .zst"),
+    ("PK\x03\x04", "it is a zip archive: unpack it first"),
+    ("PAR1", "it is a parquet file: write it as JSONL first"),
+    ("\xff\xfe", "it looks like UTF-16: iconv -f UTF-16 -t UTF-8"),
+    ("\xfe\xff", "it looks like UTF-16: iconv -f UTF-16 -t UTF-8"),
+    ("[", "it is a JSON array: write one object a line, as with jq -c '.[]'"),
+]
+
+
+class UnreadableInputs:
+    """Adds up what chunks say about each input, and stops the work as soon as one of them is known to be of no use.
+
+    Args:
+      keep_going: never stop.
+      one_document_files: a .txt file is one document, so that one bad file of many is one bad document.
+    """
+
+    def __init__(self, keep_going: bool, one_document_files: bool):
+        self._keep_going = keep_going
+        self._one_document_files = one_document_files
+        self._found: dict[str, InputCounts] = {}
+        self._waiting: Counter[str] = Counter()  # chunks of an input that are being worked on
+        self._newest = ""
+
+    def begin(self, paths: Iterable[str]) -> None:
+        """A chunk with records of these inputs is being worked on; the inputs before the last one are read to their end."""
+        names = [self._name(path) for path in paths]
+        self._waiting.update(names)
+        self._newest = names[-1]
+
+    def done(self, inputs: Iterable[InputCounts]) -> None:
+        """Raises UserError where an input is known to be mostly rejected, or broken."""
+        for counts in inputs:
+            name = self._name(counts.path)
+            found = self._found.setdefault(name, InputCounts(counts.path))
+            found.records += counts.records
+            found.unreadable += counts.unreadable
+            found.broken |= counts.broken
+            if counts.first and not found.first:
+                found.path, found.first, found.head = counts.path, counts.first, counts.head
+            self._waiting[name] -= 1
+            if name != self._newest and not self._waiting[name] or found.records == found.unreadable >= HOPELESS:
+                self._check(found)
+
+    def finish(self) -> None:
+        """All chunks are done. Raises UserError as `done` does."""
+        for counts in self._found.values():
+            self._check(counts)
+
+    def _name(self, path: str) -> str:
+        return "*.txt" if self._one_document_files and ".txt" in Path(path).suffixes else path
+
+    def _check(self, counts: InputCounts) -> None:
+        if self._keep_going or not counts.broken and 2 * counts.unreadable <= counts.records:
+            return
+        hint = next((hint for magic, hint in _MAGIC if counts.head.startswith(magic)), "")
+        if not hint and ": not UTF-8" in counts.first:
+            hint = "if it is GB18030: iconv -f GB18030 -t UTF-8"
+        what = "could not be read to its end" if counts.broken else "is mostly unusable"
+        raise UserError(
+            f"--input: {counts.path!r} {what}: {counts.unreadable:,} of {counts.records:,} records rejected, the first at line "
+            f"{counts.first}{f' ({hint})' if hint else ''}. Mend it, leave it out, or use what can be read with --keep_going"
+        )

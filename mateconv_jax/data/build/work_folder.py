@@ -1,0 +1,151 @@
+"""The folder that `prepare` works in, OUTPUT.partial: one run at a time, one set of options, and nothing of anyone else's.
+
+options.json    what the chunks are made from, see build/identity.py
+lock, workers   locked by the run, and by each of its workers
+tokenizer, sample.json, chunks, beam, dataset, replaced
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from mateconv_jax import files
+from mateconv_jax.data import dataset
+from mateconv_jax.data.build import identity
+from mateconv_jax.data.text.sources import Source
+from mateconv_jax.errors import UserError
+
+LOCK_SECONDS = 10.0  # a killed run's lock is gone when the system has taken its memory back, which takes seconds for some GB
+_OURS = {"options.json", "lock", "workers", "tokenizer", "sample.json", "chunks", "beam", "dataset", "replaced"}
+_OURS |= {f"{name}.partial" for name in _OURS}
+
+
+def path_for(output: Path) -> Path:
+    """Where the dataset at `output` is made.
+
+    Raises:
+      UserError: `output` has no name, as `.`.
+    """
+    if output.name in ("", ".."):
+        raise UserError(f"--output: {str(output)!r} does not name a folder (expected a name, as data/zh)")
+    return output.with_name(output.name + ".partial")
+
+
+def check_replaceable(output: Path, sources: list[Source]) -> None:
+    """Raises UserError unless `output` is free, empty, or a dataset without anything else in it, an input of ours included."""
+    if not output.exists() or output.is_dir() and not any(output.iterdir()):
+        return
+    if not (output / "metadata.json").is_file() or not (output / "dataset_info.json").is_file():
+        raise UserError(f"--output: {str(output)!r} is not a dataset, and is not replaced (choose another folder)")
+    if foreign := dataset.foreign_files(output):
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise UserError(
+            f"--output: {str(output)!r} holds {foreign[0]!r}{more}, not part of a dataset, and is not replaced "
+            "(move that, or choose another folder)"
+        )
+    check_outside(sources, output)
+
+
+def check_outside(sources: list[Source], folder: Path) -> None:
+    """Raises UserError where an input stands in a folder that will be replaced or removed."""
+    real = folder.resolve()
+    for source in sources:
+        if source.size is not None and real in Path(source.path).resolve().parents:
+            raise UserError(
+                f"--input: {source.path!r} is in {str(folder)!r}, which would be replaced (move it, or choose another --output)"
+            )
+
+
+@contextlib.contextmanager
+def opened(folder: Path, options: dict, overwrite: bool) -> Iterator[Path]:
+    """The folder, made and locked, once it is known that what lies there was made with the same options.
+
+    Raises:
+      UserError: another run is writing there, other options made what is there and overwrite is False, or it holds files
+        that no run put there.
+    """
+    _check_ours(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        _wait_for(lock, folder)
+        there = folder / "options.json"
+        if there.exists():
+            theirs = json.loads(there.read_text(encoding="utf-8"))
+            if overwrite and not identity.same_input(theirs, options):
+                _clear(folder, but={"lock", "workers"})
+            try:
+                identity.check_options(theirs, options, f"{str(folder)!r} was begun")
+            except UserError:
+                if not overwrite:
+                    raise
+                _clear(folder, but={"lock", "workers"})
+        files.write_text(there, json.dumps(options, ensure_ascii=False))
+        (folder / "chunks").mkdir(exist_ok=True)
+        yield folder
+
+
+def remove(folder: Path) -> None:
+    """What a run left there, if anything.
+
+    Raises:
+      UserError: another run is writing there, or it holds files that no run put there.
+    """
+    if not folder.exists():
+        return
+    _check_ours(folder)
+    with (folder / "lock").open("w") as lock:
+        _wait_for(lock, folder)
+        _clear(folder, but=set())
+    with contextlib.suppress(OSError):  # someone put a file there meanwhile
+        folder.rmdir()
+
+
+def restore_replaced(output: Path) -> None:
+    """Bring back the dataset that a killed run had moved away but not yet replaced."""
+    replaced = path_for(output) / "replaced"
+    if replaced.is_dir() and not output.exists():
+        replaced.rename(output)
+
+
+def hold_for_worker(folder: Path) -> TextIO:
+    """A lock that a worker keeps until it dies, so that no later run meets one that still writes."""
+    file = (folder / "workers").open("w")
+    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return file
+
+
+def _wait_for(lock: TextIO, folder: Path) -> None:
+    """Take the lock, and wait until the last worker of an earlier run is gone."""
+    with (folder / "workers").open("w") as workers:
+        deadline = time.monotonic() + LOCK_SECONDS
+        for file in (lock, workers):
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() > deadline:
+                        raise UserError(
+                            f"--output: another run is writing {str(folder)!r} (wait for it, or choose another folder)"
+                        ) from error
+                    time.sleep(0.1)
+
+
+def _check_ours(folder: Path) -> None:
+    if folder.exists() and (foreign := sorted(set(os.listdir(folder)) - _OURS if folder.is_dir() else [folder.name])):
+        raise UserError(
+            f"--output: {str(folder)!r}, where the work is done, holds {foreign[0]!r}, which is not ours (move it, or choose "
+            "another --output)"
+        )
+
+
+def _clear(folder: Path, but: set[str]) -> None:
+    for name in _OURS - but:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
