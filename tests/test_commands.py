@@ -22,7 +22,7 @@ def run(*arguments):
         (["mateconv_jax.evaluate", "--model_path=none", "--demo"], "--model_path: no model at 'none'"),
         (["mateconv_jax.evaluate", "--model_path=none", "--data=x"], "--model_path: no model at 'none'"),
         (["mateconv_jax.train", "--config=configs/yaml.py:none.yaml"], "none.yaml"),
-        (["mateconv_jax.plan", "--config=configs/base.py", "--gpu=none"], "--gpu: 'none' is not known"),
+        (["mateconv_jax.plan", "--config=configs/base.py", "--gpu=none"], "--gpu: 'none' is unknown"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_line_and_exit_code_2(arguments, message):
