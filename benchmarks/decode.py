@@ -22,8 +22,8 @@ from rich.table import Table
 
 from mateconv_jax import config as config_lib
 from mateconv_jax.data.tokenizer import bpe
+from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.inference.decode import Decoder, DecodeState, bucket
-from mateconv_jax.inference.generation_config import GenerationConfig
 from mateconv_jax.inference.sampling import Sampling
 from mateconv_jax.interop import gguf_file
 from mateconv_jax.interop.stored_model import StoredModel

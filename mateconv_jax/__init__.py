@@ -29,7 +29,7 @@ def __getattr__(name):
 
         return DataProcessor
     if name == "GenerationConfig":
-        from mateconv_jax.inference.generation_config import GenerationConfig
+        from mateconv_jax.generation_config import GenerationConfig
 
         return GenerationConfig
     if name == "TextGenerator":

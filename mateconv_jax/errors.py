@@ -1,5 +1,6 @@
 """User errors: one line on standard error and exit code 2, no traceback."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -17,16 +18,31 @@ def check_values(instance, checks: list[tuple[str, bool, str]]) -> None:
 
 def exit_code(command, *args) -> int:
     """Run `command(*args)` and return its exit code (0 for None). A UserError is printed to standard error and gives 2; Ctrl-C
-    gives 130.
+    gives 130. A reader that closes standard output, as `| head` does, ends the command with 0.
     """
     try:
-        return command(*args) or 0
+        code = command(*args) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        if not _stdout_is_closed():  # a pipe to a process of ours
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail either
+        return 0
+
+
+def _stdout_is_closed() -> bool:
+    try:
+        sys.stdout.flush()  # fails again: what could not be written is still buffered
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def program(module: str) -> str:

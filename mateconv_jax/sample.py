@@ -4,12 +4,11 @@ import argparse
 import dataclasses
 import io
 import json
-import os
 import re
 import sys
 
 from mateconv_jax.errors import UserError, exit_code, program
-from mateconv_jax.inference.generation_config import PRESETS, GenerationConfig
+from mateconv_jax.generation_config import PRESETS, GenerationConfig
 
 # {option: options that have no meaning with it}.
 EXCLUDES = {
@@ -40,20 +39,16 @@ def main(args):
     generator = TextGenerator.from_pretrained(args.model_path, args.tokenizer, args.use_ema, args.dtype)
     assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(encoding="utf-8" if args.json else None, errors="backslashreplace")
-    try:
-        if args.interactive:
-            from mateconv_jax.inference import chat
+    if args.interactive:
+        from mateconv_jax.inference import chat
 
-            chat.run(generator, config, args.model_path)
-        elif requests is not None:
-            from mateconv_jax.inference import batch_file
+        chat.run(generator, config, args.model_path)
+    elif requests is not None:
+        from mateconv_jax.inference import batch_file
 
-            batch_file.run(generator, requests, config, args.output, args.batch_size or 16, args.chat)
-        else:
-            write_samples(generator, prompt, config, args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has closed the pipe; the flush at exit must not fail on it either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        batch_file.run(generator, requests, config, args.output, args.batch_size or 16, args.chat)
+    else:
+        write_samples(generator, prompt, config, args)
 
 
 def write_samples(generator, prompt: str, config: GenerationConfig, args) -> None:

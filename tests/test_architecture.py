@@ -14,19 +14,18 @@ PACKAGE = "mateconv_jax"
 LEAVES = {"errors", "files", "intervals", "plotting"}
 ROOMS = {
     "config_keys": "intervals",
+    "generation_config": "errors",
     "config": "config_keys errors",
     "run_folder": "config errors files",
     "runtime": "errors",
     "model": "errors",
     "data": "errors files plotting",
     "losses": "data model",
-    # Settings, not decoding: what interop writes into generation_config.json.
-    "inference.generation_config": "errors",
-    "interop": "config data errors files inference.generation_config model run_folder",
-    "inference": "data errors files inference.generation_config interop model runtime",
-    "training": "config config_keys data errors files inference inference.generation_config interop intervals losses model run_folder runtime",
-    "evaluation": "data errors inference inference.generation_config interop losses model runtime training",
-    "planning": "data errors inference inference.generation_config model runtime training",
+    "interop": "config data errors files generation_config model run_folder",
+    "inference": "data errors files generation_config interop model runtime",
+    "training": "config config_keys data errors files inference generation_config interop intervals losses model run_folder runtime",
+    "evaluation": "data errors inference generation_config interop losses model runtime training",
+    "planning": "data errors inference generation_config model runtime training",
     "reporting": "errors plotting",
 }
 # Only preparing needs these: training must start without them, and without what they import.

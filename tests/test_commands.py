@@ -1,5 +1,6 @@
 """Wrong input on the command line: one line, exit code 2, no traceback."""
 
+import os
 import subprocess
 import sys
 
@@ -36,3 +37,13 @@ def test_the_demo_corpus_command(tmp_path):
     result = run("mateconv_jax.data.demo", "--output", str(tmp_path / "new" / "demo.jsonl"), "--documents", "10")
     assert result.returncode == 0 and "10 documents" in result.stdout
     assert len((tmp_path / "new" / "demo.jsonl").read_text().splitlines()) == 10
+
+
+@pytest.mark.parametrize("arguments", [["mateconv_jax.train", "--help"], ["mateconv_jax.plan", "--help"]])
+def test_a_reader_that_closes_the_pipe_ends_the_command(arguments):
+    """As `| head` does."""
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run([sys.executable, "-m", *arguments], stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (0, "")

@@ -17,8 +17,8 @@ import pytest
 
 from mateconv_jax import GenerationConfig, TextGenerator, config as config_lib, sample
 from mateconv_jax.errors import UserError, exit_code
+from mateconv_jax.generation_config import PRESETS
 from mateconv_jax.inference import chat
-from mateconv_jax.inference.generation_config import PRESETS
 from mateconv_jax.training import loop
 
 COMMAND = [sys.executable, "-m", "mateconv_jax.sample"]

@@ -15,8 +15,8 @@ from benchmarks.decode import generate
 from benchmarks.gpu import sizes, timing
 from benchmarks.gpu.peer import Peer
 from benchmarks.gpu.report import Report
+from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.inference.decode import Decoder
-from mateconv_jax.inference.generation_config import GenerationConfig
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.transformer import Transformer
 from mateconv_jax.runtime import compilation_cache

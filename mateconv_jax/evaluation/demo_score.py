@@ -1,7 +1,7 @@
 """The score of a model trained on the demo corpus: grammar of sampled stories, and facts answered in chat."""
 
 from mateconv_jax.data import demo
-from mateconv_jax.inference.generation_config import GenerationConfig
+from mateconv_jax.generation_config import GenerationConfig
 
 STORIES = 8  # sampled per story opening: about 400 sentences in total
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from mateconv_jax.data.text.jsonl import Document, Rejected, is_dialogue, parse_text
 from mateconv_jax.errors import UserError
+from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.inference.chat import DoesNotFit, fit
-from mateconv_jax.inference.generation_config import GenerationConfig
 
 PROMPT_KEYS = ("prompt", "history", "messages")
 RESULT_KEYS = ("text", "finish_reason", "n_prompt_tokens", "n_tokens", "token_ids", "seed", "settings")

@@ -16,7 +16,7 @@ import orjson
 from mateconv_jax import files
 from mateconv_jax.data.text.jsonl import Rejected, is_dialogue, parse_text
 from mateconv_jax.errors import UserError
-from mateconv_jax.inference.generation_config import GenerationConfig
+from mateconv_jax.generation_config import GenerationConfig
 
 ROLES = ("system", "user", "assistant")
 # Without truncate_prompt: a dialogue is shortened by whole turns.

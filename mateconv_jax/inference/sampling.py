@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.inference import logits_processors
-from mateconv_jax.inference.generation_config import GenerationConfig
 
 
 @flax.struct.dataclass

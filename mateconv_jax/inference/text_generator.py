@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerFast
 from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.data.tokenizer.chat import encode_chat
 from mateconv_jax.errors import UserError
+from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.inference import detokenizer
 from mateconv_jax.inference.decode import SMALLEST_CACHE, SMALLEST_PROMPT, Decoder, DecodeState, bucket
 from mateconv_jax.inference.detokenizer import Detokenizer
-from mateconv_jax.inference.generation_config import GenerationConfig
 from mateconv_jax.inference.sampling import Sampling
 from mateconv_jax.interop.formats import open_model
 from mateconv_jax.model.config import ModelConfig

@@ -20,7 +20,7 @@ from flax import nnx
 
 from mateconv_jax import files
 from mateconv_jax.errors import UserError
-from mateconv_jax.inference.generation_config import GenerationConfig
+from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.interop import hf_config, model_card, pytorch, weight_mapping
 from mateconv_jax.interop.stored_model import StoredModel, load_tokenizer
 from mateconv_jax.interop.weight_mapping import Tensor

@@ -5,7 +5,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from mateconv_jax.inference.generation_config import GenerationConfig
+from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.inference.text_generator import TextGenerator
 from mateconv_jax.runtime import distributed, sharding
 

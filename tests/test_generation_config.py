@@ -5,7 +5,7 @@ import pytest
 
 from mateconv_jax import GenerationConfig
 from mateconv_jax.errors import UserError
-from mateconv_jax.inference.generation_config import PRESETS
+from mateconv_jax.generation_config import PRESETS
 
 OUT_OF_RANGE = [
     ("temperature", 0.0),
