@@ -22,8 +22,8 @@ def choose(name: str, request: Request) -> tuple[str, list[str]]:
     """
     if name != "auto":
         if reason := BACKENDS[name].refusal(request):
-            supported = [other for other in BACKENDS if BACKENDS[other].refusal(request) is None]
-            raise UserError(f"model.attention: {name} is unavailable: it {reason} (expected auto, {' or '.join(supported)})")
+            *others, last = ["auto", *(other for other in BACKENDS if BACKENDS[other].refusal(request) is None)]
+            raise UserError(f"model.attention: {name} is unavailable: it {reason} (expected {', '.join(others)} or {last})")
         return name, []
     passed_over = []
     for candidate in FASTEST_FIRST.get(request.device.platform, ("xla",)):
