@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types and tests, at most 15 minutes on two cores.
 #   bash launch/test.sh           what CI runs
-#   bash launch/test.sh --slow    and what takes longer: the whole quickstart with its score, the documentation's commands
+#   bash launch/test.sh --slow    adds what takes longer, such as the whole quickstart with its score
 #   bash launch/test.sh -k NAME   other arguments go to pytest
 source "$(dirname "$0")/venv.sh"
 

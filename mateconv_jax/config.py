@@ -103,19 +103,20 @@ def describe() -> str:
 
 
 def from_command_line(argv: list[str]) -> ConfigDict:
-    """Read `--config=FILE --config.section.key=value …` from argv (program name first). Not resolved yet.
+    """The config of `--config=FILE --config.section.key=value …`, not resolved.
 
-    ml_collections' config_flags does the work; it takes the overrides from `sys.argv`, so argv must be that.
+    Args:
+      argv: sys.argv, from which ml_collections' config_flags reads the overrides itself.
 
     Raises:
-      UserError: no or no such file, an unknown key, a value of another type, anything else on the command line.
+      UserError: a missing file, an unknown key, a value of the wrong type, or any other argument.
     """
     flag_values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "configuration file", lock_config=True, flag_values=flag_values)
     try:
-        left_over = flag_values([_shipped(argument) for argument in argv])[1:]
+        left_over = flag_values([_with_installed_file(argument) for argument in argv])[1:]
         config = flag_values.config
-        getattr(config, "model", None)  # where the file could not be loaded, its errors are raised when it is touched
+        getattr(config, "model", None)  # a file that cannot be loaded raises when its config is first used
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
         raise UserError(_explain(error, argv)) from error
     if left_over:
@@ -128,8 +129,8 @@ def from_command_line(argv: list[str]) -> ConfigDict:
     return config
 
 
-def _shipped(argument: str) -> str:
-    """`--config=configs/NAME.py` also means the file that was installed with the package, where the current folder has none."""
+def _with_installed_file(argument: str) -> str:
+    """`--config=configs/NAME.py` falls back to the file that is installed with the package."""
     file = argument.removeprefix("--config=").partition(":")[0]
     installed = Path(__file__).parent / file
     if file.startswith("configs/") and not Path(file).exists() and installed.is_file():
@@ -138,7 +139,7 @@ def _shipped(argument: str) -> str:
 
 
 def from_dict(values: dict, source: str) -> ConfigDict:
-    """The config that a run folder's config.json holds; keys newer than the file take their defaults.
+    """The config stored in a run folder's config.json; keys that are newer than the file get their defaults.
 
     Raises:
       UserError: a key that this version does not know; the message names it and `source`.
@@ -156,7 +157,7 @@ def _paths(config: ConfigDict) -> list[str]:
 
 
 def _explain(error: Exception, argv: list[str]) -> str:
-    """config_flags' exceptions carry a bare key, several lines or a module name: say which flag and what would be right."""
+    """One line for an exception of config_flags, whose own messages lack the flag or what it expects."""
     known = _paths(default_config())
     for argument in argv[1:]:
         match = re.match(r"--(?:no)?config\.([^=]+)", argument)

@@ -29,10 +29,7 @@ def main(argv):
         print(HELP.format(program=program("train"), keys=config_lib.describe()))
         return 0
     config = config_lib.resolve(config_lib.from_command_line(argv))
-    from mateconv_jax.runtime import (
-        compilation_cache,  # 6 s of imports, after the command line is known to be right
-        distributed,
-    )
+    from mateconv_jax.runtime import compilation_cache, distributed  # imports take seconds: only for a valid command line
 
     compilation_cache.enable(config.training.compilation_cache_dir)
     distributed.initialize()

@@ -13,7 +13,8 @@ PACKAGE = "mateconv_jax"
 # What each room may import; commands (train, prepare, …) may import everything but each other, the leaves nothing.
 LEAVES = {"errors", "files", "intervals", "plotting"}
 ROOMS = {
-    "config": "errors intervals",
+    "config_keys": "intervals",
+    "config": "config_keys errors",
     "run_folder": "config errors files",
     "runtime": "errors",
     "model": "errors",
@@ -23,7 +24,7 @@ ROOMS = {
     "inference.generation_config": "errors",
     "interop": "config data errors files inference.generation_config model run_folder",
     "inference": "data errors files inference.generation_config interop model runtime",
-    "training": "config data errors files inference inference.generation_config interop intervals losses model run_folder runtime",
+    "training": "config config_keys data errors files inference inference.generation_config interop intervals losses model run_folder runtime",
     "evaluation": "data errors inference inference.generation_config interop losses model runtime training",
     "planning": "data errors inference inference.generation_config model runtime training",
     "reporting": "errors plotting",
@@ -33,7 +34,6 @@ PREPARING = ("data.build", "data.text", "data.tokenizer.bpe", "data.tokenizer.re
 # Files, flags and logging.
 NOT_FOR_THE_MODEL = set("absl argparse clu io json logging orbax pathlib pickle shutil sys tempfile tqdm".split())
 LONGEST_FUNCTION = 60  # lines, its docstring among them
-LISTS = {"config.py:default_config"}  # of keys, one a line
 
 
 def sources() -> dict[str, ast.Module]:
@@ -149,7 +149,7 @@ def test_functions_fit_a_screen():
                 continue
             lines = node.end_lineno - node.lineno + 1
             where = f"{name.replace('.', '/')}.py:{node.name}"
-            if lines > LONGEST_FUNCTION and where not in LISTS:
+            if lines > LONGEST_FUNCTION:
                 too_long.append(f"{where} has {lines} lines")
     assert too_long == []
 

@@ -27,6 +27,10 @@ def test_any_key_can_be_overridden_and_what_depends_on_it_follows(load):
     assert (config.training.max_steps, config.training.use_ema, config.data.seq_len) == (7, True, 128)
 
 
+def test_a_constant_learning_rate_has_no_use_for_min_lr(load):
+    load(BASE, "--config.training.lr_scheduler=constant", "--config.training.learning_rate=1e-5")
+
+
 def test_the_base_config(load):
     config = load(BASE)
     assert (config.model.head_dim, config.model.hidden_dim) == (32, 1408)

@@ -66,6 +66,8 @@ def _train(config: ConfigDict, signals: Signals) -> int:
     train_rows, val_rows, tokenizer = open_data(
         config_lib.options(DataOptions, config.data), c.vocab_size, training.document_mask
     )
+    if training.early_stopping and val_rows is None:
+        raise UserError("training.early_stopping: there are no validation rows (expected data.val_data_path)")
     length = Length.of(training, len(train_rows))
     programs = setup.build(config, c, mesh, length.total_steps)
     shape = setup.batch_shape(config)

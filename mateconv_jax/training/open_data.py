@@ -34,11 +34,16 @@ def open_data(data: DataOptions, vocab_size: int, document_mask: bool) -> tuple[
             "data.train_data_path: missing (expected a folder made by python -m mateconv_jax.prepare, or a .bin file)"
         )
     train = open_dataset(data.train_data_path, "data.train_data_path", data.seq_len)
-    validation = None
-    if data.val_data_path is not None:
+    validation, val_split = None, None
+    if data.val_data_path is not None:  # all of it is for validation
         validation = open_dataset(data.val_data_path, "data.val_data_path", data.seq_len)
+        if train.path.resolve() == validation.path.resolve():
+            raise UserError(
+                f"data.val_data_path: {data.val_data_path!r} is the training data (expected another dataset, or None for its "
+                "validation split)"
+            )
     elif train.splits is not None:
-        validation = train
+        validation, val_split = train, "validation"
     tokenizer = _tokenizer(data, train)
     datasets = [dataset for dataset in (train, validation) if dataset is not None]
     for dataset in datasets:
@@ -51,7 +56,7 @@ def open_data(data: DataOptions, vocab_size: int, document_mask: bool) -> tuple[
     train_rows = train.rows("train", document_starts)
     if train_rows is None:
         raise UserError(f"{train.key}: {str(train.path)!r} has no split 'train' (prepare it again)")
-    val_rows = None if validation is None else validation.rows("validation", document_starts)
+    val_rows = None if validation is None else validation.rows(val_split, document_starts)
     for dataset, rows in ((train, train_rows), (validation, val_rows)):
         if dataset is not None and rows is not None:
             dataset.check_tokens(rows, vocab_size, f"model.vocab_size is {vocab_size}")

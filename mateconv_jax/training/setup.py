@@ -140,7 +140,7 @@ class Length:
         """Of a run over a dataset of n_rows.
 
         Raises:
-          UserError: the run is shorter than one step.
+          UserError: the run is shorter than one step, or keys contradict its length.
         """
         steps = total_steps(training, n_rows)
         rows_per_step = training.batch_size * training.accumulation_steps
@@ -155,7 +155,29 @@ class Length:
             return intervals.steps(training[key], steps, steps_per_epoch)
 
         samples = None if training.samples_interval is None else interval("samples_interval")
+        if samples is not None and not training.sample_prompts:
+            raise UserError(
+                "training.sample_prompts: empty, but training.samples_interval asks for samples (expected a prompt)"
+            )
+        _check_schedule(training, steps)
         return Length(steps, interval("eval_interval"), interval("save_interval"), interval("log_interval"), samples)
+
+
+def _check_schedule(training: ConfigDict, steps: int) -> None:
+    """Raises UserError for keys that mean steps beyond the end of the run."""
+    schedule = config_lib.options(ScheduleOptions, training)
+    warmup_steps = optimizer.n_warmup_steps(schedule, steps)
+    decay_steps = optimizer.n_decay_steps(schedule, steps) if schedule.lr_scheduler == "wsd" else 0
+    if warmup_steps >= steps:
+        raise UserError(f"training.warmup_steps: {warmup_steps}, but the run has {steps} steps (expected fewer)")
+    if warmup_steps + decay_steps > steps:
+        key = "warmup_ratio" if schedule.warmup_steps is None else "warmup_steps"
+        raise UserError(
+            f"training.decay_ratio: {training.decay_ratio} are {decay_steps} of the run's {steps} steps, but the warm-up takes "
+            f"{warmup_steps} of them (expected a smaller decay_ratio or training.{key})"
+        )
+    if training.profile_step is not None and training.profile_step > steps:
+        raise UserError(f"training.profile_step: {training.profile_step}, but the run has {steps} steps (expected fewer)")
 
 
 def total_steps(training: ConfigDict, n_rows: int) -> int:

@@ -1,5 +1,7 @@
+import dataclasses
 import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,9 +17,10 @@ from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.runtime import sharding
-from mateconv_jax.training import loop
+from mateconv_jax.training import loop, setup
 from mateconv_jax.training.batches import RowBatches
 from mateconv_jax.training.checkpoints import Checkpoints
+from mateconv_jax.training.open_data import DataOptions, open_data
 from tests.training.runs import losses_of, metrics_of, saved, train
 
 ROOT = Path(__file__).parents[2]
@@ -125,6 +128,15 @@ def loss_after_4_steps(config, folder):
 def test_an_option_changes_the_training(tiny_config, tmp_path, loss_by_default, section, key, value):
     tiny_config[section][key] = value
     assert loss_after_4_steps(tiny_config, tmp_path) != loss_by_default
+
+
+def test_all_of_val_data_path_is_for_validation(tiny_config, dataset_folder, tmp_path):
+    shutil.copytree(dataset_folder, tmp_path / "other")
+    data = config_lib.options(DataOptions, tiny_config.data)
+    _, own, _ = open_data(data, 400, document_mask=False)
+    _, other, _ = open_data(dataclasses.replace(data, val_data_path=str(tmp_path / "other")), 400, document_mask=False)
+    splits = open_dataset(dataset_folder, "", 32).splits
+    assert len(own) == splits["validation"] and len(other) == splits["train"] + splits["validation"]
 
 
 @pytest.mark.slow
@@ -278,6 +290,31 @@ def test_no_flat_file(flat_config, key):
     assert error_of(flat_config) == f"data.{key}: no file at 'no/such.bin'"
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"warmup_steps": 6}, "training.warmup_steps: 6, but the run has 6 steps"),
+        ({"warmup_steps": 5, "lr_scheduler": "wsd", "decay_ratio": 0.5}, "training.decay_ratio: 0.5 are 3 of the run's 6 steps, but the warm-up takes 5"),
+        ({"profile_step": 7}, "training.profile_step: 7, but the run has 6 steps"),
+        ({"samples_interval": 2, "sample_prompts": ()}, "training.sample_prompts: empty, but training.samples_interval"),
+    ],
+)  # fmt: skip
+def test_keys_that_contradict_each_other(tiny_config, changes, message):
+    tiny_config.training.update(changes)
+    assert error_of(tiny_config).startswith(message)
+    assert not Path(tiny_config.training.out_dir).exists()
+
+
+def test_early_stopping_needs_validation(flat_config):
+    flat_config.training.early_stopping, flat_config.data.val_data_path = True, None
+    assert error_of(flat_config).startswith("training.early_stopping: there are no validation rows")
+
+
+def test_validation_on_the_training_data(flat_config):
+    flat_config.data.val_data_path = flat_config.data.train_data_path
+    assert "is the training data (expected another dataset" in error_of(flat_config)
+
+
 def test_another_row_length(tiny_config):
     tiny_config.data.seq_len = 16
     assert error_of(tiny_config).startswith("data.seq_len: 16, but")
@@ -353,7 +390,8 @@ def test_a_batch_is_a_function_of_its_step(tiny_config):
     config = config_lib.resolve(tiny_config)
     mesh = sharding.make_mesh()
     rows = open_dataset(config.data.train_data_path, "", 32).rows("train")
-    in_order, source = RowBatches(config, rows, mesh), RowBatches(config, rows, mesh)
+    training, shape = config.training, setup.batch_shape(config)
+    in_order, source = (RowBatches(rows, shape, training.seed, config.data.shuffle, 2, mesh) for _ in range(2))
     batches = [in_order(step, None) for step in range(6)]
     for step in (3, 3, 4, 1, 0, 5):
         jax.tree.map(np.testing.assert_array_equal, source(step, None), batches[step])
