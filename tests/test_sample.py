@@ -217,7 +217,7 @@ def test_dtype_and_ema_choose_the_weights(run, monkeypatch):
     real = TextGenerator.from_pretrained
     monkeypatch.setattr(TextGenerator, "from_pretrained", lambda *a, **k: loaded.append(real(*a, **k)) or loaded[-1])
     texts = []
-    monkeypatch.setattr(sample, "write", lambda generator, prompt, config, args: texts.append(prompt))
+    monkeypatch.setattr(sample, "write_samples", lambda generator, prompt, config, args: texts.append(prompt))
     for arguments in ([], ["--no-use_ema"], ["--use_ema", "--dtype=float32"], ["--dtype=float16"]):
         sample.main(sample.parse_args([f"--model_path={run}", "--prompt=小明", *arguments]))
     default, raw, ema, half = (generator.params["norm"]["scale_D"][...] for generator in loaded)
