@@ -20,8 +20,8 @@ A language model with {n_parameters:,} parameters, exported by MateConv-JAX.
 ## Architecture
 
 A LLaMA-style decoder (`{architecture}` in transformers): {n_layers} layers of width {dim} with {feed_forward} {hidden_dim};
-{n_heads} query and {n_kv_heads} key/value heads of size {head_dim}{qk_norm}; rotary position embedding with base
-{rope_theta:g}{scaling}; a vocabulary of {vocab_size:,} tokens, output layer {tied} to the embedding; a context of
+{n_heads} query and {n_kv_heads} key/value heads of size {head_dim}{qk_norm}; rotary position embedding
+with base {rope_theta:g}{scaling}; a vocabulary of {vocab_size:,} tokens, output layer {tied} to the embedding; a context of
 {max_seq_len:,} tokens.
 """
 

@@ -153,7 +153,7 @@ class Program:
     [
         ({"model_state_dict": {}, "config": Program()}, "cannot read .*model.pth .it contains print; expected only tensors and plain values"),
         ([1, 2], "holds a list"),
-        ({"weight": torch.ones(2)}, "holds weight … .expected the tensors of a model"),
+        ({"weight": torch.ones(2)}, "holds weight … .expected a model's tensors"),
         ({"tok_embeddings.weight": torch.ones(4, 4)}, r"model.layers.0.self_attn.q_proj.weight is missing \(in MateConv's names\)"),
     ],
 )  # fmt: skip
