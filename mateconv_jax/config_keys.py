@@ -42,7 +42,7 @@ class Key:
 
     Attributes:
       path: section.name, as after `--config.`
-      default: its value where nothing else is said.
+      default: its value unless given.
       on_resume: what changing it does to a resumed run.
       meaning: for --help.
       check: what a value other than None must satisfy; None: its type is enough.

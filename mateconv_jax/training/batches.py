@@ -4,7 +4,6 @@ A source is called with the step, counted from 0, and the current parameters, wh
 function of the two, so a run resumes exactly. `describe(step)` says in words what the batch was made of.
 """
 
-import dataclasses
 from collections.abc import Iterator
 
 import jax
@@ -16,30 +15,7 @@ from mateconv_jax.data import loader
 from mateconv_jax.data.dataset import Rows
 from mateconv_jax.data.rows import Batch
 from mateconv_jax.runtime import sharding
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchShape:
-    """The rows of a step.
-
-    Attributes:
-      batch_size: rows of a micro-batch over all devices.
-      accumulation_steps: micro-batches.
-      seq_len: targets of a row.
-    """
-
-    batch_size: int
-    accumulation_steps: int
-    seq_len: int
-
-    @property
-    def rows(self) -> int:
-        return self.batch_size * self.accumulation_steps
-
-    @property
-    def tokens(self) -> int:
-        """Targets."""
-        return self.rows * self.seq_len
+from mateconv_jax.training.batch_shape import BatchShape
 
 
 class RowBatches:

@@ -57,11 +57,13 @@ class Evaluator:
         max_batches: int | None,
         mesh: Mesh,
     ):
-        """Args:
-        eval_step: see step.make_eval_step.
-        bytes_per_token_V: see token_bytes.
-        batch_size: divisible by the number of devices.
-        max_batches: None: all rows.
+        """Of one model and one set of rows.
+
+        Args:
+          eval_step: see step.make_eval_step.
+          bytes_per_token_V: see token_bytes.
+          batch_size: divisible by the number of devices.
+          max_batches: None: all rows.
         """
         self._eval_step, self._rows, self._bytes_per_token_V, self._mesh = eval_step, rows, bytes_per_token_V, mesh
         self._batch_size = batch_size

@@ -12,7 +12,7 @@ from mateconv_jax.data.dataset import Rows
 from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.training import resume
-from mateconv_jax.training.batches import BatchShape
+from mateconv_jax.training.batch_shape import BatchShape
 
 
 def log_header(

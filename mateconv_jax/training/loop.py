@@ -14,7 +14,8 @@ from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
 from mateconv_jax.runtime import distributed, sharding
 from mateconv_jax.training import out_of_memory, resume, setup
-from mateconv_jax.training.batches import BatchShape, RowBatches
+from mateconv_jax.training.batch_shape import BatchShape
+from mateconv_jax.training.batches import RowBatches
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
 from mateconv_jax.training.evaluator import Evaluator
 from mateconv_jax.training.header import log_header, log_memory

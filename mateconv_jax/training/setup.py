@@ -22,7 +22,7 @@ from mateconv_jax.model.device import Device
 from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.runtime import sharding
 from mateconv_jax.training import optimizer, train_state
-from mateconv_jax.training.batches import BatchShape
+from mateconv_jax.training.batch_shape import BatchShape
 from mateconv_jax.training.optimizer import OptimizerOptions, ScheduleOptions
 from mateconv_jax.training.step import LossFn, StepOptions, make_eval_step, make_train_step
 from mateconv_jax.training.train_state import TrainState

@@ -172,7 +172,7 @@ def test_axes_that_are_not_the_devices(monkeypatch, data, fsdp):
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     config = config_lib.default_config()
     config.mesh.update(dict(data=data, fsdp=fsdp))
-    with pytest.raises(UserError, match="mesh.data, mesh.fsdp: .* are not the 8 devices"):
+    with pytest.raises(UserError, match="mesh.data, mesh.fsdp: .* does not match the 8 devices"):
         sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
 
 
@@ -236,5 +236,5 @@ def test_what_the_environment_says(monkeypatch, environment, arguments):
 
 def test_an_address_alone_is_an_error(monkeypatch):
     monkeypatch.setattr(os, "environ", {"JAX_COORDINATOR_ADDRESS": "a:1"})
-    with pytest.raises(UserError, match="JAX_COORDINATOR_ADDRESS: 'a:1' needs JAX_NUM_PROCESSES"):
+    with pytest.raises(UserError, match="JAX_COORDINATOR_ADDRESS: 'a:1' requires JAX_NUM_PROCESSES"):
         distributed.initialize()
