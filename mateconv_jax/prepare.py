@@ -1,4 +1,4 @@
-"""From raw text to a dataset:  python -m mateconv_jax.prepare --input raw.jsonl --output data/zh --train_tokenizer"""
+"""Prepare a dataset from raw text:  python -m mateconv_jax.prepare --input raw.jsonl --output data/zh --train_tokenizer"""
 
 import argparse
 import dataclasses
@@ -15,7 +15,7 @@ from mateconv_jax.errors import UserError, exit_code, program
 
 def main(args):
     if args.num_workers < 1:
-        raise UserError(f"--num_workers: {args.num_workers} is not possible (expected at least 1)")
+        raise UserError(f"--num_workers: {args.num_workers} is invalid (expected at least 1)")
     options = PrepareOptions(
         **{
             key: getattr(args, key)
@@ -50,7 +50,7 @@ def main(args):
         args.keep_going,
     )
     if figures is None:
-        print(f"nothing to do: {output} is there, made with the same options")
+        print(f"nothing to do: {output} was already made with the same options")
         return
     from mateconv_jax.data.build.statistics import print_table
 
@@ -70,57 +70,80 @@ def parse_args(argv):
         prog=program("prepare"), description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help="files or globs, JSONL, .txt or .bin, also .gz, .xz, .zst; - is standard "
-        "input; tfds:NAME/CONFIG:SPLIT:FEATURE")  # fmt: skip
-    add("--output", required=True, help="the dataset folder to make")
-    add("--num_workers", type=int, default=len(os.sched_getaffinity(0)), help="processes")
-    add("--overwrite", action="store_true", help="replace a dataset made, or begun, with other options")
-    add("--also_bin", action="store_true", help="write MateConv's flat uint16 train.bin and validation.bin too")
+    add("--input", nargs="+", required=True, help="files or globs: JSONL, .txt or .bin, optionally .gz, .bz2, .xz or "
+        ".zst; - for standard input; tfds:NAME/CONFIG:SPLIT:FEATURE")  # fmt: skip
+    add("--output", required=True, help="dataset folder to create")
+    add("--num_workers", type=int, default=len(os.sched_getaffinity(0)), help="worker processes")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace a dataset that was made, or begun, with other options; nothing else is replaced",
+    )
+    add("--also_bin", action="store_true", help="also write MateConv's flat uint16 train.bin and validation.bin")
 
     group = parser.add_argument_group("tokenizer")
     which = group.add_mutually_exclusive_group(required=True)
-    which.add_argument("--tokenizer", metavar="DIR", help="use the one in this folder")
+    which.add_argument("--tokenizer", metavar="DIR", help="use the tokenizer in this folder")
     which.add_argument("--train_tokenizer", action="store_true", help="train a byte-level BPE on a sample of the input")
     training = pipeline.TokenizerTraining()
-    group.add_argument("--vocab_size", type=int, default=training.vocab_size, help="of the tokenizer to train")
-    group.add_argument("--split_digits", action="store_true", help="one token a digit")
-    group.add_argument("--sample_mb", type=float, default=training.sample_mb, help="of text to train it on")
+    group.add_argument("--vocab_size", type=int, default=training.vocab_size, help="size of the trained vocabulary")
+    group.add_argument("--split_digits", action="store_true", help="make every digit a token of its own")
+    group.add_argument("--sample_mb", type=float, default=training.sample_mb, help="MB of text to train on")
 
     group = parser.add_argument_group("rows")
     rows = PrepareOptions()
-    group.add_argument("--seq_len", type=int, default=rows.seq_len, help="tokens a row trains on")
-    group.add_argument("--val_fraction", type=float, default=rows.val_fraction, help="share of the documents for validation")
-    group.add_argument("--chunk_mb", type=float, default=rows.sizes.bytes / 1e6, help="input that becomes one shard")
+    group.add_argument("--seq_len", type=int, default=rows.seq_len, help="training tokens per row")
+    group.add_argument(
+        "--val_fraction", type=float, default=rows.val_fraction, help="fraction of documents held out for validation"
+    )
+    group.add_argument("--chunk_mb", type=float, default=rows.sizes.bytes / 1e6, help="MB of input per shard")
 
     group = parser.add_argument_group("records")
-    group.add_argument("--text_key", default=rows.text_key, help="the key of a JSON line's text")
-    group.add_argument("--txt_document", choices=sources.TXT_DOCUMENTS, default=rows.txt_document, help="what a document of a .txt file is: a line, what stands between blank lines, the file")  # fmt: skip  # noqa: E501
+    group.add_argument("--text_key", default=rows.text_key, help="JSON key that holds the text")
+    group.add_argument("--txt_document", choices=sources.TXT_DOCUMENTS, default=rows.txt_document, help="what counts as one document in a .txt file: a line, a block between blank lines, or the whole file")  # fmt: skip  # noqa: E501
     group.add_argument("--keep_going", action="store_true", help="use what can be read of a broken or mostly rejected input")
-    group.add_argument("--max_line_mb", type=float, default=rows.sizes.longest_record / 1e6, help="longer records are rejected")
+    group.add_argument("--max_line_mb", type=float, default=rows.sizes.longest_record / 1e6, help="reject longer records")
 
     group = parser.add_argument_group("cleaning")
     rules = rows.cleaning
-    group.add_argument("--unicode", choices=cleaning.CHOICES["unicode"], default=rules.unicode, help="normal form")
+    group.add_argument("--unicode", choices=cleaning.CHOICES["unicode"], default=rules.unicode, help="Unicode normal form")
     group.add_argument("--control_characters", choices=cleaning.CHOICES["control_characters"], default=rules.control_characters)
-    group.add_argument("--strip_control_tokens", action="store_true", help="remove <s>, </s>, <s>user … written in the text")
-    group.add_argument("--whitespace", choices=cleaning.CHOICES["whitespace"], default=rules.whitespace, help="normalize: line feeds, no space at ends, at most one empty line")  # fmt: skip  # noqa: E501
-    group.add_argument("--min_chars", type=int, default=rules.min_chars, help="shorter documents are rejected")
-    group.add_argument("--max_chars", type=int, default=rules.max_chars, help="longer documents are split or rejected")
+    group.add_argument("--strip_control_tokens", action="store_true", help="remove <s>, </s>, <s>user … spelt out in the text")
+    group.add_argument("--whitespace", choices=cleaning.CHOICES["whitespace"], default=rules.whitespace, help="normalize: LF line ends, no trailing spaces, at most one blank line in a row")  # fmt: skip  # noqa: E501
+    group.add_argument("--min_chars", type=int, default=rules.min_chars, help="reject shorter documents")
+    group.add_argument("--max_chars", type=int, default=rules.max_chars, help="split or drop longer documents (see --too_long)")
     group.add_argument(
-        "--too_long", choices=cleaning.CHOICES["too_long"], default=rules.too_long, help="split at sentence ends"
+        "--too_long",
+        choices=cleaning.CHOICES["too_long"],
+        default=rules.too_long,
+        help="split: at the last sentence end that fits",
     )
-    group.add_argument("--max_repetition", type=float, default=rules.max_repetition, metavar="SHARE", help="of 10-character pieces seen before in the document")  # fmt: skip  # noqa: E501
+    group.add_argument("--max_repetition", type=float, default=rules.max_repetition, metavar="SHARE", help="reject documents in which more of the 10-character pieces repeat")  # fmt: skip  # noqa: E501
     group.add_argument(
-        "--min_han_ratio", type=float, default=rules.min_han_ratio, metavar="SHARE", help="of Chinese characters"
+        "--min_han_ratio",
+        type=float,
+        default=rules.min_han_ratio,
+        metavar="SHARE",
+        help="reject documents with a smaller share of Chinese characters",
     )
     group.add_argument(
-        "--dedup", choices=("none", "exact", "near"), default=rows.dedup, help="over all inputs; near: MinHash too"
+        "--dedup",
+        choices=("none", "exact", "near"),
+        default=rows.dedup,
+        help="drop duplicates across all inputs; near adds MinHash",
     )
-    group.add_argument("--near_threshold", type=float, default=rows.near_threshold, help="similarity dropped half of the time")
+    group.add_argument(
+        "--near_threshold",
+        type=float,
+        default=rows.near_threshold,
+        help="Jaccard similarity at which a pair is dropped with probability 1/2",
+    )
 
-    group = parser.add_argument_group("Apache Beam", "in place of this machine's processes; other options go to Beam")
+    group = parser.add_argument_group(
+        "Apache Beam", "runs the work in place of local processes; unknown options are passed to Beam"
+    )
     group.add_argument("--runner", help="DirectRunner, FlinkRunner, SparkRunner, DataflowRunner …")
-    group.add_argument("--beam_work_folder", help="where all workers can write, for example gs://BUCKET/work")
+    group.add_argument("--beam_work_folder", help="folder that all workers can write to, such as gs://BUCKET/work")
     args, args.beam_flags = parser.parse_known_args(argv)
     if args.beam_flags and not args.runner:
         parser.error(f"unrecognized arguments: {' '.join(args.beam_flags)}")

@@ -1,4 +1,4 @@
-"""Train a tokenizer, or look into one:  python -m mateconv_jax.tokenizer train --input raw.jsonl --output tokenizer"""
+"""Train or inspect a tokenizer:  python -m mateconv_jax.tokenizer train --input raw.jsonl --output tokenizer"""
 
 import argparse
 import contextlib
@@ -13,6 +13,7 @@ from tqdm import tqdm
 from mateconv_jax import files
 from mateconv_jax.data.build import pipeline
 from mateconv_jax.data.build.options import PrepareOptions
+from mateconv_jax.data.build.unreadable import UnreadableInputs
 from mateconv_jax.data.text import sources as sources_lib
 from mateconv_jax.data.tokenizer import (
     bpe,
@@ -23,7 +24,7 @@ from mateconv_jax.data.tokenizer import (
 )
 from mateconv_jax.errors import UserError, exit_code, program
 
-INSPECT_MB = 4  # of each --input: seconds, and the ratio's second decimal is right
+INSPECT_MB = 4  # of each --input: takes seconds, and gets the ratio's second decimal right
 
 
 def train(args):
@@ -31,15 +32,15 @@ def train(args):
     sources = sources_lib.find(args.input)
     print(f"tokenizer: reading {', '.join(source.path for source in sources)}", file=sys.stderr, flush=True)
     with _folder_aside(output, args.overwrite) as partial:
-        texts = _texts(sources, args.text_key, args.sample_mb, args.seed)
+        texts = _texts(sources, args.text_key, args.sample_mb, args.seed, args.keep_going)
         trained = bpe.train(texts, args.vocab_size, args.split_digits, args.special_tokens)
         trained.save_pretrained(partial)
-    print(f"{output}: {len(trained):,} tokens. Look into it with: python -m mateconv_jax.tokenizer inspect {output}")
+    print(f"{output}: {len(trained):,} tokens. Inspect it with: python -m mateconv_jax.tokenizer inspect {output}")
 
 
 def inspect(args):
     assert isinstance(sys.stdout, io.TextIOWrapper)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a vocabulary has characters that a log's encoding may not have
+    sys.stdout.reconfigure(errors="backslashreplace")  # a vocabulary may have characters that the log's encoding lacks
     tokenizer = tokenizer_lib.load(args.folder, "inspect")
     compare = tokenizer_lib.load(args.compare, "--compare") if args.compare else None
     if args.encode is not None:
@@ -59,7 +60,7 @@ def inspect(args):
 
 @contextlib.contextmanager
 def _folder_aside(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder that takes the place of `output` when the block ends without an error, and is gone otherwise."""
+    """A new folder that replaces `output` if the block succeeds and is removed otherwise."""
     if output.exists() and not overwrite:
         raise UserError(f"--output: {str(output)!r} is there already (choose another folder, or --overwrite)")
     if output.exists() and not (output / "tokenizer.json").is_file():
@@ -74,7 +75,9 @@ def _folder_aside(output: Path, overwrite: bool) -> Iterator[Path]:
         raise UserError(f"cannot read or write {error.filename or str(output)!r} ({error.strerror or error})") from error
 
 
-def _texts(sources: list[sources_lib.Source], text_key: str, sample_mb: float, seed: int = 0) -> Iterator[str]:
+def _texts(
+    sources: list[sources_lib.Source], text_key: str, sample_mb: float, seed: int = 0, keep_going: bool = True
+) -> Iterator[str]:
     """Texts of a sample of the inputs, read and cleaned as `prepare` does by default."""
     if bins := [source.path for source in sources if source.format == "bin"]:
         raise UserError(f"--input: {bins[0]!r} holds token ids, not text (expected JSONL or .txt)")
@@ -82,9 +85,10 @@ def _texts(sources: list[sources_lib.Source], text_key: str, sample_mb: float, s
     with tqdm(
         pipeline.all_chunks(sources, options, None), "reading", unit=" chunks", disable=not sys.stderr.isatty()
     ) as chunks:
-        sampled = list(pipeline.sample(chunks, int(sample_mb * 1e6), seed))
+        to_their_ends = chunks if keep_going else map(_check_not_broken, chunks)
+        sampled = list(pipeline.sample(to_their_ends, int(sample_mb * 1e6), seed))
     n_texts = 0
-    for text in pipeline.clean_texts(sampled, options):
+    for text in pipeline.clean_texts(sampled, options, UnreadableInputs(keep_going, one_document_files=False)):
         n_texts += 1
         yield text
     if not n_texts:
@@ -92,38 +96,54 @@ def _texts(sources: list[sources_lib.Source], text_key: str, sample_mb: float, s
         raise UserError(f"--input: no text in {names} (expected documents of at most {sample_mb:g} MB, key {text_key!r})")
 
 
+def _check_not_broken(chunk: sources_lib.Chunk) -> sources_lib.Chunk:
+    """Raises UserError where a file of the chunk could not be read to its end."""
+    for part in chunk.parts:
+        for line, rule, reason in part.rejects:
+            if rule == "broken_file":
+                raise UserError(
+                    f"--input: {part.source.path!r} could not be read beyond line {line}: {reason}. Mend it or leave it out "
+                    "(--keep_going uses what can be read)"
+                )
+    return chunk
+
+
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog=program("tokenizer"), description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="train | inspect")
 
-    command = commands.add_parser("train", help="a byte-level BPE", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command = commands.add_parser(
+        "train", help="train a byte-level BPE", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     command.set_defaults(run=train)
     add = command.add_argument
-    add("--input", nargs="+", required=True, help="files or globs, JSONL or .txt, also .gz, .xz, .zst; - is standard input")
-    add("--output", required=True, help="the folder to make")
-    add("--vocab_size", type=int, default=6400, help="tokens at most, control tokens and the 256 bytes among them")
-    add("--split_digits", action="store_true", help="one token a digit")
-    add("--special_tokens", nargs="+", default=[], metavar="TOKEN", help="more control tokens, with the ids from 4 on")
-    add("--sample_mb", type=float, default=pipeline.TokenizerTraining().sample_mb, help="train on at most so much of the "
-        "input, drawn evenly; 64 take 0.8 GB of memory")  # fmt: skip
-    add("--text_key", default="text", help='the key of a JSON line\'s text; {"messages": […]} is a dialogue')
-    add("--seed", type=int, default=0, help="of the sample")
-    add("--overwrite", action="store_true", help="replace the folder if it is there")
+    add("--input", nargs="+", required=True, help="files or globs: JSONL or .txt, optionally .gz, .bz2, .xz or .zst; - for "
+        "standard input")  # fmt: skip
+    add("--output", required=True, help="folder to create")
+    add("--vocab_size", type=int, default=6400, help="maximum size, including control tokens and the 256 bytes")
+    add("--split_digits", action="store_true", help="make every digit a token of its own")
+    add("--special_tokens", nargs="+", default=[], metavar="TOKEN", help="additional control tokens, ids 4 and up")
+    add("--sample_mb", type=float, default=pipeline.TokenizerTraining().sample_mb, help="MB of input to train on, "
+        "sampled uniformly; 64 take 0.8 GB of memory")  # fmt: skip
+    add("--text_key", default="text", help='JSON key that holds the text; {"messages": […]} is a dialogue')
+    add("--keep_going", action="store_true", help="use what can be read of a broken or mostly rejected input")
+    add("--seed", type=int, default=0, help="seed of the sample")
+    add("--overwrite", action="store_true", help="replace an existing tokenizer folder")
 
-    command = commands.add_parser("inspect", help="what a tokenizer holds, and how well it serves")
+    command = commands.add_parser("inspect", help="show a tokenizer's contents and how well it compresses")
     command.set_defaults(run=inspect)
     add = command.add_argument
     add("folder", metavar="DIR", help="a folder with tokenizer.json")
     add("--compare", metavar="DIR", help="show another tokenizer beside it")
-    add("--input", nargs="+", default=[], help=f"compress these files too, a sample of {INSPECT_MB} MB of each, and check "
-        "that they come back")  # fmt: skip
-    add("--text_key", default="text", help="the key of a JSON line's text (default: text)")
-    instead = command.add_argument_group("in place of the overview")
+    add("--input", nargs="+", default=[], help=f"also compress a sample of {INSPECT_MB} MB of each of these files, and check "
+        "that it decodes to the same text")  # fmt: skip
+    add("--text_key", default="text", help="JSON key that holds the text (default: text)")
+    instead = command.add_argument_group("instead of the overview")
     add = instead.add_mutually_exclusive_group().add_argument
-    add("--vocab", action="store_true", help="all tokens, a line each: id, tab, text (tab, id in the other tokenizer)")
-    add("--encode", metavar="TEXT", help="the pieces of a text")
-    add("--json", action="store_true", help="the overview as JSON")
-    instead.add_argument("--grep", metavar="TEXT", help="only tokens with this text in them, as --vocab shows them")
+    add("--vocab", action="store_true", help="list all tokens, one a line: id, tab, text (tab, id in the other tokenizer)")
+    add("--encode", metavar="TEXT", help="show the pieces of a text")
+    add("--json", action="store_true", help="print the overview as JSON")
+    instead.add_argument("--grep", metavar="TEXT", help="list only tokens that contain this text")
     args = parser.parse_args(argv)
     if args.run is inspect:
         listing = args.vocab or args.grep is not None
@@ -132,7 +152,7 @@ def parse_args(argv):
         if args.grep is not None and (args.json or args.encode is not None):
             parser.error("--grep: only with --vocab, or alone (expected no --json or --encode)")
     elif args.sample_mb <= 0:
-        parser.error(f"--sample_mb: {args.sample_mb} is not possible (expected more than 0)")
+        parser.error(f"--sample_mb: {args.sample_mb} is invalid (expected more than 0)")
     return args
 
 

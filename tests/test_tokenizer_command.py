@@ -1,5 +1,6 @@
 """python -m mateconv_jax.tokenizer: every option changes something, and what is wrong is one line."""
 
+import gzip
 import io
 import json
 import subprocess
@@ -93,6 +94,27 @@ def test_a_folder_is_replaced_only_when_told(numbers_jsonl, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "tokenizer"]
 
 
+def test_an_input_that_would_vanish_is_an_error(numbers_jsonl, tmp_path):
+    broken = tmp_path / "broken.jsonl.gz"
+    broken.write_bytes(gzip.compress(numbers_jsonl.read_bytes())[:-300])
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"content": "别的"}\n' * 20)
+    for path, message in ((broken, "could not be read beyond line"), (other, "is mostly unusable: 20 of 20")):
+        flags = ("--input", numbers_jsonl, path, "--vocab_size", 300)
+        with pytest.raises(UserError, match=f"--input: '{path}' {message}.*--keep_going"):
+            trained(tmp_path / "tokenizer", *flags)
+        assert len(trained(tmp_path / path.stem, *flags, "--keep_going")) == 300
+    assert not (tmp_path / "tokenizer").exists()
+
+
+def test_a_tokenizer_folder_with_a_model_in_it_is_not_replaced(numbers_jsonl, tmp_path):
+    trained(tmp_path / "model", "--input", numbers_jsonl, "--vocab_size", 300)
+    (tmp_path / "model" / "model.safetensors").write_text("weights")
+    with pytest.raises(UserError, match="--output: .*model' holds 'model.safetensors' too and is not replaced"):
+        trained(tmp_path / "model", "--input", numbers_jsonl, "--vocab_size", 310, "--overwrite")
+    assert (tmp_path / "model" / "model.safetensors").read_text() == "weights"
+
+
 def test_what_is_there_survives_a_training_that_fails(numbers_jsonl, tmp_path):
     trained(tmp_path / "tokenizer", "--input", numbers_jsonl, "--vocab_size", 300)
     with pytest.raises(UserError, match="--vocab_size"):
@@ -156,7 +178,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(folder, view):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["train", "--input", "none", "--output", "x", "--sample_mb", "0"], "--sample_mb: 0.0 is not possible"),
+        (["train", "--input", "none", "--output", "x", "--sample_mb", "0"], "--sample_mb: 0.0 is invalid"),
         (["train", "--input", "none", "--output", "x"], "--input: no file at 'none'"),
         (["inspect", "none"], "inspect: no tokenizer at 'none'"),
         (["inspect", ".", "--vocab", "--input", "x"], "--input: only for the overview"),

@@ -191,11 +191,11 @@ import concurrent.futures, resource, sys
 import numpy as np
 resource.setrlimit(resource.RLIMIT_NOFILE, (290, 290))
 from mateconv_jax.data import shards
-rows = shards.ShardRows(sys.argv[1:] * 100, shards.RowFormat(16, 300))
+rows = shards.ShardRows(sys.argv[1:] * 200, shards.RowFormat(16, 300))
 expected = rows.read(np.arange(6))["tokens"]
-assert len(rows) == 600 and len(set(map(bytes, expected))) == 6
+assert len(rows) == 1200 and len(set(map(bytes, expected))) == 6
 def read(seed):
-    order = np.random.default_rng(seed).permutation(600)
+    order = np.random.default_rng(seed).permutation(1200)
     return all((rows.read(part)["tokens"] == expected[part % 6]).all() for part in np.array_split(order, 20))
 sys.setswitchinterval(1e-6)
 with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -204,7 +204,7 @@ with concurrent.futures.ThreadPoolExecutor(8) as pool:
 
 
 def test_more_shards_than_the_system_ever_lets_be_open(tmp_path):
-    """200 shards where 290 files may be open, 17 of them shards; read by threads that open and close them for each other."""
+    """400 shards where 290 files may be open, 17 of them shards; read by threads that open and close them for each other."""
     for seed, name in enumerate("ab"):
         write(tmp_path / name, 3, 16, 300, seed)
     command = [sys.executable, "-c", MANY_SHARDS, tmp_path / "a", tmp_path / "b"]

@@ -6,6 +6,7 @@ the chunks that are missing, and gives the same bytes as one that was not.
 
 import collections
 import concurrent.futures.process
+import contextlib
 import dataclasses
 import functools
 import heapq
@@ -177,7 +178,7 @@ def _make_chunks(
     folder: Path, sources, given, training, options, num_workers, run_chunks, open_file, unreadable: UnreadableInputs
 ) -> list[str]:
     """Tokenizer and finished chunks in a work folder; the chunks' names in order. The arguments are `prepare`'s."""
-    bos_eos = given and (given.bos_token_id, given.eos_token_id)
+    bos_eos = None if given is None else (given.bos_token_id, given.eos_token_id)
     read = functools.partial(all_chunks, sources, options, bos_eos, open_file)
     chunks = read()
     if given is None:
@@ -293,17 +294,27 @@ def sample(chunks: Iterable[Chunk], max_bytes: int, seed: int = 0) -> Iterator[C
         yield Chunk("", [Part(source, [record for *_, record in entries]) for source, entries in by_source])
 
 
-def clean_texts(chunks: Iterable[Chunk], options: PrepareOptions) -> Iterator[str]:
-    """Texts for a tokenizer to learn from; of a dialogue, each turn as the chat template writes it."""
+def clean_texts(chunks: Iterable[Chunk], options: PrepareOptions, unreadable: UnreadableInputs | None = None) -> Iterator[str]:
+    """Texts for a tokenizer to learn from; of a dialogue, each turn as the chat template writes it.
+
+    Raises:
+      UserError: an input is mostly unusable, if `unreadable` is to notice.
+    """
     from mateconv_jax.data.tokenizer.tokenizer import SPECIAL_TOKENS
 
     for chunk in chunks:
-        for document in worker.read_chunk(chunk, options, tuple(SPECIAL_TOKENS.values()), 0).documents:
+        cleaned = worker.read_chunk(chunk, options, tuple(SPECIAL_TOKENS.values()), 0)
+        if unreadable:
+            unreadable.begin(counts.path for counts in cleaned.inputs)
+            unreadable.done(cleaned.inputs)
+        for document in cleaned.documents:
             for piece in document:
                 if isinstance(piece, str):
                     yield piece
                 else:
                     yield from (f"{message['role']}\n{message['content']}" for message in piece)
+    if unreadable:
+        unreadable.finish()
 
 
 def _save(tokenizer, folder: Path) -> None:
@@ -404,31 +415,22 @@ def process_chunks(
             on_done(writing.pop(future))
             unreadable.done(future.result())
 
-    with _pool(num_workers, setup) as pool:
-        try:
-            for chunk in chunks:
-                # Both halves wait in one queue; more in flight would only hold more memory.
-                while len(reading) >= num_workers:
-                    write_next()
-                while len(writing) > num_workers:
-                    wait_for_one()
-                keys = _keys_of_done(setup.chunks_folder, chunk)
-                names.append(chunk.name)
-                unreadable.begin(part.source.path for part in chunk.parts)
-                reading.append((_without_records(chunk), pool.submit(_read, chunk) if keys is None else keys))
-            while reading:
+    with _workers(num_workers, setup) as pool:
+        for chunk in chunks:
+            # Both halves wait in one queue; more in flight would only hold more memory.
+            while len(reading) >= num_workers:
                 write_next()
-            while writing:
+            while len(writing) > num_workers:
                 wait_for_one()
-            unreadable.finish()
-        except concurrent.futures.process.BrokenProcessPool as error:
-            raise UserError(
-                "--num_workers: a worker process was killed, perhaps for want of memory (run again, it goes on; fewer workers "
-                "need less)"
-            ) from error
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+            keys = _keys_of_done(setup.chunks_folder, chunk)
+            names.append(chunk.name)
+            unreadable.begin(part.source.path for part in chunk.parts)
+            reading.append((_without_records(chunk), pool.submit(_read, chunk) if keys is None else keys))
+        while reading:
+            write_next()
+        while writing:
+            wait_for_one()
+        unreadable.finish()
     return names
 
 
@@ -458,6 +460,22 @@ class _ThisProcess(concurrent.futures.Executor):
         future = concurrent.futures.Future()
         future.set_result(fn(*args, **kwargs))
         return future
+
+
+@contextlib.contextmanager
+def _workers(num_workers: int, setup: WorkerSetup) -> Iterator[concurrent.futures.Executor]:
+    """A pool that is given up at the first error. Raises UserError where a worker was killed."""
+    with _pool(num_workers, setup) as pool:
+        try:
+            yield pool
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise UserError(
+                "--num_workers: a worker process was killed, perhaps because memory ran out (run the command again to go on; "
+                "fewer workers need less)"
+            ) from error
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _pool(num_workers: int, setup: WorkerSetup) -> concurrent.futures.Executor:

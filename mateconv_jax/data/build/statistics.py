@@ -43,6 +43,7 @@ class Statistics:
     vocab_size: int
     lines: int = 0  # input records read
     bytes_in: int = 0  # of input, decompressed
+    control_tokens_as_text: int = 0  # documents, before deduplication, in which a control token is spelt out
     rejects: Counter[str] = dataclasses.field(default_factory=Counter)  # rule: documents that it threw away
     cleaned: Counter[str] = dataclasses.field(default_factory=Counter)  # rule: documents that it changed
     splits: dict[str, SplitCounts] = dataclasses.field(default_factory=dict)
@@ -76,6 +77,7 @@ class Statistics:
     def __iadd__(self, other: "Statistics") -> "Statistics":
         self.lines += other.lines
         self.bytes_in += other.bytes_in
+        self.control_tokens_as_text += other.control_tokens_as_text
         self.rejects.update(other.rejects)
         self.cleaned.update(other.cleaned)
         for split, counts in other.splits.items():
@@ -91,6 +93,7 @@ class Statistics:
             "vocab_size": self.vocab_size,
             "lines": self.lines,
             "bytes_in": self.bytes_in,
+            "control_tokens_as_text": self.control_tokens_as_text,
             "rejects": self.rejects,
             "cleaned": self.cleaned,
             "splits": {split: dataclasses.asdict(counts) for split, counts in self.splits.items()},
@@ -110,7 +113,7 @@ class Statistics:
         """What `save` wrote."""
         with np.load(path) as file:
             small = json.loads(str(file["small"]))
-            statistics = cls(small["vocab_size"], small["lines"], small["bytes_in"])
+            statistics = cls(small["vocab_size"], small["lines"], small["bytes_in"], small["control_tokens_as_text"])
             statistics.rejects.update(small["rejects"])
             statistics.cleaned.update(small["cleaned"])
             statistics.splits = {split: SplitCounts(**counts) for split, counts in small["splits"].items()}
@@ -164,6 +167,7 @@ def summary(statistics: Statistics, tokenizer: "PreTrainedTokenizerFast", second
         "rejects": _most_first(statistics.rejects),
         "duplicates": {"exact": statistics.rejects["duplicate"], "near": statistics.rejects["near_duplicate"]},
         "cleaned": _most_first(statistics.cleaned),
+        "control_tokens_as_text": statistics.control_tokens_as_text,
         "document_length": _length_figures(statistics.document_lengths),
         "length_histogram": _length_histogram(statistics.document_lengths),
         "characters_per_token": _ratio(total.characters, total.tokens) if has_text else None,
@@ -318,9 +322,11 @@ def print_table(summary: dict, folder: str | Path) -> None:
 
     figures = {
         "input": f"{summary['lines']:,} records, {_size(summary['bytes_in'])}, in {summary['seconds']:,.1f} s",
-        "rejected": _by_rule(summary["rejects"]),
+        "rejected": _by_rule(summary["rejects"], summary["lines"]),
         "cleaned": _by_rule(summary["cleaned"]),
     }
+    if n := summary["control_tokens_as_text"]:
+        figures["control tokens"] = f"spelt out in {n:,} documents, where they stay text (see --strip_control_tokens)"
     if summary["characters"]:
         shares = {script: n / summary["characters"] for script, n in summary["characters_by_script"].items()}
         figures["text"] = f"a token is {summary['characters_per_token']:.3f} characters, {summary['bytes_per_token']:.3f} bytes"
@@ -355,5 +361,6 @@ def _size(n_bytes: int) -> str:
     return f"{n_bytes / 1000**thousands:.4g} {('B', 'kB', 'MB', 'GB', 'TB')[thousands]}"
 
 
-def _by_rule(counts: dict[str, int]) -> str:
-    return ", ".join(f"{rule} {n:,}" for rule, n in counts.items()) or "none"
+def _by_rule(counts: dict[str, int], records: int = 0) -> str:
+    """With the share of `records`, where it is given."""
+    return ", ".join(f"{rule} {n:,}" + (f" ({n / records:.2%})" if records else "") for rule, n in counts.items()) or "none"

@@ -122,7 +122,8 @@ def read_chunk(chunk: Chunk, options: PrepareOptions, special_tokens: tuple[str,
                 if part.source.format == "bin":
                     pieces, key = _token_ids_of(record, vocab_size)
                 else:
-                    pieces, key, changed = _document_of(record, part.source.format, cleaner, options)
+                    pieces, key, changed, text = _document_of(record, part.source.format, cleaner, options)
+                    result.statistics.control_tokens_as_text += any(token in text for token in special_tokens)
                     cleaned.update(changed, split=len(pieces) > 1)
             except Rejected as error:
                 result.rejects.append((i, line, error.rule, str(error)))
@@ -149,14 +150,14 @@ def _token_ids_of(record: bytes, vocab_size: int) -> tuple[Sequence[np.ndarray],
 
 def _document_of(
     record: bytes, format: str, cleaner: Cleaner, options: PrepareOptions
-) -> tuple[Sequence[Document], list[int], set[str]]:
-    """A document's pieces, its keys, and the rules that changed it."""
+) -> tuple[Sequence[Document], list[int], set[str], str]:
+    """A document's pieces, its keys, the rules that changed it, and its text."""
     document, changed = cleaner.clean(parse_text(record) if format == "txt" else parse_line(record, options.text_key))
     text = duplicates.document_text(document)
     key = [duplicates.text_key(text)]
     if options.dedup == "near":
         key.extend(duplicates.band_keys(text, options.near_threshold).tolist())
-    return cleaner.pieces(document), key, changed
+    return cleaner.pieces(document), key, changed, text
 
 
 def rejects_of(chunk: CleanChunk, codes: np.ndarray) -> list[dict]:
@@ -210,9 +211,9 @@ class ChunkWriter:
         is_validation = chunk.keys[:, 0] < int(self.options.val_fraction * 2**64)
         splits = {}
         for split in SPLITS:
-            chosen = np.flatnonzero((codes == duplicates.KEPT) & (is_validation == (split == "validation")))
+            chosen = np.flatnonzero((codes == duplicates.KEPT) & (is_validation == (split == "validation"))).tolist()
             pieces = [piece for i in chosen for piece in chunk.documents[i]]
-            ids = list(self._token_ids(pieces, [ids for i in chosen if (ids := dialogues.get(int(i))) is not None]))
+            ids = list(self._token_ids(pieces, [ids for i in chosen if (ids := dialogues.get(i)) is not None]))
             if sum(map(len, ids)) > 1:
                 splits[split] = self._write_split(folder / split, split, pieces, ids, chunk.statistics)
             else:

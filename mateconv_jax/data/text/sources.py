@@ -254,7 +254,7 @@ def _text_records(blocks: Iterator[bytes], document: str, longest: int) -> Itera
         if start:
             yield record()
     except (zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError) as error:
-        yield number + 1, ("broken_file", f"cannot be decompressed further ({error}); what stands before this line is used")
+        yield number + 1, ("broken_file", f"cannot be decompressed further ({error})")
 
 
 def _lines(blocks: Iterator[bytes], longest: int) -> Iterator[tuple[bytes, int]]:

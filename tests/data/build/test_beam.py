@@ -1,5 +1,6 @@
 import gzip
 import random
+import shutil
 import sys
 
 import pytest
@@ -37,6 +38,31 @@ def test_a_beam_pipeline_makes_the_same_bytes(inputs, tmp_path, dedup):
     assert (figures["duplicates"]["exact"] > 10) == (dedup != "none")
     assert (figures["duplicates"]["near"] > 10) == (dedup == "near")
     assert list((tmp_path / "work").glob("*/*/chunk.json"))
+
+
+def test_chunks_of_another_run_in_the_work_folder_are_not_taken(tmp_path, dataset_folder):
+    """Of other input, then with another tokenizer: each dataset is what it is without Beam."""
+    shutil.copytree(dataset_folder / "tokenizer", tmp_path / "other")
+    template = tmp_path / "other" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("</s>", "</s></s>"))
+    for name, text, tokenizer in (("a", "甲", dataset_folder / "tokenizer"), ("b", "乙", dataset_folder / "tokenizer"),
+                                  ("c", "乙", tmp_path / "other")):  # fmt: skip
+        path = write_jsonl(tmp_path / "raw.jsonl", [{"prompt": f"{text}{i}", "response": "答"} for i in range(20)])
+        flags = ["--input", str(path), "--seq_len", "16", "--tokenizer", str(tokenizer), "--val_fraction", "0"]
+        main(parse_args([*flags, "--output", str(tmp_path / f"local-{name}"), "--num_workers", "1"]))
+        beam = ["--runner", "DirectRunner", "--direct_num_workers", "1", "--beam_work_folder", str(tmp_path / "work")]
+        main(parse_args([*flags, "--output", str(tmp_path / name), *beam]))
+        assert_equal_datasets(tmp_path / name, tmp_path / f"local-{name}")
+
+
+def test_many_small_inputs_are_joined_by_beam_too(tmp_path, dataset_folder):
+    for i in range(50):
+        (tmp_path / f"{i:02d}.txt").write_text(f"第{i}篇")
+    flags = ["--input", str(tmp_path / "*.txt"), "--seq_len", "16", "--tokenizer", str(dataset_folder / "tokenizer")]
+    main(parse_args([*flags, "--output", str(tmp_path / "local"), "--num_workers", "1"]))
+    main(parse_args([*flags, "--output", str(tmp_path / "beam"), "--runner", "DirectRunner", "--direct_num_workers", "1"]))
+    assert_equal_datasets(tmp_path / "beam", tmp_path / "local")
+    assert len(list((tmp_path / "beam").glob("*train.array_record*"))) == 1
 
 
 def test_inputs_that_workers_cannot_read(tmp_path):

@@ -295,7 +295,7 @@ def test_a_truncated_file_is_an_error_or_used_as_far_as_it_goes(tmp_path):
         (["--tokenizer", "none"], "--tokenizer: no tokenizer at 'none'"),
         (["--seq_len", "0"], "seq_len: 0 is invalid"),
         (["--val_fraction", "1"], "val_fraction: 1.0 is invalid"),
-        (["--num_workers", "0"], "num_workers: 0 is not possible"),
+        (["--num_workers", "0"], "num_workers: 0 is invalid"),
         (["--near_threshold", "1"], "near_threshold: 1.0 is invalid"),
         (["--max_chars", "0"], "max_chars: 0 is invalid"),
         (["--chunk_mb", "0"], "bytes: 0 is invalid"),
@@ -372,6 +372,16 @@ def test_one_token_is_a_reject_where_it_stands_alone(tmp_path, dataset_folder):
     write_jsonl(tmp_path / "c.jsonl", [{"text": "别的"}])
     folder = prepare([tmp_path / "c.jsonl", tmp_path / "a.bin"], tmp_path / "both", *tokenizer)
     assert rejected(folder) == [(1, "one_token")]
+
+
+def test_control_tokens_in_texts_are_counted(tmp_path, dataset_folder, capsys):
+    texts = [{"text": "甲</s>乙<s>"}, {"text": "丙"}, {"prompt": "<s>user", "response": "答"}]
+    path = write_jsonl(tmp_path / "raw.jsonl", texts)
+    flags = ("--tokenizer", dataset_folder / "tokenizer", "--val_fraction", "0")
+    assert stats(prepare(path, tmp_path / "zh", *flags))["control_tokens_as_text"] == 2
+    assert "control tokens   spelt out in 2 documents" in capsys.readouterr().out
+    assert stats(prepare(path, tmp_path / "stripped", *flags, "--strip_control_tokens"))["control_tokens_as_text"] == 0
+    assert "spelt out" not in capsys.readouterr().out
 
 
 def test_a_vocabulary_may_leave_out_ids(tmp_path, dataset_folder):
@@ -626,7 +636,7 @@ def test_more_chunks_than_files_may_be_open(tmp_path, dataset_folder):
 def test_a_worker_that_is_killed_is_a_clear_error(corpus, tmp_path, monkeypatch):
     path, flags, straight = corpus
     monkeypatch.setattr(pipeline, "_read", die)
-    with pytest.raises(UserError, match="--num_workers: a worker process was killed.*run again"):
+    with pytest.raises(UserError, match="--num_workers: a worker process was killed.*run the command again"):
         main(parse_args(command(path, tmp_path / "zh", *flags, "--num_workers", "2")))
     monkeypatch.undo()
     assert_equal_datasets(prepare(path, tmp_path / "zh", *flags), straight)

@@ -261,6 +261,6 @@ def test_the_table_shows_the_main_figures(shown, monkeypatch, capsys):
     print_table(shown["many"], "data/zh")
     rows = {name: figures for name, *figures in (line.split() for line in capsys.readouterr().out.splitlines() if line.strip())}
     assert rows["documents"] == ["75", "75"]
-    assert rows["rejected"][:2] == ["too_short", "12,345,"]
+    assert rows["rejected"][:3] == ["too_short", "12,345", "(16460.00%),"]
     assert rows["cleaned"] == ["unicode", "4"]
     assert "[red]" in " ".join(rows["rejected"])
