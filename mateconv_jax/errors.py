@@ -1,6 +1,7 @@
 """User errors: one line on standard error and exit code 2, no traceback."""
 
 import os
+import select
 import sys
 from pathlib import Path
 
@@ -38,11 +39,10 @@ def exit_code(command, *args) -> int:
 
 
 def _stdout_is_closed() -> bool:
-    try:
-        sys.stdout.flush()  # fails again: what could not be written is still buffered
-    except BrokenPipeError:
-        return True
-    return False
+    """Whether standard output is a pipe that nobody reads."""
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def program(module: str) -> str:
