@@ -1,8 +1,8 @@
-"""What a checkpoint costs the loop:  python -m benchmarks.checkpoint [--repeat 10]
+"""How long a checkpoint blocks the training loop:  python -m benchmarks.checkpoint [--repeat 10]
 
-The base model's training state (parameters, AdamW's moments, EMA) is saved as `train` does, and by Orbax called from the loop,
-taking turns. Blocked: until the loop may overwrite the state. Written: until the checkpoint is finished. Medians of --repeat
-turns. Prints a table and ends in one JSON line.
+Saves the base model's training state (parameters, AdamW moments, EMA) alternately as `train` does and by calling Orbax from the
+loop. Blocked: until the loop may overwrite the state. Written: until the checkpoint is complete. Medians of --repeat saves.
+Prints a table and then one JSON line.
 """
 
 import argparse
@@ -51,12 +51,12 @@ def main(args):
 
 @functools.partial(jax.jit, donate_argnums=0)
 def next_state(state):
-    """What the training step does with the memory of the last one."""
+    """Reuse the old state's memory, as the training step does."""
     return jax.tree.map(lambda x: x + 1, state)
 
 
 def ours(folder: Path, state) -> tuple[float, float]:
-    """Seconds blocked and until written."""
+    """(seconds blocked, seconds until written)."""
     with Checkpoints(folder, keep_latest=1, keep_every=None, keep_best=False) as checkpoints:
         start = time.perf_counter()
         checkpoints.save(1, state, Progress())

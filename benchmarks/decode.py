@@ -1,7 +1,7 @@
-"""Decoding beside transformers' generate and llama.cpp, same weights:  python -m benchmarks.decode [--repeat 5]
+"""Decoding compared with transformers' generate and llama.cpp, same weights:  python -m benchmarks.decode [--repeat 5]
 
-The base model with random weights, fp32 on the CPU (of llama.cpp Q8_0 too); they take turns, and the best of --repeat turns
-counts. Prints tables and ends in one JSON line. Needs requirements-dev.txt (PyTorch, xllamacpp).
+The base model with random weights, fp32 on the CPU (for llama.cpp also Q8_0). The implementations take turns, and the best of
+--repeat turns counts. Prints tables and then one JSON line. Needs requirements-dev.txt (PyTorch, xllamacpp).
 """
 
 import argparse
@@ -22,11 +22,11 @@ from rich.table import Table
 
 from mateconv_jax import config as config_lib
 from mateconv_jax.data.tokenizer import bpe
+from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.inference.decode import Decoder, DecodeState, bucket
-from mateconv_jax.inference.generation_config import GenerationConfig
 from mateconv_jax.inference.sampling import Sampling
 from mateconv_jax.interop import gguf_file
-from mateconv_jax.interop.stored_model import Model
+from mateconv_jax.interop.stored_model import StoredModel
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.kv_cache import make_kv_cache
 from mateconv_jax.model.transformer import Transformer
@@ -61,7 +61,7 @@ def main(args):
         report[f"{name}_{B}"] = {"tokens_per_s": round(rates[0], 1), "ratio": round(rates[0] / rates[1], 3)}
     console.print(table)
 
-    beside = Table("", "tokens/s", "ratio", title="greedy at batch 1, beside llama.cpp")
+    comparison = Table("", "tokens/s", "ratio", title="greedy at batch 1, compared with llama.cpp")
     with tempfile.TemporaryDirectory() as folder:
         servers = llama_cpp_servers(Path(folder), config, params)
         tokens_1S = np.random.default_rng(1).integers(3, c.vocab_size, (1, PROMPT), np.int32)
@@ -70,14 +70,14 @@ def main(args):
             *(functools.partial(generate_llama_cpp, server, tokens_1S, args.new_tokens) for server in servers.values()),
             repeat=args.repeat,
         )
-    beside.add_row("ours, float32", f"{args.new_tokens / ours:,.0f}", "")
+    comparison.add_row("ours, float32", f"{args.new_tokens / ours:,.0f}", "")
     for dtype, seconds in zip(servers, theirs, strict=True):
         rate = args.new_tokens / seconds
-        beside.add_row(f"llama.cpp, {dtype}", f"{rate:,.0f}", f"{seconds / ours:.2f}")
+        comparison.add_row(f"llama.cpp, {dtype}", f"{rate:,.0f}", f"{seconds / ours:.2f}")
         report[f"llama_cpp_{dtype}"] = {"tokens_per_s": round(rate, 1), "ratio": round(seconds / ours, 3)}
-    console.print(beside)
+    console.print(comparison)
 
-    lengths = Table("tokens before", "tokens/s at batch 1", title="against the cache's length")
+    lengths = Table("tokens in the cache", "tokens/s at batch 1", title="by cache length")
     for n in args.lengths:
         report[f"at_{n}"] = round(rate_at(decoder, params, c, n, args.repeat), 1)
         lengths.add_row(str(n), f"{report[f'at_{n}']:,.0f}")
@@ -88,8 +88,8 @@ def main(args):
         report["greedy_1"]["tokens_per_s"] / report["limit_tokens_per_s_at_batch_1"], 3
     )  # fmt: skip
     console.print(
-        f"first token of a {PROMPT}-token prompt: {report['first_token_ms']} ms; reading the weights once a token allows "
-        f"{report['limit_tokens_per_s_at_batch_1']} tokens/s at batch 1, of which greedy decoding has "
+        f"first token of a {PROMPT}-token prompt: {report['first_token_ms']} ms; reading the weights once per token limits "
+        f"batch 1 to {report['limit_tokens_per_s_at_batch_1']} tokens/s, of which greedy decoding reaches "
         f"{report['share_of_memory_limit']:.0%}"
     )
     print(json.dumps(report))
@@ -99,7 +99,7 @@ GREEDY = GenerationConfig(do_sample=False)
 
 
 def race(*functions, repeat: int) -> list[float]:
-    """Best seconds of each, taking turns; a turn before that, to compile, does not count."""
+    """Each function's best time in seconds, taking turns, after one warm-up turn that compiles."""
     times = []
     for _ in range(repeat + 1):
         turn = []
@@ -140,18 +140,18 @@ def generate_peer(peer, tokens_BS, config, new_tokens) -> None:
 
 
 def llama_cpp_servers(folder: Path, config, params) -> dict:
-    """{dtype: llama.cpp with our weights in its own format}; none where it is not installed."""
+    """{dtype: a llama.cpp server with our weights}; empty if xllamacpp is not installed."""
     try:
         import xllamacpp
     except ImportError:
-        print("llama.cpp is left out (pip install xllamacpp)")
+        print("skipping llama.cpp (pip install xllamacpp)")
         return {}
     print(f"llama.cpp: {xllamacpp.get_system_info().strip(' |')}")
-    tokenizer = bpe.train(["长江是中国最长的河流。"] * 5, 280)  # the other ids are unused to llama.cpp
+    tokenizer = bpe.train(["长江是中国最长的河流。"] * 5, 280)  # llama.cpp treats the remaining ids as unused
     servers = {}
     for dtype in ("float32", "q8_0"):
         path = folder / f"{dtype}.gguf"
-        gguf_file.write_gguf(path, Model(path, config, tokenizer, False, None, None), params, dtype)
+        gguf_file.write_gguf(path, StoredModel(path, config, tokenizer, False, None, None), params, dtype)
         options = xllamacpp.CommonParams()
         options.model.path, options.n_ctx, options.verbosity = str(path), config.model.max_seq_len, -1
         options.cpuparams.n_threads = os.cpu_count()
@@ -167,7 +167,7 @@ def generate_llama_cpp(server, tokens_1S, new_tokens) -> None:
 
 
 def rate_at(decoder, params, c, n: int, repeat: int) -> float:
-    """Greedy tokens/s of 16 steps after n tokens."""
+    """Tokens/s of 16 greedy steps after n tokens."""
     tokens_1S = np.random.default_rng(n).integers(3, c.vocab_size, (1, n), np.int32)
     sampling = Sampling.make(GREEDY, np.zeros(1), c.vocab_size)
     times = []
@@ -183,7 +183,7 @@ def rate_at(decoder, params, c, n: int, repeat: int) -> float:
 
 
 def first_token(decoder, params, c, repeat: int) -> float:
-    """Seconds from prompt ids on the host to the first token on the host, warm."""
+    """Seconds from prompt ids on the host to the first token on the host, after compilation."""
     tokens_1S = np.arange(3, 3 + PROMPT, dtype=np.int32)[None]
     times = []
     for _ in range(4 * repeat + 1):
@@ -196,7 +196,7 @@ def first_token(decoder, params, c, repeat: int) -> float:
 
 
 def memory_limit(params) -> float:
-    """Tokens/s at which every weight is read once a token, at the rate at which this machine sums up an array of that size."""
+    """Tokens/s if every weight is read once per token, at the speed this machine sums an array of the weights' size."""
     n_bytes = sum(p.nbytes for p in jax.tree.leaves(params))
     weights = torch.ones(n_bytes // 4)
     times = []

@@ -1,7 +1,7 @@
-"""How fast rows come, without a model:  python -m benchmarks.input_pipeline [--data data/zh] [--seconds 10]
+"""Throughput of the input pipeline, without a model:  python -m benchmarks.input_pipeline [--data data/zh] [--seconds 10]
 
-Reads batches of 32 rows of 512 tokens through the training pipeline: random tokens, from shards as in a dataset folder and from
-a flat .bin file, or what is in --data. One JSON line a case. Exit code 1 where memory grew by 16 MB or more.
+Reads batches of 32 rows of 512 tokens through the training pipeline, from --data or from random tokens in the shards of a
+dataset folder and in a flat .bin file. Prints one JSON line per case. The exit code is 1 if memory grew by 16 MB or more.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from mateconv_jax.data.dataset import open_dataset
 from mateconv_jax.data.token_bin import FlatRows
 
 BATCH_SIZE, VOCAB_SIZE = 32, 6400
-WARM_UP = 500  # batches: buffers and threads are there, and every shard has been read from
-MOST_GROWTH_MB = 16
+WARM_UP = 500  # batches, until buffers and threads exist and every shard has been read from
+MAX_GROWTH_MB = 16
 
 
 def main(args):
@@ -30,11 +30,11 @@ def main(args):
         else:
             cases = random_rows(Path(folder), args.shards, args.seq_len)
         reports = [measure(name, rows, n, args) for name, rows in cases.items() for n in (1, 4)]
-    return int(any(report["rss_end_mb"] - report["rss_start_mb"] >= MOST_GROWTH_MB for report in reports))
+    return int(any(report["rss_end_mb"] - report["rss_start_mb"] >= MAX_GROWTH_MB for report in reports))
 
 
 def random_rows(folder: Path, n_shards: int, seq_len: int) -> dict:
-    """Shards of 4,096 rows, and one file of as many tokens."""
+    """Shards of 4,096 rows, and a flat file with the same tokens."""
     rng = np.random.default_rng(0)
     format = rows_lib.RowFormat(seq_len, VOCAB_SIZE)
     paths = [folder / f"{shard:05d}" for shard in range(n_shards)]
@@ -53,7 +53,7 @@ def random_rows(folder: Path, n_shards: int, seq_len: int) -> dict:
 
 
 def measure(name: str, rows, num_workers: int, args) -> dict:
-    """Rates over --seconds; the best second is that of a quiet machine."""
+    """Throughput over --seconds. The best second shows what an otherwise idle machine would reach."""
     batches = loader.training_batches(rows, BATCH_SIZE, 0, True, 0, num_workers)
     for _ in range(WARM_UP):
         next(batches)
@@ -79,7 +79,7 @@ def measure(name: str, rows, num_workers: int, args) -> dict:
 
 
 def rss_mb() -> float:
-    """Resident memory of this process."""
+    """Resident memory of this process in MB."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return round(int(status["VmRSS"].split()[0]) / 1000, 1)
 
@@ -88,8 +88,8 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="a dataset folder or a .bin file")
     parser.add_argument("--seq_len", type=int, default=512)
-    parser.add_argument("--shards", type=int, default=32, help="of random rows")
-    parser.add_argument("--seconds", type=float, default=10, help="for each line")
+    parser.add_argument("--shards", type=int, default=32, help="number of shards of random rows")
+    parser.add_argument("--seconds", type=float, default=10, help="time per case")
     return parser.parse_args(argv)
 
 

@@ -1,8 +1,8 @@
-"""How a training step grows with the row's length and the model's size, by its program for an H100:
+"""How a training step scales with row length and model size, predicted from its compiled program for an H100:
 python -m benchmarks.plan_matrix [--output benchmarks/plan_matrix.png]
 
-16,384 tokens a step on one device, bfloat16, EMA on; nothing is run. Prints two tables, draws them and ends in one JSON line.
-Needs jax-cuda13-pjrt of jax's version.
+16,384 tokens per step on one device, bfloat16, with EMA; nothing is run. Prints and draws two tables, and then prints one JSON
+line. Needs jax-cuda13-pjrt in jax's version.
 """
 
 import argparse
@@ -37,8 +37,8 @@ def main(args):
             f"{by_size[-1]['parameters']:,} parameters: compiled in {by_size[-1]['compile_s']} s", file=sys.stderr, flush=True
         )
     console = Console(width=110)
-    console.print(table("against the length, base model", "length", by_length))
-    console.print(table("against the size, 512 tokens a row", "parameters", by_size))
+    console.print(table("by row length, base model", "length", by_length))
+    console.print(table("by model size, 512 tokens per row", "parameters", by_size))
     draw(by_length, by_size, args.output)
     print(json.dumps({"gpu": args.gpu, "tokens": TOKENS, "by_length": by_length, "by_size": by_size}))
 
@@ -81,7 +81,7 @@ def table(title: str, first: str, measured: list[dict]) -> Table:
     names = (
         first,
         "MFLOP/token",
-        "of the model's",
+        "ratio to model FLOPs",
         "peak GB",
         "MB moved/token",
         "launches",
@@ -105,16 +105,16 @@ def draw(by_length: list[dict], by_size: list[dict], path: str) -> None:
     with plotting.style():
         figure, axes = plt.subplots(2, 4, figsize=(13, 6), layout="constrained")
         for row, (key, label, measured) in enumerate(
-            (("length", "tokens a row", by_length), ("parameters", "parameters", by_size))
+            (("length", "tokens per row", by_length), ("parameters", "parameters", by_size))
         ):
             x = [m[key] for m in measured]
             needed = [m["model_flops_per_token"] for m in measured]
             least = [n / half * 1e9 for n in needed]
             panels = (
-                ("FLOPs a token", [m["flops_per_token"] for m in measured], needed, "the model's own"),
+                ("FLOPs per token", [m["flops_per_token"] for m in measured], needed, "model FLOPs"),
                 ("peak memory, GB", [m["peak_gb"] for m in measured], None, None),
-                ("bytes moved a token", [m["bytes_per_token"] for m in measured], None, None),
-                ("ns a token, at best", [m["ns_per_token"] for m in measured], least, "arithmetic alone"),
+                ("bytes moved per token", [m["bytes_per_token"] for m in measured], None, None),
+                ("ns per token, at best", [m["ns_per_token"] for m in measured], least, "arithmetic only"),
             )
             for axis, (title, y, dashed, name) in zip(axes[row], panels, strict=True):
                 axis.plot(x, y, "o-", color=plotting.BLUE, markersize=4)

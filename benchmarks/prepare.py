@@ -1,11 +1,12 @@
-"""`prepare`, end to end, beside the bare tokenizer and beside datasets.map, on the same texts and cores in one run.
+"""`prepare`, end to end, compared with the bare tokenizer and with datasets.map on the same texts and cores.
 
 python -m benchmarks.prepare --input raw.jsonl --tokenizer DIR [--repeat 3] [--times 1]
 
-Each is timed --repeat times in turn, and the fastest counts. Bare: tokenizers.Tokenizer.encode_batch over texts that are in
-memory already. datasets: load_dataset("json") and map(batched, num_proc = cores) with the same tokenizer, nothing else done.
-Prepare is the whole command with start-up, cleaning, deduplication, statistics and writing. Memory is the peak of all its
-processes together (proportional set size). --times N writes the input N times behind itself first, to see what grows.
+They take turns, --repeat times, and the fastest time counts. bare: tokenizers.Tokenizer.encode_batch on texts already in
+memory.
+datasets: load_dataset("json") and map(batched, num_proc = cores) with the same tokenizer, and nothing else. prepare: the whole
+command, with start-up, cleaning, deduplication, statistics and writing. Memory is the peak over all its processes together
+(proportional set size). --times N repeats the input N times, to see what grows with it.
 """
 
 import argparse
@@ -28,7 +29,7 @@ data = data.map(lambda batch: {"ids": tokenizer(batch["text"], add_special_token
 
 
 def bare(path: Path, tokenizer_folder: str) -> tuple[float, float]:
-    """Seconds, and MB of UTF-8 text."""
+    """(seconds, MB of UTF-8 text)."""
     import tokenizers
 
     tokenizer = tokenizers.Tokenizer.from_file(f"{tokenizer_folder}/tokenizer.json")
@@ -36,12 +37,12 @@ def bare(path: Path, tokenizer_folder: str) -> tuple[float, float]:
     start = time.perf_counter()
     for i in range(0, len(texts), 1000):
         for encoding in tokenizer.encode_batch(texts[i : i + 1000], add_special_tokens=False):
-            encoding.ids  # noqa: B018  (made on access)
+            encoding.ids  # noqa: B018  (computed on access)
     return time.perf_counter() - start, sum(len(text.encode()) for text in texts) / 1e6
 
 
 def run(arguments: list[str]) -> tuple[float, float]:
-    """Seconds, and the peak in MB of a command and its children."""
+    """(seconds, peak memory in MB) of a command and its child processes."""
     start, peak = time.perf_counter(), 0.0
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     while process.poll() is None:
@@ -60,7 +61,7 @@ def _memory_mb(session: int) -> float:
                 rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
                 total += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
         except (OSError, StopIteration):
-            continue  # it ended meanwhile
+            continue  # the process has ended
     return total / 1e3
 
 
@@ -97,7 +98,7 @@ if __name__ == "__main__":
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--times", type=int, default=1)
-    parser.add_argument("--datasets", action="store_true", help="with datasets.map (pip install datasets)")
+    parser.add_argument("--datasets", action="store_true", help="also measure datasets.map (pip install datasets)")
     parser.add_argument("--only_prepare", action="store_true")
-    parser.add_argument("--flags", default="", help="more flags for prepare, in one string")
+    parser.add_argument("--flags", default="", help="further flags for prepare, in one string")
     main(parser.parse_args())

@@ -1,10 +1,9 @@
 """How long each command takes to start:  python -m benchmarks.startup [--repeat 3]
 
-Imports: `python -m mateconv_jax.NAME` up to its end with --help, and the modules behind it, which it imports once its command
-line is right, by themselves. The first step: `train --config=CONFIG` for one step of 8 rows, with its evaluation and
-checkpoint, and the first text: `sample` of that run, each with an empty compilation cache and again with what the first start
-left there. The best of --repeat counts. Prints two tables and ends in one JSON line. Needs the quickstart's data/demo, or
---config and --data.
+Imports: `python -m mateconv_jax.NAME --help`, and separately all modules that the command imports after checking its command
+line. First step: `train --config=CONFIG` for one step of 8 rows, with evaluation and checkpoint. First text: `sample` from that
+run. The last two run with an empty compilation cache and again with the cache filled. The best of --repeat counts. Prints two
+tables and then one JSON line. Needs the quickstart's data/demo, or --config and --data.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-BEHIND = {  # what a command imports when its command line is right
+DEFERRED_IMPORTS = {  # what a command imports after checking its command line
     "train": "mateconv_jax.training.loop",
     "sample": "mateconv_jax.inference.text_generator",
     "evaluate": "mateconv_jax.evaluation.held_out",
@@ -35,8 +34,8 @@ def main(args):
     console = Console()
     python = seconds(["-c", ""], args.repeat)
     report = {"python_s": python, "help_s": {}, "imports_s": {}}
-    table = Table("command", "--help", "all its imports", title=f"seconds, of which {python:.2f} are Python's own")
-    for name, module in BEHIND.items():
+    table = Table("command", "--help", "all imports", title=f"seconds, of which Python itself takes {python:.2f}")
+    for name, module in DEFERRED_IMPORTS.items():
         report["help_s"][name] = seconds(["-m", f"mateconv_jax.{name}", "--help"], args.repeat)
         report["imports_s"][name] = seconds(["-c", f"import mateconv_jax.{name}, {module}"], args.repeat)
         table.add_row(name, *(f"{report[key][name]:.2f}" for key in ("help_s", "imports_s")))
@@ -48,7 +47,7 @@ def main(args):
             turns = [first_step_and_text(args.config, args.data, Path(folder), str(i)) for i in range(2)]
         for name in starts:
             starts[name].append([turn[name] for turn in turns])
-    table = Table("", "empty compilation cache", "warm", title=f"{args.config}: seconds from the command to its end")
+    table = Table("", "empty compilation cache", "warm", title=f"{args.config}: seconds from start to end of the command")
     for name, what in (("train", "train, one step"), ("sample", "sample, one token")):
         report[f"{name}_s"] = [round(min(times), 2) for times in zip(*starts[name], strict=True)]
         table.add_row(what, *(f"{time:.1f}" for time in report[f"{name}_s"]))
@@ -57,7 +56,7 @@ def main(args):
 
 
 def seconds(arguments: list[str], repeat: int = 1, env=None) -> float:
-    """Best time of a Python process."""
+    """Best run time of a Python process."""
     times = []
     for _ in range(repeat):
         start = time.perf_counter()
@@ -67,7 +66,7 @@ def seconds(arguments: list[str], repeat: int = 1, env=None) -> float:
 
 
 def first_step_and_text(config: str, data: str, folder: Path, name: str) -> dict[str, float]:
-    """Seconds of a training of one step and of a sample from it; the compilation cache is in `folder`."""
+    """Seconds of training for one step and of sampling from that run; the compilation cache is in `folder`."""
     env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
     flags = {"max_steps": 1, "batch_size": 8, "eval_iters": 1, "out_dir": folder / name}
     train = ["mateconv_jax.train", f"--config={config}", f"--config.data.train_data_path={data}"]
@@ -79,6 +78,6 @@ def first_step_and_text(config: str, data: str, folder: Path, name: str) -> dict
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=__doc__)
     parser.add_argument("--config", default="configs/demo.py")
-    parser.add_argument("--data", default="data/demo", metavar="DATASET", help="a dataset folder that fits the configuration")
+    parser.add_argument("--data", default="data/demo", metavar="DATASET", help="a dataset folder for the configuration")
     parser.add_argument("--repeat", type=int, default=3)
     main(parser.parse_args())

@@ -1,8 +1,9 @@
-"""Seconds of training until a loss is reached, beside PyTorch:  python -m benchmarks.time_to_loss [--loss 1.0]
+"""Training time to reach a loss, compared with PyTorch:  python -m benchmarks.time_to_loss [--loss 1.0]
 
-configs/demo.py on the quickstart's data/demo: the same weights, batches and schedule for ours and for PyTorch's compiled model
-(see benchmarks/train.py), which take turns of 25 steps until the mean loss of one's last 10 steps is as low. The start
-and compilation count apart. Prints a table and ends in one JSON line. Needs requirements-dev.txt (PyTorch) and data/demo.
+configs/demo.py on the quickstart's data/demo, with the same weights, batches and schedule for ours and PyTorch's compiled model
+(see benchmarks/train.py). They take turns of 25 steps until the mean loss of their last 10 steps is at most --loss. Start-up
+and compilation are reported separately. Prints a table and then one JSON line. Needs requirements-dev.txt (PyTorch) and
+data/demo.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def main(args):
     batches = list(itertools.islice(read, training.max_steps))
     report = {name: {"seconds": 0.0, "losses": []} for name in ("ours", "PyTorch, compile")}
     sides = {}
-    for name, r in report.items():  # the first step is compilation too
+    for name, r in report.items():  # the first step includes compilation
         start = time.perf_counter()
         sides[name] = Side(name, config, batches[0], training.max_steps)
         r["losses"].append(sides[name].step(batches[0])[-1])

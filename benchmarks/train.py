@@ -1,10 +1,9 @@
-"""The training step beside PyTorch's, same weights, same batch:  python -m benchmarks.train [--repeat 3]
+"""The training step compared with PyTorch's, same weights and batch:  python -m benchmarks.train [--repeat 3]
 
 Ours is what `train` runs: make_train_step with the configured optimizer, in float32 on the CPU. PyTorch's is transformers'
-LlamaForCausalLM with clip_grad_norm_ and fused AdamW, as it is (eager) and through torch.compile. Each in a process of its own,
-they take turns, and the best step of --repeat turns counts, in wall-clock and in processor seconds: on a machine that others
-use too, only the ratios mean something. Prints a table, a row for each combination of sizes, and ends in one JSON line. Needs
-requirements-dev.txt (PyTorch).
+LlamaForCausalLM with clip_grad_norm_ and fused AdamW, eager and with torch.compile. Each runs in its own process; they take
+turns, and the best step of --repeat turns counts, in wall-clock and in CPU seconds. On a shared machine, only the ratios are
+meaningful. Prints a table with a row per combination of sizes, and then one JSON line. Needs requirements-dev.txt (PyTorch).
 """
 
 import argparse
@@ -35,7 +34,7 @@ WEIGHTS_SEED = 1
 
 
 def main(args):
-    table = Table("batch", "length", "", "tokens/s", "seconds", "processor s", "GFLOP/s", "ours / theirs")
+    table = Table("batch", "length", "", "tokens/s", "seconds", "CPU s", "GFLOP/s", "ours / theirs")
     peak = product_rate()
     report = {"product_gflops": round(peak / 1e9, 1), "cases": []}
     for B, S in itertools.product(args.batch_sizes, args.seq_lens):
@@ -54,14 +53,14 @@ def main(args):
     console.print(table)
     share_of_limit = case["flops"] / peak / case["seconds"]["ours"]
     console.print(
-        f"ours / theirs: of tokens/s, and in brackets of processor seconds. One product of 4,096 x 512 by 512 x 2,816 runs at "
-        f"{report['product_gflops']} GFLOP/s; at that rate the last step would take {share_of_limit:.0%} of its time."
+        f"ours / theirs: ratio of tokens/s (in brackets, by CPU seconds). A matmul of 4,096 x 512 by 512 x 2,816 runs at "
+        f"{report['product_gflops']} GFLOP/s; at that speed the last step would take {share_of_limit:.0%} of its time."
     )
     print(json.dumps(report))
 
 
 def base_config(**model):
-    """The default config with these keys of the model; rows have max_seq_len tokens."""
+    """The default config with these keys of config.model; rows have max_seq_len tokens."""
     config = config_lib.default_config()
     config.model.update(model)
     config.data.seq_len = config.model.max_seq_len
@@ -69,7 +68,7 @@ def base_config(**model):
 
 
 def measure(config, batch_size: int, peers: list[str], repeat: int) -> dict:
-    """A step of ours and of each peer's ("eager", "compile"): best wall-clock and processor seconds, by name."""
+    """Time a step of ours and of each peer ("eager", "compile"): best wall-clock and CPU seconds, by name."""
     c, S = ModelConfig.make(config.model, "float32"), config.data.seq_len
     tokens_BS1 = np.random.default_rng(0).integers(3, c.vocab_size, (batch_size, S + 1), np.uint16)
     batch = {"tokens": tokens_BS1, "length": np.full(batch_size, S + 1, np.int32)}
@@ -90,7 +89,7 @@ def measure(config, batch_size: int, peers: list[str], repeat: int) -> dict:
 
 
 class Side:
-    """Ours, "PyTorch, eager" or "PyTorch, compile" in a process of its own: they share neither threads nor malloc."""
+    """Ours, "PyTorch, eager" or "PyTorch, compile", in its own process so that they share neither threads nor malloc."""
 
     def __init__(self, name: str, config, batch: dict[str, np.ndarray], total_steps: int = 1000):
         context = multiprocessing.get_context("spawn")
@@ -98,10 +97,10 @@ class Side:
         self.process = context.Process(target=_serve, args=(theirs, name, config, batch, total_steps), daemon=True)
         self.process.start()
         theirs.close()
-        self._pipe.recv()  # it is ready
+        self._pipe.recv()  # ready
 
     def step(self, batch: dict[str, np.ndarray]) -> tuple[float, float, float]:
-        """Wall-clock seconds, processor seconds, and the loss before the step."""
+        """(wall-clock seconds, CPU seconds, loss before the step)."""
         self._pipe.send(batch)
         return self._pipe.recv()
 
@@ -121,8 +120,8 @@ def _serve(pipe, name: str, config, batch, total_steps: int) -> None:
 
 
 def our_step(config, c: ModelConfig, batch: dict[str, np.ndarray], total_steps: int):
-    """A function of a batch of that shape, tokens (B, S + 1) and length (B,), which makes one step and returns the loss before
-    it.
+    """A function that takes a batch of this shape, tokens (B, S + 1) and length (B,), performs one step and returns the loss
+    before it.
     """
     config.training.update(dict(seed=WEIGHTS_SEED, batch_size=len(batch["length"]), accumulation_steps=1))
     run = setup.build(config, c, sharding.make_mesh(), total_steps)
@@ -139,11 +138,11 @@ def our_step(config, c: ModelConfig, batch: dict[str, np.ndarray], total_steps: 
 
 
 def their_step(config, c: ModelConfig, compile: bool, total_steps: int):
-    """The same of PyTorch's model, with the same weights."""
+    """`our_step` for PyTorch's model with the same weights."""
     training = config.training
     model = llama.from_ours(Transformer(c, nnx.Rngs(WEIGHTS_SEED))).train()
     model.config.use_cache = False
-    schedule = optimizer.make_schedule(training, total_steps)
+    schedule = optimizer.make_schedule(config_lib.options(optimizer.ScheduleOptions, training), total_steps)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     norms = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": norms, "weight_decay": 0.0}]

@@ -1,4 +1,4 @@
-"""The reference: MateConv's model, 26,878,464 parameters. Every key with its default is in mateconv_jax/config.py.
+"""The reference: MateConv's model, 26,878,464 parameters. `train --help` lists every key.
 
 python -m mateconv_jax.train --config=configs/base.py --config.data.train_data_path=data/zh
 """

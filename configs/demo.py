@@ -1,4 +1,4 @@
-"""The quickstart: 1.4 M parameters that learn the demo corpus in under 4 minutes on two CPU cores.
+"""The quickstart: a model of 1.4 M parameters that learns the demo corpus in under 4 minutes on two CPU cores.
 
 python -m mateconv_jax.train --config=configs/demo.py
 """

@@ -1,6 +1,6 @@
-"""A mixture of experts: the base model with four routed experts of which a token takes two, and one that all take.
+"""A mixture of experts: the base model with four routed experts, two per token, and one shared expert.
 
-96,100,864 parameters, of which a token meets 61,497,856.
+96,100,864 parameters, of which 61,497,856 are active per token.
 
 python -m mateconv_jax.train --config=configs/moe.py --config.data.train_data_path=data/zh
 """

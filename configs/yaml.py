@@ -1,8 +1,8 @@
-"""MateConv's own config.yaml: sections data, training, wandb and model, with the keys of mateconv_jax/config.py.
+"""MateConv's own config.yaml: sections data, training, wandb and model, with the keys that `train --help` lists.
 
 python -m mateconv_jax.train --config=configs/yaml.py:config.yaml --config.training.batch_size=64
 
-What the file does not say keeps its default. Paths are relative to the current folder.
+Keys that the file leaves out keep their defaults. Paths are relative to the current folder.
 """
 
 import difflib
@@ -14,17 +14,17 @@ import yaml
 from mateconv_jax.config import default_config
 from mateconv_jax.errors import UserError
 
-# For YAML 1.1, 3e-4 is text: only 3.0e-4 is a number. PyTorch MateConv's users write both.
+# In YAML 1.1 3e-4 is text and only 3.0e-4 a number. Users of PyTorch MateConv write both.
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text", object: "a number or text"}
 
 
 def get_config(file: str = ""):
-    """The configuration that `file` asks for.
+    """The default configuration with what `file` changes.
 
     Raises:
-      UserError: no such file, no YAML, an unknown key, a value of another type; the message names the file and the
-        key, or the line.
+      UserError: no such file, not YAML, an unknown key, a value of the wrong type; the message names the file and the key or
+        line.
     """
     if not file:
         raise UserError("--config: which YAML file? (expected --config=configs/yaml.py:config.yaml)")
@@ -34,7 +34,9 @@ def get_config(file: str = ""):
         if section not in list(config):
             raise UserError(f"{file}: {section}: unknown section (there are: {', '.join(config)})")
         if not isinstance(values, dict | None):
-            raise UserError(f"{file}: {section}: {values!r} is no section (expected lines such as `batch_size: 32` below it)")
+            raise UserError(
+                f"{file}: {section}: {values!r} is not a section (expected lines such as `batch_size: 32` below it)"
+            )
         for key, value in (values or {}).items():
             path = f"{section}.{key}"
             if key not in list(config[section]):
@@ -52,21 +54,21 @@ def get_config(file: str = ""):
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which PyYAML would silently take the last."""
+    """Refuses duplicate keys, of which PyYAML silently takes the last."""
 
     def construct_mapping(self, node, deep=False):
-        seen = set()
+        names = set()
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
         for key in (key for key, _ in pairs if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is there twice", problem_mark=key.start_mark)
-            seen.add(key.value)
+            if key.value in names:
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
+            names.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 def _read(file: str) -> dict:
     try:
-        with open(file, "rb") as stream:  # as bytes: PyYAML finds the encoding
+        with open(file, "rb") as stream:  # as bytes: PyYAML detects the encoding
             sections = yaml.load(stream, _Loader)
     except OSError as error:
         raise UserError(f"--config: cannot read {file!r} ({error.strerror})") from error
@@ -75,16 +77,16 @@ def _read(file: str) -> dict:
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{file}{line}: not YAML ({error.problem})") from error
-    except Exception as error:  # whatever PyYAML raises for a value that only looks like one, such as the date 2024-13-45
+    except Exception as error:  # PyYAML raises ValueError and others for malformed scalars, such as the date 2024-13-45
         raise UserError(f"{file}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(sections, dict):
-        found = "nothing" if sections is None else f"a {type(sections).__name__}"
-        raise UserError(f"{file}: holds {found} (expected sections: {', '.join(default_config())})")
+        found = "is empty" if sections is None else f"is a {type(sections).__name__}"
+        raise UserError(f"{file}: {found} (expected sections: {', '.join(default_config())})")
     return sections
 
 
 def _value(section, key: str, value, where: str):
-    """`value` as the type that `key` has."""
+    """`value` converted to the type of `key`."""
     kind, default = section.get_type(key), section[key]
     if value is None and default is None:
         return None
@@ -96,7 +98,7 @@ def _value(section, key: str, value, where: str):
         number = int(number)
     if isinstance(number, int) and not isinstance(number, bool) and kind is float:
         number = float(number)
-    # In Python a bool is an int, and anything is an object, which is the type of keys that are numbers or text.
+    # A bool is an int too, and everything is an object, the type of keys that take a number or text.
     if isinstance(number, kind) and isinstance(number, bool) == (kind is bool) and number is not None:
         return number
     example = "" if default is None else f", such as {default!r}"

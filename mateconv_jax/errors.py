@@ -1,35 +1,51 @@
-"""How a command says that its input is wrong: one line, exit code 2, no traceback."""
+"""User errors: one line on standard error and exit code 2, no traceback."""
 
+import os
+import select
 import sys
 from pathlib import Path
 
 
 class UserError(Exception):
-    """Wrong input. The message names the key, file or line, the value, and what would be right."""
+    """Invalid input. The message names the key, file or line, the value, and what was expected."""
 
 
 def check_values(instance, checks: list[tuple[str, bool, str]]) -> None:
-    """Raises UserError with the first (attribute, holds, what was expected) that does not hold."""
-    for name, holds, expected in checks:
-        if not holds:
-            raise UserError(f"{name}: {getattr(instance, name)!r} is not possible (expected {expected})")
+    """Raises UserError for the first (attribute, is valid, what was expected) that is not valid."""
+    for name, is_valid, expected in checks:
+        if not is_valid:
+            raise UserError(f"{name}: {getattr(instance, name)!r} is invalid (expected {expected})")
 
 
 def exit_code(command, *args) -> int:
-    """Run `command(*args)`, which returns None or its exit code; a UserError becomes one line on standard error and 2, Ctrl-C
-    becomes 130.
+    """Run `command(*args)` and return its exit code (0 for None). A UserError is printed to standard error and gives 2; Ctrl-C
+    gives 130. A reader that closes standard output, as `| head` does, ends the command with 0.
     """
     try:
-        return command(*args) or 0
+        code = command(*args) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        if not _stdout_is_closed():  # a pipe to a process of ours
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail either
+        return 0
+
+
+def _stdout_is_closed() -> bool:
+    """Whether standard output is a pipe that nobody reads."""
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def program(module: str) -> str:
-    """What was typed to start a command, for its usage line: mateconv-NAME or python -m mateconv_jax.MODULE."""
-    typed = Path(sys.argv[0]).name
-    return typed if typed.startswith("mateconv-") else f"python -m mateconv_jax.{module}"
+    """How the command was started, for its usage line: mateconv-NAME or python -m mateconv_jax.MODULE."""
+    script = Path(sys.argv[0]).name
+    return script if script.startswith("mateconv-") else f"python -m mateconv_jax.{module}"

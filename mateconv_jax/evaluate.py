@@ -1,54 +1,28 @@
-"""How well a model predicts text:  python -m mateconv_jax.evaluate --model_path=out --data=data/zh
-How well it learned the demo corpus:  python -m mateconv_jax.evaluate --model_path=runs/demo --demo
+"""Evaluate a model on held-out text:  python -m mateconv_jax.evaluate --model_path=out --data=data/zh
+Score what it learned of the demo corpus:  python -m mateconv_jax.evaluate --model_path=runs/demo --demo
 """
 
 import argparse
 import json
 import sys
 
-from mateconv_jax.data import demo
 from mateconv_jax.errors import exit_code, program
-from mateconv_jax.inference.generation_config import GenerationConfig
-
-STORIES = 8  # sampled from each way a story can begin: about 400 sentences in all
-
-
-def score_demo(generator) -> dict[str, float]:
-    """Score a TextGenerator that was trained on the demo corpus.
-
-    Returns:
-      grammar: share of the sentences of stories, sampled at temperature 0.8 from the whole distribution, that belong to the
-      corpus's grammar; facts: share of the facts that come back right when asked in chat, each in one of its three wordings.
-    """
-    config = GenerationConfig(temperature=0.8, top_k=0, top_p=1.0, max_new_tokens=110)
-    stories = [time + text for time in demo.TIMES for text in generator.generate_samples(time, STORIES, config)]
-    sentences = [sentence for story in stories for sentence in demo.sentences(story)]
-    asked = [demo.questions(fact)[i % 3] for i, fact in enumerate(demo.FACTS)]
-    answers = generator.batch_chat(
-        [[{"role": "user", "content": question}] for question in asked], GenerationConfig(do_sample=False, max_new_tokens=40)
-    )
-    right = [answer == demo.statement(fact) for answer, fact in zip(answers, demo.FACTS, strict=True)]
-    return {
-        "grammar": sum(map(demo.is_sentence, sentences)) / max(len(sentences), 1),
-        "sentences": len(sentences),
-        "facts": sum(right) / len(right),
-        "questions": len(right),
-    }
 
 
 def main(args):
-    from mateconv_jax.runtime import compilation_cache  # 3 s of imports from here on, after the command line is right
+    from mateconv_jax.runtime import compilation_cache  # the 3 s of imports come after checking the command line
 
     compilation_cache.enable()
     if args.demo:
+        from mateconv_jax.evaluation.demo_score import score_demo
         from mateconv_jax.inference.text_generator import TextGenerator
 
         score = score_demo(TextGenerator.from_pretrained(args.model_path, args.tokenizer, args.use_ema, args.dtype))
         if args.json:
             print(json.dumps(score))
             return
-        print(f"grammar: {score['grammar']:.1%} of {score['sentences']} sampled sentences belong to the demo corpus's language")
-        print(f"facts:   {score['facts']:.1%} of {score['questions']} questions asked in chat are answered right")
+        print(f"grammar: {score['grammar']:.1%} of {score['sentences']} sampled sentences follow the demo corpus's grammar")
+        print(f"facts:   {score['facts']:.1%} of {score['questions']} questions in chat are answered correctly")
         return
     from mateconv_jax.evaluation import held_out
 
@@ -71,7 +45,7 @@ def parse_args(argv):
         required=True,
         metavar="MODEL",
         help="a run folder or one of its checkpoints (RUN/best, RUN/checkpoints/STEP), "
-        "a Hugging Face folder, a .pth or a .gguf file",
+        "a Hugging Face folder, or a .pth or .gguf file",
     )
     add("--tokenizer", metavar="DIR", help="the tokenizer to use (default: the model's own; a .pth file has none)")
     what = parser.add_mutually_exclusive_group(required=True)
@@ -79,22 +53,22 @@ def parse_args(argv):
         "--data",
         nargs="+",
         metavar="PATH",
-        help="a folder made by prepare; a flat .bin file; or raw text, as prepare takes it (JSONL, .txt, globs, -, tfds:…), "
-        "which is tokenised with the model's tokenizer",
+        help="a dataset folder from prepare; a flat .bin file; or any raw text that prepare accepts (JSONL, .txt, globs, -, "
+        "tfds:…), which is tokenised with the model's tokenizer",
     )
-    what.add_argument("--demo", action="store_true", help="score what was trained on the demo corpus")
+    what.add_argument("--demo", action="store_true", help="score a model trained on the demo corpus")
     add(
         "--use_ema",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="EMA weights or the raw ones (default: with --data both, with --demo EMA, where there are EMA weights)",
+        help="use the EMA weights or the raw ones (default: both with --data, EMA with --demo, if the model has EMA weights)",
     )
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="compute dtype (default: auto)")
     add("--json", action="store_true", help="print one JSON object")
     group = parser.add_argument_group("with --data")
-    group.add_argument("--split", help="of the folder (default: validation)")
+    group.add_argument("--split", help="split of a dataset folder (default: validation)")
     group.add_argument("--batch_size", type=int, help="rows over all devices (default: 8)")
-    group.add_argument("--max_batches", type=int, help="read no more than this many (default: all)")
+    group.add_argument("--max_batches", type=int, help="stop after this many batches (default: score everything)")
     args = parser.parse_args(argv)
     for flag in ("split", "batch_size", "max_batches"):
         if args.demo and getattr(args, flag) is not None:
@@ -103,7 +77,7 @@ def parse_args(argv):
 
 
 def command() -> int:
-    """What `mateconv-evaluate` runs."""
+    """Entry point of `mateconv-evaluate`."""
     return exit_code(main, parse_args(sys.argv[1:]))
 
 

@@ -1,4 +1,4 @@
-"""Files and folders that are there completely or not at all."""
+"""Atomic writes of files and folders: complete or not there at all."""
 
 import contextlib
 import errno
@@ -10,16 +10,16 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def aside(path: Path, folder: bool = False, replace_folder: bool = False) -> Iterator[Path]:
-    """Where to write what will be at `path`: PATH.partial/NAME, which takes its place when the block ends without an error.
-
-    What a killed process left in PATH.partial is removed at the next try; anything else that stands there is left alone.
+    """Write `path` atomically: the block writes to the yielded path, PATH.partial/NAME, which is renamed to `path` if the block
+    succeeds. The next attempt removes what a killed process left in PATH.partial, but nothing else that may be there.
 
     Args:
-      folder: an empty folder is made there; otherwise nothing is.
-      replace_folder: a folder at `path` is replaced; otherwise it is an error. A file is always replaced.
+      folder: create the yielded path as an empty folder.
+      replace_folder: replace a non-empty folder at `path`, which otherwise is an error. A file is always replaced.
 
     Raises:
-      OSError: a file cannot be written, `path` is a folder with something in it, or PATH.partial is not from here.
+      OSError: the parent folder does not exist, a file cannot be written, `path` is a non-empty folder and replace_folder is
+        False, or PATH.partial was not left by this function.
     """
     partial = path.with_name(path.name + ".partial")
     written, replaced = partial / path.name, partial / "replaced"
@@ -27,7 +27,7 @@ def aside(path: Path, folder: bool = False, replace_folder: bool = False) -> Ite
     if replaced.exists() and not path.exists():  # killed between the two renames below
         replaced.rename(path)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir()
     try:
         if folder:
             written.mkdir()
@@ -40,19 +40,19 @@ def aside(path: Path, folder: bool = False, replace_folder: bool = False) -> Ite
 
 
 def _check_ours(partial: Path, names: set[str]) -> None:
-    """Raises FileExistsError where something stands at `partial` that `aside` did not put there."""
+    """Raises FileExistsError if `partial` exists and was not left by `aside`."""
     if partial.exists() and not (partial.is_dir() and names.issuperset(os.listdir(partial))):
         raise FileExistsError(errno.EEXIST, "In the way, and not left by an interrupted write; move it", os.fspath(partial))
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8."""
+    """Write a UTF-8 text file atomically."""
     with aside(path) as written:
         written.write_text(text, encoding="utf-8")
 
 
 def link(path: Path, target: Path) -> None:
-    """The same file under another name, in place of what was there; a copy where the file system has no hard links."""
+    """Hard-link `path` as `target`, replacing it; copy if the file system has no hard links."""
     with aside(target) as written:
         try:
             os.link(path, written)

@@ -1,6 +1,6 @@
-"""What a run will need and how fast it can be:  python -m mateconv_jax.plan --config=configs/base.py --gpu=h100 --devices=8
+"""Predict a run's memory and speed:  python -m mateconv_jax.plan --config=configs/base.py --gpu=h100 --devices=8
 
-Compiles the run's programs for those GPUs on a machine that has none, and reads them. Needs jax-cuda13-pjrt of jax's version.
+Compiles the run's programs for those GPUs and analyses them. Needs no GPU, but the package jax-cuda13-pjrt in jax's version.
 """
 
 import argparse
@@ -15,13 +15,13 @@ def main(argv):
     args, rest = parse_args(argv[1:])
     sys.argv = [argv[0], *rest]  # config_flags reads overrides from there
     config = config_lib.resolve(config_lib.from_command_line(sys.argv))
-    from rich.console import Console  # 2 s of imports from here on, after the command line is right
+    from rich.console import Console  # the 2 s of imports come after checking the command line
 
-    from mateconv_jax.planning.plan import Where, make_plan
+    from mateconv_jax.planning.plan import Cluster, make_plan
     from mateconv_jax.planning.tables import print_plan
 
-    where = Where.here() if args.gpu == "this" else Where.named(args.gpu, args.devices, args.hosts)
-    plan = make_plan(config, where, args.dollars_per_gpu_hour, not args.quick, lambda text: print(text, file=sys.stderr))
+    cluster = Cluster.local() if args.gpu == "this" else Cluster.named(args.gpu, args.devices, args.hosts)
+    plan = make_plan(config, cluster, args.dollars_per_gpu_hour, not args.quick, lambda text: print(text, file=sys.stderr))
     if args.json:
         print(json.dumps(plan))
     else:
@@ -36,18 +36,18 @@ def parse_args(argv):
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--gpu", required=True, metavar="NAME", help="a100, a100-40, h100, h200, b200, l4, 4090; or this: the devices that are "
-        "here, on which the step is also measured")  # fmt: skip
-    add("--devices", type=int, default=1, metavar="N", help="GPUs in all (default: 1)")
-    add("--hosts", type=int, default=1, metavar="N", help="machines that they are in (default: 1)")
-    add("--dollars_per_gpu_hour", type=float, metavar="X", help="say what the run costs")
-    add("--quick", action="store_true", help="only the training step: no search for the largest batch, no decoding")
+    add("--gpu", required=True, metavar="NAME", help="a100, a100-40, h100, h200, b200, l4 or 4090; or this: this machine's "
+        "devices, on which the step is also timed")  # fmt: skip
+    add("--devices", type=int, default=1, metavar="N", help="total number of GPUs (default: 1)")
+    add("--hosts", type=int, default=1, metavar="N", help="machines they are spread over (default: 1)")
+    add("--dollars_per_gpu_hour", type=float, metavar="X", help="price, to also print the run's cost")
+    add("--quick", action="store_true", help="analyse only the training step: no search for the largest batch, no decoding")
     add("--json", action="store_true", help="print one JSON object: bytes, seconds, FLOPs")
     return parser.parse_known_args(argv)
 
 
 def command() -> int:
-    """What `mateconv-plan` runs."""
+    """Entry point of `mateconv-plan`."""
     return exit_code(main, sys.argv)
 
 

@@ -1,4 +1,4 @@
-"""What our figures share: colours, a style, a font that has Chinese, and numbers on axes."""
+"""Shared by all figures: colors, a style, a font with Chinese characters, and tick labels."""
 
 import contextlib
 import functools
@@ -16,11 +16,11 @@ BLUE, RED, GREEN, DARK = "#5b84b9", "#c9605c", "#6f9f78", "#555555"
 
 @contextlib.contextmanager
 def style(**changes) -> Iterator[None]:
-    """Matplotlib's defaults with ours on top, inside the block: nothing comes from the user's settings, none is changed."""
+    """Inside the block, matplotlib's defaults with our changes. The user's settings are neither used nor changed."""
     ours = {
         "font.family": font().get_name(),
         "font.size": 10,
-        "text.parse_math": False,  # a "$" in a name is a "$"
+        "text.parse_math": False,  # a "$" in a name is literal
         "axes.unicode_minus": False,
         "axes.titlesize": 12,
         "axes.titlelocation": "left",
@@ -40,7 +40,7 @@ def style(**changes) -> Iterator[None]:
 
 @functools.cache
 def font() -> FontProperties:
-    """Noto Sans CJK SC, from the files of mplfonts, known to this process alone."""
+    """Noto Sans CJK SC from the package mplfonts, registered for this process only."""
     fontManager.addfont(_font_file())
     return FontProperties(fname=_font_file())
 
@@ -52,7 +52,7 @@ def _font_file() -> Path:
 
 
 def drawable(text: str) -> str:
-    """`text` with escapes for what cannot be seen or has no glyph."""
+    """`text` with escapes for unprintable characters and those the font does not have."""
     face = get_font(_font_file())
     return "".join(
         character
@@ -63,7 +63,7 @@ def drawable(text: str) -> str:
 
 
 def log_ticks(axis: Axis) -> None:
-    """Round numbers on a logarithmic axis, written by `short`."""
+    """Put ticks at round numbers on a logarithmic axis, formatted by `short`."""
     low, high = axis.get_view_interval()
     subs = (1, 2, 5) if high < 100 * low else (1, 3) if high < 1000 * low else (1,)
     axis.set_major_locator(LogLocator(subs=subs, numticks=10))
@@ -72,7 +72,7 @@ def log_ticks(axis: Axis) -> None:
 
 
 def short(n: float, position: int | None = None) -> str:
-    """9,999 or 10k or 2.35M. `position` is what matplotlib gives besides."""
+    """Format as 9,999 or 10k or 2.35M. `position` is passed by matplotlib and ignored."""
     for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if n >= max(factor, 10_000):
             return f"{n / factor:.3g}{unit}"

@@ -104,6 +104,19 @@ def parse_args(argv):
     group.add_argument("--keep_going", action="store_true", help="use what can be read of a broken or mostly rejected input")
     group.add_argument("--max_line_mb", type=float, default=rows.sizes.longest_record / 1e6, help="reject longer records")
 
+    _add_cleaning(parser, rows)
+    group = parser.add_argument_group(
+        "Apache Beam", "runs the work in place of local processes; unknown options are passed to Beam"
+    )
+    group.add_argument("--runner", help="DirectRunner, FlinkRunner, SparkRunner, DataflowRunner …")
+    group.add_argument("--beam_work_folder", help="folder that all workers can write to, such as gs://BUCKET/work")
+    args, args.beam_flags = parser.parse_known_args(argv)
+    if args.beam_flags and not args.runner:
+        parser.error(f"unrecognized arguments: {' '.join(args.beam_flags)}")
+    return args
+
+
+def _add_cleaning(parser: argparse.ArgumentParser, rows: PrepareOptions) -> None:
     group = parser.add_argument_group("cleaning")
     rules = rows.cleaning
     group.add_argument("--unicode", choices=cleaning.CHOICES["unicode"], default=rules.unicode, help="Unicode normal form")
@@ -138,16 +151,6 @@ def parse_args(argv):
         default=rows.near_threshold,
         help="Jaccard similarity at which a pair is dropped with probability 1/2",
     )
-
-    group = parser.add_argument_group(
-        "Apache Beam", "runs the work in place of local processes; unknown options are passed to Beam"
-    )
-    group.add_argument("--runner", help="DirectRunner, FlinkRunner, SparkRunner, DataflowRunner …")
-    group.add_argument("--beam_work_folder", help="folder that all workers can write to, such as gs://BUCKET/work")
-    args, args.beam_flags = parser.parse_known_args(argv)
-    if args.beam_flags and not args.runner:
-        parser.error(f"unrecognized arguments: {' '.join(args.beam_flags)}")
-    return args
 
 
 def command() -> int:

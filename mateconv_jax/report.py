@@ -1,4 +1,4 @@
-"""Curves and results of training runs on one page:  python -m mateconv_jax.report runs/a [runs/b …] [--output report.html]"""
+"""Report on training runs, with results and curves:  python -m mateconv_jax.report runs/a [runs/b …] [--output report.html]"""
 
 import argparse
 import sys
@@ -10,36 +10,39 @@ from mateconv_jax.reporting.history import read_runs
 
 
 def write_report(folders: list[str], output: str | None = None, smooth: int | None = None) -> Path:
-    """Read run folders, running ones too, and write their report, aside and renamed.
+    """Write a report on run folders, finished or still training.
 
     Args:
-      output: .html for a page with tables and curves that needs no other file, .png for the curves alone; None: report.html in
-        the first folder.
-      smooth: steps over which thick lines are averaged; 0: no thick lines; None: 0.5 % of the longest run.
+      output: a .html file (self-contained page with tables and curves) or .png file (only the curves); None: report.html in the
+        first folder.
+      smooth: averaging length of the thick lines in steps; 0: no thick lines; None: 0.5 % of the longest run.
 
     Returns:
-      Where the report is.
+      The report's path.
 
     Raises:
-      UserError: no run or no metrics in a folder, or an output that cannot be.
+      UserError: a folder has no run or no metrics, or the output is invalid or cannot be written.
     """
     path = Path(folders[0], "report.html") if output is None else Path(output)
     if path.suffix not in (".html", ".png"):
-        raise UserError(f"--output: {output!r} is not possible (expected a name that ends in .html or .png)")
+        raise UserError(f"--output: {output!r} is invalid (expected a name that ends in .html or .png)")
     if smooth is not None and smooth < 0:
-        raise UserError(f"--smooth: {smooth} is not possible (expected a number of steps, 0 for none)")
+        raise UserError(f"--smooth: {smooth} is invalid (expected a number of steps, 0 for none)")
     runs = read_runs(folders)
     if smooth is None:
         smooth = max(run.last_step for run in runs) // 200
 
-    from mateconv_jax.reporting import curves, report_page  # matplotlib, 1 s, after the input is right
+    from mateconv_jax.reporting import curves, report_page  # matplotlib takes 1 s, so it comes after checking the input
 
     content = curves.draw(runs, smooth, "png") if path.suffix == ".png" else report_page.html(runs, smooth).encode()
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with files.aside(path) as written:
             written.write_bytes(content)
     except OSError as error:
-        raise UserError(f"--output: cannot write {str(path)!r} ({error.strerror}; expected a place for a file)") from error
+        raise UserError(
+            f"--output: cannot write {str(path)!r} ({error.strerror}; expected a path that a file can be written to)"
+        ) from error
     return path
 
 
@@ -49,16 +52,16 @@ def main(args):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog=program("report"), description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder; several are drawn over each other")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder; several are drawn into the same panels")
     parser.add_argument("--output", metavar="FILE", help=".html or .png; default: report.html in the first run folder")
     parser.add_argument(
-        "--smooth", type=int, metavar="N", help="average over about N steps; 0: not at all; default: 0.5%% of the run"
+        "--smooth", type=int, metavar="N", help="average over about N steps; 0: off; default: 0.5%% of the longest run"
     )
     return parser.parse_args(argv)
 
 
 def command() -> int:
-    """What `mateconv-report` runs."""
+    """Entry point of `mateconv-report`."""
     return exit_code(main, parse_args(sys.argv[1:]))
 
 

@@ -1,10 +1,10 @@
-"""A run folder holds all that a model needs: it can be moved and sampled from. This is the only place that knows its layout.
+"""Run folders. They are self-contained: one can be moved and then sampled from. Only this module knows their layout.
 
 config.json          the resolved configuration
-tokenizer/           as transformers reads it
-data_stats.json      the dataset's stats.json
-checkpoints/STEP/    Orbax: `state`, a TrainState, and `progress`, JSON; of a converted model parameters alone
-best/STEP/           the same, of the lowest validation loss
+tokenizer/           in transformers' format
+data_stats.json      a copy of the dataset's stats.json
+checkpoints/STEP/    Orbax: `state`, a TrainState, and `progress`, JSON; for a converted model, only parameters
+best/STEP/           the same, at the lowest validation loss
 unreadable/STEP/     checkpoints that could not be read
 metrics.jsonl, train.log, tensorboard/
 """
@@ -27,29 +27,32 @@ def write_config(folder: Path, config: ConfigDict) -> None:
 
 
 def read_config(folder: str | Path, key: str) -> ConfigDict:
-    """The resolved configuration of a run. `key` names the flag that gave the folder, for the error.
+    """The resolved configuration of a run.
+
+    Args:
+      key: the flag that `folder` came from, for error messages.
 
     Raises:
-      UserError: no run there, or a broken or foreign config.json.
+      UserError: no run at `folder`, or an invalid config.json.
     """
     path = Path(folder) / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{key}: no run at {str(folder)!r} (expected a folder with config.json, made by training)") from error
+        raise UserError(f"{key}: no run at {str(folder)!r} (expected a run folder, which has a config.json)") from error
     except ValueError as error:
-        raise UserError(f"{key}: {path} is not JSON ({error})") from error
+        raise UserError(f"{key}: {path} is not valid JSON ({error})") from error
     return config_lib.resolve(config_lib.from_dict(values, str(path)))
 
 
 def keep_data_statistics(folder: Path, train_data_path: str) -> None:
-    """A copy of the dataset's stats.json, so that the run can say what it learned from when it is elsewhere."""
+    """Copy the dataset's stats.json, if there is one, so that the run describes its data wherever it is moved."""
     if (path := Path(train_data_path) / "stats.json").is_file():
         files.write_text(folder / "data_stats.json", path.read_text(encoding="utf-8"))
 
 
 def read_data_statistics(folder: Path) -> dict | None:
-    """What `data.statistics.summary` found out about the training data; None where it is not known, as of a .bin file."""
+    """The training data's statistics, as in `data.statistics.summary`; None if unknown, as for a .bin file."""
     path = folder / "data_stats.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
@@ -58,34 +61,34 @@ def read_data_statistics(folder: Path) -> dict | None:
 
 
 def checkpoints(folder: str | Path) -> Path:
-    """Where a run keeps its newest checkpoints, one folder a step."""
+    """The folder of a run's newest checkpoints, one subfolder per step."""
     return Path(os.path.abspath(folder)) / "checkpoints"
 
 
 def best(folder: str | Path) -> Path:
-    """Where it keeps the one with the lowest validation loss."""
+    """The folder of its checkpoint with the lowest validation loss."""
     return Path(os.path.abspath(folder)) / "best"
 
 
 def unreadable(folder: str | Path) -> Path:
-    """Where checkpoints go that cannot be read."""
+    """The folder that unreadable checkpoints are moved to."""
     return Path(os.path.abspath(folder)) / "unreadable"
 
 
 def latest_step(folder: str | Path) -> int | None:
-    """The newest finished checkpoint of a run."""
+    """The step of a run's newest finished checkpoint; None if there is none."""
     return _latest_in(checkpoints(folder))
 
 
 def _latest_in(folder: Path) -> int | None:
-    # Orbax gives unfinished ones other names.
+    # Orbax gives unfinished checkpoints non-numeric names.
     steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()] if folder.is_dir() else []
     return max(steps, default=None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A finished checkpoint and the run that it is of.
+    """A finished checkpoint and its run.
 
     Attributes:
       run: the folder that holds config.json and the tokenizer.
@@ -101,12 +104,12 @@ class Checkpoint:
 
     @property
     def can_be_resumed(self) -> bool:
-        """False where it holds weights alone, as one that was converted does."""
+        """False if it holds only weights, as a converted one does."""
         return (self.path / "progress").is_dir()
 
 
 def run_of(path: str | Path) -> Path | None:
-    """The run folder of RUN, RUN/best, RUN/best/STEP, RUN/checkpoints or RUN/checkpoints/STEP; None: it is none of these."""
+    """RUN for RUN, RUN/best, RUN/best/STEP, RUN/checkpoints and RUN/checkpoints/STEP; None for any other path."""
     path = Path(os.path.abspath(path))
     candidates = [path]
     if path.name.isdigit():
@@ -117,21 +120,24 @@ def run_of(path: str | Path) -> Path | None:
 
 
 def find_checkpoint(path: str | Path, key: str) -> Checkpoint:
-    """The checkpoint that a path means: RUN and RUN/checkpoints the newest, RUN/best the best one, …/STEP itself.
+    """The checkpoint a path refers to: the newest for RUN and RUN/checkpoints, the best for RUN/best, and …/STEP itself.
+
+    Args:
+      key: the flag or configuration key that `path` came from, for error messages.
 
     Raises:
-      UserError: no run, or no finished checkpoint there; `key` names the flag or configuration key that gave the path.
+      UserError: no run or no finished checkpoint at `path`.
     """
     run = run_of(path)
     if run is None:
-        raise UserError(f"{key}: no run at {str(path)!r} (expected a folder with config.json, made by training)")
+        raise UserError(f"{key}: no run at {str(path)!r} (expected a run folder, which has a config.json)")
     folder = Path(os.path.abspath(path))
     folder = checkpoints(run) if folder == run else folder
     if folder.name.isdigit():
         if folder.is_dir():
             return Checkpoint(run, folder)
-        there = ", ".join(sorted((other.name for other in folder.parent.glob("*") if other.name.isdigit()), key=int))
-        raise UserError(f"{key}: no checkpoint at {str(path)!r} (there are: {there or 'none'})")
+        available = ", ".join(sorted((other.name for other in folder.parent.glob("*") if other.name.isdigit()), key=int))
+        raise UserError(f"{key}: no checkpoint at {str(path)!r} (available: {available or 'none'})")
     step = _latest_in(folder)
     if step is None:
         raise UserError(f"{key}: no finished checkpoint in {str(path)!r} (train a little longer)")
@@ -139,15 +145,15 @@ def find_checkpoint(path: str | Path, key: str) -> Checkpoint:
 
 
 def load_params(checkpoint: Path, abstract_params, use_ema: bool):
-    """Only the parameters of a checkpoint; optimizer state is not read.
+    """Read only the parameters of a checkpoint, not the optimizer state.
 
     Args:
       checkpoint: its folder.
-      abstract_params: the tree to fill, ShapeDtypeStructs, with shardings where the arrays shall be spread.
-      use_ema: EMA weights, which must be there, or the raw ones.
+      abstract_params: ShapeDtypeStructs, with a sharding where an array is to be sharded.
+      use_ema: read the EMA weights, which must exist, instead of the raw ones.
 
     Returns:
-      Parameters like `abstract_params`.
+      Parameters with the tree, dtypes and shardings of `abstract_params`.
     """
     item = {"ema_params" if use_ema else "params": abstract_params}
     restore_args = jax.tree.map(_restore_arg, item)
@@ -158,7 +164,7 @@ def load_params(checkpoint: Path, abstract_params, use_ema: bool):
 
 
 def write_params(folder: Path, step: int, params) -> None:
-    """A checkpoint of weights alone: it can be sampled from, evaluated and started from, but no training can be resumed."""
+    """Write a checkpoint with only weights: good for sampling, evaluation and training.init_from, but not for resuming."""
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler())) as checkpointer:
         args = ocp.args.Composite(state=ocp.args.StandardSave({"params": params}))
         checkpointer.save(checkpoints(folder) / str(step), args=args)

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,23 +43,19 @@ def inspect(args):
     sys.stdout.reconfigure(errors="backslashreplace")  # a vocabulary may have characters that the log's encoding lacks
     tokenizer = tokenizer_lib.load(args.folder, "inspect")
     compare = tokenizer_lib.load(args.compare, "--compare") if args.compare else None
-    try:
-        if args.encode is not None:
-            for name, one in [(args.folder, tokenizer), *([(args.compare, compare)] if compare else [])]:
-                report_tables.print_encoding(one, args.encode, name)
-        elif args.vocab or args.grep is not None:
-            report_tables.print_vocabulary(tokenizer, args.grep or "", compare)
+    if args.encode is not None:
+        for name, one in [(args.folder, tokenizer), *([(args.compare, compare)] if compare else [])]:
+            report_tables.print_encoding(one, args.encode, name)
+    elif args.vocab or args.grep is not None:
+        report_tables.print_vocabulary(tokenizer, args.grep or "", compare)
+    else:
+        inputs = {source.path: [source] for source in sources_lib.find(args.input)}
+        texts = {path: list(_texts(source, args.text_key, INSPECT_MB)) for path, source in inputs.items()}
+        report = tokenizer_report.report(tokenizer, texts, compare)
+        if args.json:
+            print(json.dumps(report, ensure_ascii=False, indent=2))
         else:
-            inputs = {source.path: [source] for source in sources_lib.find(args.input)}
-            texts = {path: list(_texts(source, args.text_key, INSPECT_MB)) for path, source in inputs.items()}
-            report = tokenizer_report.report(tokenizer, texts, compare)
-            if args.json:
-                print(json.dumps(report, ensure_ascii=False, indent=2))
-            else:
-                report_tables.print_report(report, args.folder, args.compare)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` is done; the interpreter must not flush into the closed pipe at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            report_tables.print_report(report, args.folder, args.compare)
 
 
 @contextlib.contextmanager
@@ -73,6 +68,7 @@ def _folder_aside(output: Path, overwrite: bool) -> Iterator[Path]:
     if output.exists() and (foreign := folder_lib.foreign_files(output)):
         raise UserError(f"--output: {str(output)!r} holds {foreign[0]!r} too and is not replaced (choose another folder)")
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         with files.aside(output, folder=True, replace_folder=True) as written:
             yield written
     except OSError as error:

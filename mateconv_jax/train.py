@@ -3,19 +3,33 @@
 import sys
 
 from mateconv_jax import config as config_lib
-from mateconv_jax.errors import exit_code
+from mateconv_jax.errors import exit_code, program
+
+HELP = """\
+usage: {program} --config=FILE [--config.SECTION.KEY=VALUE ...]
+
+Trains a model, or continues the run in training.out_dir.
+
+FILE is configs/base.py, configs/demo.py, configs/minimind.py, configs/moe.py, a copy of one of
+them, or configs/yaml.py:config.yaml for a YAML file. Example:
+
+  {program} --config=configs/base.py --config.data.train_data_path=data/zh
+
+Keys with their defaults, meaning and [allowed values]; those marked * must stay the same when a run
+is resumed:
+
+{keys}
+
+Exit codes: 0 finished; 2 wrong input; 75 stopped by SIGTERM or Ctrl-C with a checkpoint saved: give
+the same command to continue."""
 
 
 def main(argv):
     if {"--help", "-h"} & set(argv):
-        print(f"{__doc__}\n\n--config.SECTION.KEY=VALUE changes a key. All of them (mateconv_jax/config.py says more):\n")
-        print(config_lib.default_config())
+        print(HELP.format(program=program("train"), keys=config_lib.describe()))
         return 0
     config = config_lib.resolve(config_lib.from_command_line(argv))
-    from mateconv_jax.runtime import (
-        compilation_cache,  # 6 s of imports, after the command line is known to be right
-        distributed,
-    )
+    from mateconv_jax.runtime import compilation_cache, distributed  # imports take seconds: only for a valid command line
 
     compilation_cache.enable(config.training.compilation_cache_dir)
     distributed.initialize()

@@ -1,5 +1,6 @@
 """Wrong input on the command line: one line, exit code 2, no traceback."""
 
+import os
 import subprocess
 import sys
 
@@ -18,11 +19,11 @@ def run(*arguments):
         (["mateconv_jax.prepare", "--input", "none.jsonl", "--output", "x", "--train_tokenizer"], "--input: no file at"),
         (["mateconv_jax.prepare", "--input", "a", "--output", "x"], "--tokenizer --train_tokenizer is required"),
         (["mateconv_jax.sample", "--model_path=none"], "--model_path: no model at 'none'"),
-        (["mateconv_jax.sample", "--model_path=none", "--temperature=0"], "temperature: 0.0 is not possible"),
+        (["mateconv_jax.sample", "--model_path=none", "--temperature=0"], "temperature: 0.0 is invalid"),
         (["mateconv_jax.evaluate", "--model_path=none", "--demo"], "--model_path: no model at 'none'"),
         (["mateconv_jax.evaluate", "--model_path=none", "--data=x"], "--model_path: no model at 'none'"),
         (["mateconv_jax.train", "--config=configs/yaml.py:none.yaml"], "none.yaml"),
-        (["mateconv_jax.plan", "--config=configs/base.py", "--gpu=none"], "--gpu: 'none' is not known"),
+        (["mateconv_jax.plan", "--config=configs/base.py", "--gpu=none"], "--gpu: 'none' is unknown"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_line_and_exit_code_2(arguments, message):
@@ -36,3 +37,13 @@ def test_the_demo_corpus_command(tmp_path):
     result = run("mateconv_jax.data.demo", "--output", str(tmp_path / "new" / "demo.jsonl"), "--documents", "10")
     assert result.returncode == 0 and "10 documents" in result.stdout
     assert len((tmp_path / "new" / "demo.jsonl").read_text().splitlines()) == 10
+
+
+@pytest.mark.parametrize("arguments", [["mateconv_jax.train", "--help"], ["mateconv_jax.plan", "--help"]])
+def test_a_reader_that_closes_the_pipe_ends_the_command(arguments):
+    """As `| head` does."""
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run([sys.executable, "-m", *arguments], stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (0, "")

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from mateconv_jax import config as config_lib
+from mateconv_jax import config as config_lib, train
+from mateconv_jax.config_keys import KEYS
 from mateconv_jax.errors import UserError
 
 BASE = f"--config={Path(__file__).parents[1] / 'configs/base.py'}"
@@ -24,6 +25,10 @@ def test_any_key_can_be_overridden_and_what_depends_on_it_follows(load):
     )
     assert (config.model.dim, config.model.head_dim, config.model.hidden_dim) == (64, 4, 192)
     assert (config.training.max_steps, config.training.use_ema, config.data.seq_len) == (7, True, 128)
+
+
+def test_a_constant_learning_rate_has_no_use_for_min_lr(load):
+    load(BASE, "--config.training.lr_scheduler=constant", "--config.training.learning_rate=1e-5")
 
 
 def test_the_base_config(load):
@@ -55,6 +60,7 @@ def test_the_base_config(load):
         ([BASE, "--config.model.experts=sparse"], r"model\.experts: 'sparse' is not possible"),
         ([BASE, "--config.data.seq_len=1024"], r"data\.seq_len: 1024 is above model\.max_seq_len \(512\)"),
         ([BASE, "--config.training.min_lr=1.0"], r"training\.min_lr: 1\.0 is above"),
+        ([BASE, "--config.training.sample_prompts=(1, 2)"], r"training\.sample_prompts: \(1, 2\) is not possible \(expected texts"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_line_that_names_the_key(load, arguments, message):
@@ -84,9 +90,30 @@ def test_a_run_folders_config_may_be_older_but_not_newer():
         config_lib.from_dict({"model": {"n_experts": 5}}, "config.json")
 
 
+def test_help_prints_meaning_default_and_allowed_values_of_every_key(capsys):
+    assert train.main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(line.isascii() and len(line) <= 100 or len(line) <= 90 for line in text.splitlines())  # 中 is two columns wide
+    words = " ".join(text.split())
+    for key in KEYS:
+        name = key.path.split(".")[1]
+        assert f" {name} = {key.default} {key.meaning} [{key.allowed}]" in words
+    assert (
+        "dropout = 0.0 Dropout of embeddings, attention weights and residual branches in training. [a number from 0 to" in words
+    )
+    assert "\n* dim = 512" in text and "\n  dropout = 0.0" in text
+
+
+def test_a_default_passes_its_own_check():
+    config_lib.resolve(config_lib.default_config())
+    for key in KEYS:
+        assert key.default is not None or key.value_type is not None, key.path
+        assert key.meaning.endswith((".", ".)")), key.path
+
+
 def test_the_keys_change_only_with_thought():
     """A key is a promise to users' command lines and run folders: removing or renaming one breaks them. When you add one, add
-    it here, its check in config.py, and a test that it changes something.
+    it here, its entry in config_keys.py, and a test that it changes something.
     """
     keys = {section: sorted(values) for section, values in config_lib.default_config().to_dict().items()}
     assert keys == {

@@ -14,6 +14,12 @@ def test_a_file_is_there_completely_or_not_at_all(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and path.read_text() == "after"
 
 
+def test_a_folder_that_is_not_there_is_not_made(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        files.write_text(tmp_path / "mistyped" / "a", "a")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_killed_process_left_is_no_hindrance(tmp_path):
     (tmp_path / "a.partial" / "a").mkdir(parents=True)
     (tmp_path / "a.partial" / "a" / "old").touch()

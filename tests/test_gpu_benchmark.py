@@ -17,8 +17,8 @@ def out(tmp_path_factory):
 
 # A line that each part must have written.
 LINES = {
-    "correct": "document mask: blocked attention in bfloat16 beside float32",
-    "resume": "and continued",
+    "correct": "document mask: blocked attention in bfloat16 against float32",
+    "resume": "and resumed",
     "live": "sample while the run trains",
     "training": "base, 32 x 512",
     "decoding": "batch 4, sampled",

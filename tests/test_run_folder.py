@@ -4,7 +4,7 @@ import pytest
 
 from mateconv_jax import run_folder
 from mateconv_jax.errors import UserError
-from mateconv_jax.interop.formats import kind_of, open_model
+from mateconv_jax.interop.formats import detect_format, open_model
 from tests.training.runs import train
 
 
@@ -37,7 +37,7 @@ def test_a_relative_path_inside_a_run(run, monkeypatch):
 @pytest.mark.parametrize(
     "path, message",
     [
-        ("checkpoints/3", r"--model_path: no checkpoint at '.*checkpoints/3' \(there are: 2, 10\)"),
+        ("checkpoints/3", r"--model_path: no checkpoint at '.*checkpoints/3' \(available: 2, 10\)"),
         ("unreadable/12", "--model_path: no run at"),
         ("..", "--model_path: no run at"),
         ("none", "--model_path: no run at"),
@@ -58,7 +58,7 @@ def test_a_model_is_opened_from_each_of_a_runs_checkpoints(tiny_config, tmp_path
     """And a training is resumed or started from one."""
     train(tiny_config, tmp_path / "a", max_steps=4, save_interval=2, eval_interval=2)
     for path, step in (("", 4), ("checkpoints/2", 2), ("best", 4), ("best/4", 4)):
-        assert kind_of(tmp_path / "a" / path, "--from") == "run"
+        assert detect_format(tmp_path / "a" / path, "--from") == "run"
         assert open_model(tmp_path / "a" / path, "--model_path").step == step
     for name, options in (
         ("b", {"resume_from": str(tmp_path / "a" / "best")}),

@@ -17,8 +17,8 @@ import pytest
 
 from mateconv_jax import GenerationConfig, TextGenerator, config as config_lib, sample
 from mateconv_jax.errors import UserError, exit_code
+from mateconv_jax.generation_config import PRESETS
 from mateconv_jax.inference import chat
-from mateconv_jax.inference.generation_config import PRESETS
 from mateconv_jax.training import loop
 
 COMMAND = [sys.executable, "-m", "mateconv_jax.sample"]
@@ -217,7 +217,7 @@ def test_dtype_and_ema_choose_the_weights(run, monkeypatch):
     real = TextGenerator.from_pretrained
     monkeypatch.setattr(TextGenerator, "from_pretrained", lambda *a, **k: loaded.append(real(*a, **k)) or loaded[-1])
     texts = []
-    monkeypatch.setattr(sample, "write", lambda generator, prompt, config, args: texts.append(prompt))
+    monkeypatch.setattr(sample, "write_samples", lambda generator, prompt, config, args: texts.append(prompt))
     for arguments in ([], ["--no-use_ema"], ["--use_ema", "--dtype=float32"], ["--dtype=float16"]):
         sample.main(sample.parse_args([f"--model_path={run}", "--prompt=小明", *arguments]))
     default, raw, ema, half = (generator.params["norm"]["scale_D"][...] for generator in loaded)
@@ -233,39 +233,39 @@ def test_dtype_and_ema_choose_the_weights(run, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--temperature=0"], "--temperature: 0.0 is not possible (expected a number from 1e-6"),
-        (["--top_k=-1"], "--top_k: -1 is not possible (expected"),
+        (["--temperature=0"], "--temperature: 0.0 is invalid (expected a number from 1e-6"),
+        (["--top_k=-1"], "--top_k: -1 is invalid (expected"),
         (
             ["--min_new_tokens=9", "--max_new_tokens=8"],
-            "--min_new_tokens: 9 is not possible (expected at most max_new_tokens, 8)",
+            "--min_new_tokens: 9 is invalid (expected at most max_new_tokens, 8)",
         ),
-        (["--seed=-1"], "--seed: -1 is not possible"),
-        (["--stop="], "--stop: ('',) is not possible"),
-        (["--stop", r"\d"], r"--stop: '\\d' is not possible (expected n, t or a backslash after each backslash)"),
-        (["--stop", "a\\"], r"--stop: 'a\\' is not possible"),
-        (["--greedy", "--temperature=0.8"], "--temperature: not possible with --greedy (expected one of the two)"),
-        (["--greedy", "--top_k=0"], "--top_k: not possible with --greedy"),
-        (["--greedy", "--top_p=1"], "--top_p: not possible with --greedy"),
-        (["--greedy", "--min_p=0"], "--min_p: not possible with --greedy"),
-        (["--greedy", "--preset=chat"], "--preset: not possible with --greedy"),
-        (["--greedy", "--num_samples=2"], "--num_samples: not possible with --greedy"),
-        (["--stream", "--json"], "--json: not possible with --stream"),
-        (["--stream", "--num_samples=2"], "--num_samples: not possible with --stream"),
-        (["--chat", "--num_samples=2"], "--chat: not possible with --num_samples"),
-        (["--chat", "--truncate"], "--truncate: not possible with --chat"),
-        (["--batch_file=x", "--prompt="], "--prompt: not possible with --batch_file"),
-        (["--batch_file=x", "--stream"], "--stream: not possible with --batch_file"),
-        (["--batch_file=x", "--json"], "--json: not possible with --batch_file"),
-        (["--batch_file=x", "--num_samples=1"], "--num_samples: not possible with --batch_file"),
-        (["--interactive", "--batch_file=x"], "--batch_file: not possible with --interactive"),
-        (["--interactive", "--prompt=x"], "--prompt: not possible with --interactive"),
-        (["--interactive", "--chat"], "--chat: not possible with --interactive"),
-        (["--interactive", "--stream"], "--stream: not possible with --interactive"),
-        (["--interactive", "--json"], "--json: not possible with --interactive"),
-        (["--interactive", "--num_samples=2"], "--num_samples: not possible with --interactive"),
-        (["--interactive", "--truncate"], "--truncate: not possible with --interactive"),
-        (["--output=x"], "--output: only possible with --batch_file"),
-        (["--interactive", "--batch_size=3"], "--batch_size: only possible with --batch_file"),
+        (["--seed=-1"], "--seed: -1 is invalid"),
+        (["--stop="], "--stop: ('',) is invalid"),
+        (["--stop", r"\d"], r"--stop: '\\d' is invalid (expected n, t or a backslash after each backslash)"),
+        (["--stop", "a\\"], r"--stop: 'a\\' is invalid"),
+        (["--greedy", "--temperature=0.8"], "--temperature: not allowed with --greedy (expected one of the two)"),
+        (["--greedy", "--top_k=0"], "--top_k: not allowed with --greedy"),
+        (["--greedy", "--top_p=1"], "--top_p: not allowed with --greedy"),
+        (["--greedy", "--min_p=0"], "--min_p: not allowed with --greedy"),
+        (["--greedy", "--preset=chat"], "--preset: not allowed with --greedy"),
+        (["--greedy", "--num_samples=2"], "--num_samples: not allowed with --greedy"),
+        (["--stream", "--json"], "--json: not allowed with --stream"),
+        (["--stream", "--num_samples=2"], "--num_samples: not allowed with --stream"),
+        (["--chat", "--num_samples=2"], "--chat: not allowed with --num_samples"),
+        (["--chat", "--truncate"], "--truncate: not allowed with --chat"),
+        (["--batch_file=x", "--prompt="], "--prompt: not allowed with --batch_file"),
+        (["--batch_file=x", "--stream"], "--stream: not allowed with --batch_file"),
+        (["--batch_file=x", "--json"], "--json: not allowed with --batch_file"),
+        (["--batch_file=x", "--num_samples=1"], "--num_samples: not allowed with --batch_file"),
+        (["--interactive", "--batch_file=x"], "--batch_file: not allowed with --interactive"),
+        (["--interactive", "--prompt=x"], "--prompt: not allowed with --interactive"),
+        (["--interactive", "--chat"], "--chat: not allowed with --interactive"),
+        (["--interactive", "--stream"], "--stream: not allowed with --interactive"),
+        (["--interactive", "--json"], "--json: not allowed with --interactive"),
+        (["--interactive", "--num_samples=2"], "--num_samples: not allowed with --interactive"),
+        (["--interactive", "--truncate"], "--truncate: not allowed with --interactive"),
+        (["--output=x"], "--output: requires --batch_file"),
+        (["--interactive", "--batch_size=3"], "--batch_size: requires --batch_file"),
         (["--batch_file=none.txt"], "--batch_file: cannot read 'none.txt' (No such file or directory)"),
         (["--prompt", "\udcff"], "--prompt: not UTF-8 (invalid start byte at byte 0)"),
         (["--prompt=x"], "--model_path: no model at 'none'"),
@@ -286,8 +286,8 @@ def test_bytes_on_standard_input_that_are_no_utf8_are_an_error(stdin, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--num_samples=0"], "argument --num_samples: '0' is not possible (expected an integer, at least 1)"),
-        (["--batch_size=x"], "argument --batch_size: 'x' is not possible (expected an integer, at least 1)"),
+        (["--num_samples=0"], "argument --num_samples: '0' is invalid (expected an integer, at least 1)"),
+        (["--batch_size=x"], "argument --batch_size: 'x' is invalid (expected an integer, at least 1)"),
         (["--top_k=x"], "argument --top_k: invalid int value: 'x'"),
         (["--preset=wild"], "argument --preset: invalid choice: 'wild'"),
         (["--dtype=int8"], "argument --dtype: invalid choice: 'int8'"),

@@ -1,12 +1,12 @@
-"""Every claim about GPUs, checked on the one of this machine:  bash benchmarks/gpu.sh [--out DIR] [--part NAME …] [--dry_run]
+"""Check every claim about GPUs on this machine's GPU:  bash benchmarks/gpu.sh [--out DIR] [--part NAME …] [--dry_run]
 
-Parts, in order of worth: correct (numbers beside float32), resume (the same run twice, killed and continued), live (sampling
-beside training, SIGTERM, memory), training and decoding (speed beside PyTorch on the same card), host, variants. Each is a
-process with a time limit; one that fails does not stop the others. Results go to DIR/gpu.json and DIR/gpu.md after every part,
-and the JSON to standard output at the end. The exit code is 1 if a check failed. Needs PyTorch and transformers beside
-requirements.txt, and no network.
+Parts, most important first: correct (numerics against float32), resume (repeated, killed and resumed runs), live (sampling
+during training, SIGTERM, memory), training and decoding (speed against PyTorch on the same card), host, variants. Each part is
+a process with a time limit; a failing part does not stop the others. Results are written to DIR/gpu.json and DIR/gpu.md after
+every part, and the JSON is printed at the end. The exit code is 1 if a check failed. Needs PyTorch and transformers in addition
+to requirements.txt, and no network.
 
---dry_run takes tiny sizes and runs on a CPU too: it shows that every part works, and measures nothing.
+--dry_run uses tiny sizes and also runs on a CPU: it shows that every part works, but measures nothing.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from pathlib import Path
 
 from benchmarks.gpu import report
 
-# Seconds that a part may take on an H100.
-PARTS = {"correct": 120, "resume": 160, "live": 120, "training": 150, "decoding": 90, "host": 40, "variants": 90}
+# Time limits in seconds, for an H100.
+PARTS = {"correct": 120, "resume": 160, "live": 150, "training": 150, "decoding": 90, "host": 40, "variants": 90}
 UNTIMED = ("correct", "resume")
 COMPILED_AHEAD = ("training", "decoding", "variants")
 DATA = Path("data/gpu_demo")
@@ -35,7 +35,7 @@ def main(args) -> int:
     print(f"{results['card']}; {', '.join(f'{k} {v}' for k, v in results['versions'].items())}", flush=True)
     data = out / "data" if args.dry_run else DATA
     prepare_data(data, args.dry_run)
-    # These measure no time: beside them, the programs of the parts that do are compiled into the caches.
+    # While the untimed parts run, the timed parts' programs are compiled into the caches.
     ahead = [name for name in COMPILED_AHEAD if name in args.part and args.part[0] in UNTIMED and not args.dry_run]
     ahead = [start_part(name, out, data, args, compile_only=True) for name in ahead]
     for name in args.part:
@@ -60,7 +60,7 @@ def main(args) -> int:
 
 
 def run_part(name: str, out: Path, data: Path, args) -> str:
-    """ "done", or how it ended instead. Everything that the part started ends with it."""
+    """Run a part to its end: "done", or what went wrong. All processes it started are killed with it."""
     process = start_part(name, out, data, args)
     try:
         code = process.wait(timeout=args.limit or (600 if args.dry_run else PARTS[name]))
@@ -73,9 +73,9 @@ def run_part(name: str, out: Path, data: Path, args) -> str:
 
 def start_part(name: str, out: Path, data: Path, args, compile_only: bool = False) -> subprocess.Popen:
     command = [sys.executable, "-m", f"benchmarks.gpu.{name}", "--out", str(out), "--data", str(data)]
-    # Several processes share the card: none takes memory that it does not use.
+    # Several processes share the card, so none may preallocate memory.
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONUNBUFFERED": "1"}
-    if args.dry_run:  # what is tiny compiles for longer than it runs
+    if args.dry_run:  # tiny programs take longer to compile than to run
         environment["XLA_FLAGS"] = environment.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
     command += ["--case", *args.case] if name == "training" and args.case else []
     command += ["--dry_run"] * args.dry_run + ["--compile_only"] * compile_only
@@ -85,7 +85,7 @@ def start_part(name: str, out: Path, data: Path, args, compile_only: bool = Fals
 
 
 def kill(process: subprocess.Popen) -> None:
-    """With everything that it started."""
+    """Kill the process and everything it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -94,7 +94,7 @@ def kill(process: subprocess.Popen) -> None:
 
 
 def prepare_data(folder: Path, dry_run: bool) -> None:
-    """The demo corpus in rows of the base configuration's shape, made once: 1,746 rows of 512 tokens."""
+    """Prepare the demo corpus once, with the base configuration's row length: 1,746 rows of 512 tokens."""
     if (folder / "metadata.json").exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="bash benchmarks/gpu.sh", description=__doc__)
     parser.add_argument("--out", default="runs/gpu", metavar="DIR")
     parser.add_argument("--part", nargs="+", choices=tuple(PARTS), default=list(PARTS), metavar="NAME", help=", ".join(PARTS))
-    parser.add_argument("--case", nargs="+", metavar="NAME", help="beginnings of the names of training's sizes (base, 110, …)")
+    parser.add_argument("--case", nargs="+", metavar="NAME", help="beginnings of the names of training's sizes (base, 118, …)")
     parser.add_argument("--limit", type=float, metavar="S", help="seconds a part may take, instead of its own limit")
     parser.add_argument("--dry_run", action="store_true")
     sys.exit(main(parser.parse_args()))

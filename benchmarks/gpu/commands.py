@@ -1,4 +1,4 @@
-"""Starts the commands as a user does, and says how they ended."""
+"""Start the commands as a user would, and report how they ended."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tests.training.runs import metrics_of
 
 
 class Runs:
-    """Starts `train` on the base configuration, each run in a folder of its own."""
+    """Starts `train` with the base configuration, each run in its own folder."""
 
     def __init__(self, root: Path, args):
         self.root, self.dry_run = root, args.dry_run
@@ -30,7 +30,7 @@ class Runs:
         self.keys = keys
 
     def start(self, name: str, cache: str, preallocate: bool = False, **training) -> subprocess.Popen:
-        """`train` into ROOT/NAME, with the compilation cache ROOT/CACHE; its output goes to ROOT/NAME.txt."""
+        """Start `train` with the run folder ROOT/NAME and the compilation cache ROOT/CACHE; output goes to ROOT/NAME.txt."""
         keys = self.keys | {f"training.{key}": value for key, value in training.items()}
         keys |= {"training.out_dir": self.root / name, "training.compilation_cache_dir": self.root / cache}
         flags = [f"--config.{key}={value}" for key, value in keys.items()]
@@ -40,7 +40,7 @@ class Runs:
         return self.root / f"{name}.txt"
 
     def wait_for(self, name: str, process: subprocess.Popen, step: int, timeout: float = 90) -> bool:
-        """Until ROOT/NAME has logged `step`. False where it ended before."""
+        """Wait until ROOT/NAME has logged `step`. False if it ends before or the time runs out."""
         log, end = self.root / name / "metrics.jsonl", time.monotonic() + timeout
         while process.poll() is None and time.monotonic() < end:
             if log.exists() and any(m["step"] >= step for m in complete_lines(log)):
@@ -50,7 +50,7 @@ class Runs:
 
 
 def command(output: Path, module: str, *arguments, preallocate: bool = False, **environment) -> subprocess.Popen:
-    """preallocate: as jax does by itself, three quarters of the memory at the start."""
+    """Start a command. preallocate: let JAX take three quarters of the memory at the start, as it does by default."""
     environment = os.environ | environment
     if preallocate:
         environment.pop("XLA_PYTHON_CLIENT_PREALLOCATE", None)
@@ -79,13 +79,13 @@ def tail(path: Path, lines: int = 30) -> str:
 
 
 def facts(report: Report, runs: Runs, name: str, how: str) -> None:
-    """What a run says of itself."""
+    """Report what a run logged."""
     metrics = [m for m in metrics_of(runs.root / name) if "tokens/s" in m]
     metrics = metrics[len(metrics) // 4 :]
     speed, wait = (statistics.median(m[key] for m in metrics) for key in ("tokens/s", "input_wait"))
     losses = [m["train/loss"] for m in metrics_of(runs.root / name) if "train/loss" in m]
     report.row(
-        f"its log, {name}",
+        f"log of {name}",
         f"loss {losses[0]:.3f} to {losses[-1]:.3f}, {speed:,.0f} tokens/s ({how})",
         f"input_wait {wait:.1%}",
         losses[-1] < losses[0],

@@ -1,7 +1,7 @@
-"""The base model's numbers on a GPU beside float32:  python -m benchmarks.gpu.correct --out DIR --data DATASET
+"""The base model's numerics on a GPU against float32:  python -m benchmarks.gpu.correct --out DIR --data DATASET
 
-Logits and gradients in bfloat16 with the attention that `auto` chooses, beside float32 with plain einsums at the highest
-precision on the same device. bfloat16 with plain einsums is the yardstick: fused attention may not be 1.5 times as far off.
+Compares logits and gradients in bfloat16, with the attention that `auto` chooses, with float32 and plain einsums at the highest
+precision on the same device. The baseline is bfloat16 with plain einsums: fused attention may have at most 1.5 times its error.
 """
 
 import dataclasses
@@ -25,23 +25,23 @@ from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.moe import MixtureOfExperts
 from mateconv_jax.model.transformer import abstract_model, init_params
 
-LAYERS = dict(n_layers=2)  # of all cases but the base model's own, so that 36 programs compile in time
+LAYERS = dict(n_layers=2)  # for all cases except the base model, so that 36 programs compile in time
 CASES = (
     (Case("base, S 512", {}, 4, 512), False),
     (Case("base, S 512, document mask", {}, 4, 512), True),
     (Case("S 4,096", LAYERS, 1, 4096), False),
     (Case("S 4,096, document mask", LAYERS, 1, 4096), True),
     (Case("no grouped queries", LAYERS | dict(n_kv_heads=16), 4, 512), False),
-    (Case("8 queries a key", LAYERS | dict(n_kv_heads=2), 4, 512), False),
+    (Case("8 queries per key", LAYERS | dict(n_kv_heads=2), 4, 512), False),
     (Case("head_dim 64", LAYERS | dict(n_heads=8, n_kv_heads=4), 4, 512), False),
     (Case("head_dim 128", LAYERS | dict(n_heads=4, n_kv_heads=2), 4, 512), False),
     (Case("head_dim 128, document mask", LAYERS | dict(n_heads=4, n_kv_heads=2), 4, 512), True),
-    (Case("norms of queries and keys", LAYERS | dict(qk_norm=True), 4, 512), False),
+    (Case("QK norm", LAYERS | dict(qk_norm=True), 4, 512), False),
     (Case("mixture of experts", LAYERS | dict(use_moe=True), 4, 512), False),
     (Case("mixture of experts, document mask", LAYERS | dict(use_moe=True), 4, 512), True),
 )
 STEPS, LOSS_ROWS = 50, 2  # of the run whose losses are compared: 20 s on 16 CPU cores
-TOLERANCE = {"float32": 2e-3, "bfloat16": 1e-2, "float16": 1e-2}  # of a loss, relative, within those steps
+TOLERANCE = {"float32": 2e-3, "bfloat16": 1e-2, "float16": 1e-2}  # relative error of each loss in those steps
 
 
 def main(args) -> None:
@@ -49,7 +49,7 @@ def main(args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         on_cpu = start_losses(args, Path(folder) / "cpu.json", "float32", "cpu")
         gate(report, args.dry_run)
-        with ThreadPoolExecutor(8) as pool:  # XLA compiles outside of Python's lock
+        with ThreadPoolExecutor(8) as pool:  # XLA compiles without holding the GIL
             cases = CASES[:2] + CASES[-1:] if args.dry_run else CASES
             programs = [(case, pool.submit(compile_case, case, has_documents, args.dry_run)) for case, has_documents in cases]
             for case, program in programs:
@@ -63,8 +63,8 @@ def main(args) -> None:
             losses = losses.result()
             off = np.max(np.abs(losses / expected - 1))
             report.row(
-                f"losses of {len(losses)} steps in {dtype} beside the CPU's float32", f"at most {off:.1e} off, relative",
-                f"at most {TOLERANCE[dtype]:.0e}; from {losses[0]:.4f} to {losses[-1]:.4f}, CPU to {expected[-1]:.4f}",
+                f"losses of {len(losses)} steps in {dtype} against float32 on the CPU", f"relative error at most {off:.1e}",
+                f"allowed {TOLERANCE[dtype]:.0e}; from {losses[0]:.4f} to {losses[-1]:.4f}, CPU to {expected[-1]:.4f}",
                 bool(off <= TOLERANCE[dtype]), losses=losses.tolist(),
             )  # fmt: skip
 
@@ -73,7 +73,7 @@ def main(args) -> None:
 
 
 def compile_case(case: Case, has_documents: bool, dry_run: bool):
-    """(inputs, {name: compiled program}): of one batch with random weights, each (logits, loss, gradients)."""
+    """(inputs, {name: compiled program}) for one batch and random weights; each program gives (logits, gradients)."""
     config = case.config(dry_run)
     ours = ModelConfig.make(config.model, "bfloat16")
     plain = dataclasses.replace(ours, attention="xla")
@@ -92,7 +92,7 @@ def compile_case(case: Case, has_documents: bool, dry_run: bool):
 
 
 def compile_program(c: ModelConfig, inputs, options: dict, precision: str = "default"):
-    """options: XLA's, on a GPU: what only makes the program faster takes longer to find than it is worth here."""
+    """options: XLA options on a GPU; they skip autotuning, which would take longer than the one run of each program."""
     graph = abstract_model(c)[0]
 
     def mean_loss(params, tokens_BS1, documents_BS):
@@ -109,7 +109,7 @@ def compile_program(c: ModelConfig, inputs, options: dict, precision: str = "def
 
 @jax.jit
 def distance(x, reference):
-    """|x - reference| / |reference| over all arrays of a tree, fp32."""
+    """|x - reference| / |reference| over all arrays of a tree, computed in fp32."""
     squares = [
         (jnp.sum((a.astype(jnp.float32) - b.astype(jnp.float32)) ** 2), jnp.sum(b.astype(jnp.float32) ** 2))
         for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(reference), strict=True)
@@ -122,11 +122,11 @@ def compare(report: Report, name: str, inputs, programs) -> None:
     logits, grads = results.pop("float32")
     off = {backend: [float(distance(x, y)) for x, y in zip(r, (logits, grads), strict=True)] for backend, r in results.items()}
     backend = next(iter(off))
-    yardstick = off["xla"]
-    ok = all(np.isfinite(a) and a <= 1.5 * b + 1e-6 for a, b in zip(off[backend], yardstick, strict=True))
+    baseline = off["xla"]
+    ok = all(np.isfinite(a) and a <= 1.5 * b + 1e-6 for a, b in zip(off[backend], baseline, strict=True))
     report.row(
-        f"{name}: {backend} attention in bfloat16 beside float32", "logits {:.2%}, gradients {:.2%}".format(*off[backend]),
-        "xla attention in bfloat16 {:.2%}, {:.2%}".format(*yardstick), ok, off=off,
+        f"{name}: {backend} attention in bfloat16 against float32", "logits {:.2%}, gradients {:.2%}".format(*off[backend]),
+        "xla attention in bfloat16 {:.2%}, {:.2%}".format(*baseline), ok, off=off,
     )  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def compare(report: Report, name: str, inputs, programs) -> None:
 
 
 def gate(report: Report, dry_run: bool) -> None:
-    """TF32 keeps 10 bits: a score would be off by 1e-4."""
+    """The gate must compute in fp32: TF32's 10 bits would give errors of 1e-4."""
     config = Case("", dict(use_moe=True), 1, 512).config(dry_run)
     layer = MixtureOfExperts(ModelConfig.make(config.model, "bfloat16"), nnx.Rngs(0))
     x_ND = np.random.default_rng(0).standard_normal((4096, config.model.dim), np.float32)
@@ -145,8 +145,8 @@ def gate(report: Report, dry_run: bool) -> None:
     off = np.max(np.abs(jax.jit(layer.gate_scores)(x_ND) - expected_NE))
     default_NE = jax.nn.softmax(jax.jit(lambda x, w: x @ w.T)(x_ND, gate_ED.astype(np.float32)))
     report.row(
-        "scores of the experts' gate beside float64", f"at most {off:.1e} off",
-        f"at most 1e-06; at the default precision {np.max(np.abs(default_NE - expected_NE)):.1e}", bool(off < 1e-6),
+        "scores of the experts' gate against float64", f"error at most {off:.1e}",
+        f"allowed 1e-06; {np.max(np.abs(default_NE - expected_NE)):.1e} at default precision", bool(off < 1e-6),
     )  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def gate(report: Report, dry_run: bool) -> None:
 
 
 class start_losses:
-    """`benchmarks.gpu.losses` in a process of its own: while it runs on the CPU, the GPU has other work."""
+    """Runs `benchmarks.gpu.losses` in its own process, so that the GPU does other work while it runs on the CPU."""
 
     def __init__(self, args, path: Path, dtype: str, platform: str | None):
         command = [sys.executable, "-m", "benchmarks.gpu.losses", "--out", str(path), "--data", args.data, "--dtype", dtype]

@@ -1,7 +1,7 @@
-"""Decoding beside transformers on the same card:  python -m benchmarks.gpu.decoding --out DIR --data DATASET
+"""Decoding compared with transformers on the same card:  python -m benchmarks.gpu.decoding --out DIR --data DATASET
 
-The base model with random weights in bfloat16; sampled with temperature, top-k and top-p. transformers' generate as it is, and
-with a static cache and torch.compile, each in a process of its own.
+The base model with random weights in bfloat16, sampling with temperature, top-k and top-p. transformers' generate runs with its
+defaults, and with a static cache and torch.compile, each in its own process.
 """
 
 import json
@@ -15,8 +15,8 @@ from benchmarks.decode import generate
 from benchmarks.gpu import sizes, timing
 from benchmarks.gpu.peer import Peer
 from benchmarks.gpu.report import Report
+from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.inference.decode import Decoder
-from mateconv_jax.inference.generation_config import GenerationConfig
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.transformer import Transformer
 from mateconv_jax.runtime import compilation_cache
@@ -34,7 +34,7 @@ def main(args) -> None:
     c = ModelConfig.make(config.model, "auto")
     case = {"model": config.model.to_dict(), "prompt": PROMPT, "new": new}
     peers = {"eager": [peer(case, batches, False)]}
-    # A program for each batch: they compile beside each other.
+    # One process per batch size, so that they compile concurrently.
     peers["static cache, compiled"] = [peer(case, (B,), True) for B in batches]
     try:
         graph, params = nnx.split(Transformer(c, nnx.Rngs(0)))
@@ -63,10 +63,10 @@ def main(args) -> None:
                 for peer_name, t in theirs.items()
                 if B in t and name == "sampled"
             ]
-            beside.append(f"reading weights and cache allows {B / least:,.0f} ({1e6 * least:.0f} us)")
+            beside.append(f"limit by reading weights and cache {B / least:,.0f} ({1e6 * least:.0f} us)")
             report.row(
                 f"batch {B}, {name}, {PROMPT} + {new} tokens",
-                f"{B * new / seconds:,.0f} tokens/s, {1e6 * seconds / new:.0f} us a step",
+                f"{B * new / seconds:,.0f} tokens/s, {1e6 * seconds / new:.0f} us/step",
                 "; ".join(beside),
                 tokens_per_s=B * new / seconds,
                 peers={peer_name: B * new / t[B] for peer_name, t in theirs.items() if B in t},

@@ -1,6 +1,6 @@
-"""What the host does beside the step:  python -m benchmarks.gpu.host --out DIR --data DATASET
+"""The host's work during a step:  python -m benchmarks.gpu.host --out DIR --data DATASET
 
-Dispatch of a step and of a batch's transfer, which must be shorter than the step; host memory while a checkpoint is saved.
+Dispatching a step and transferring a batch, which must take less time than the step; host memory while a checkpoint is saved.
 """
 
 import tempfile
@@ -24,7 +24,7 @@ def main(args) -> None:
     running = timing.Step(run, compiled)
     seconds = running.seconds()
     dispatch(report, running, seconds)
-    transfer(report, running, seconds, sharding.make_mesh(config.mesh))
+    transfer(report, running, seconds, sharding.make_mesh(config.mesh.data, config.mesh.fsdp))
     save(report, running, seconds, args.out)
 
 
@@ -59,7 +59,7 @@ def transfer(report: Report, running: timing.Step, seconds: float, mesh) -> None
 
 
 def save(report: Report, running: timing.Step, seconds: float, out: str) -> None:
-    """Steps go on while a checkpoint is written."""
+    """Save checkpoints while steps run."""
     megabytes = sum(x.nbytes for x in jax.tree.leaves(running.state)) / 1e6
     with (
         tempfile.TemporaryDirectory(dir=out) as folder,
@@ -77,17 +77,17 @@ def save(report: Report, running: timing.Step, seconds: float, out: str) -> None
                 running.wait()
             written.append(time.perf_counter() - begin)
     stats = jax.local_devices()[0].memory_stats() or {}
-    on_device = f"; the device held at most {stats['peak_bytes_in_use'] / 1e9:.2f} GB" if "peak_bytes_in_use" in stats else ""
-    waits, all_of_it = (1e3 * np.median(times[1:]) for times in (blocked, written))
+    on_device = f"; device peak {stats['peak_bytes_in_use'] / 1e9:.2f} GB" if "peak_bytes_in_use" in stats else ""
+    waits, total = (1e3 * np.median(times[1:]) for times in (blocked, written))
     report.row(
         f"saving {megabytes:.0f} MB",
-        f"the loop waits {waits:.0f} ms of {all_of_it:.0f} until it is written",
-        f"resident memory {rss.before / 1e9:.2f} GB, at most {rss.highest / 1e9:.2f} while saving{on_device}",
+        f"the loop waits {waits:.0f} of the {total:.0f} ms until it is written",
+        f"resident memory {rss.before / 1e9:.2f} GB, peak {rss.highest / 1e9:.2f} while saving{on_device}",
     )
 
 
 class HighestRss:
-    """The process's resident memory, looked at every 5 ms."""
+    """The peak of the process's resident memory, sampled every 5 ms."""
 
     def __enter__(self):
         self.before = self.highest = self._now()

@@ -1,6 +1,7 @@
-"""Commands beside each other and the device's memory:  python -m benchmarks.gpu.live --out DIR --data DATASET
+"""Concurrent commands and device memory:  python -m benchmarks.gpu.live --out DIR --data DATASET
 
-Sampling while a run trains, SIGTERM, the memory beside what `plan` said, the largest batch that fits and one that does not.
+Sampling while a run trains, SIGTERM, memory compared with `plan`'s prediction, the largest batch that fits and one that does
+not.
 """
 
 import json
@@ -26,7 +27,7 @@ def main(args) -> None:
     report = Report(args.out, "live")
     with tempfile.TemporaryDirectory(dir=args.out, prefix="runs-") as folder:
         runs = Runs(Path(folder), args)
-        # `plan` for an imaginary card of this kind, as before one is rented.
+        # `plan` without access to the card, as before renting one.
         planning = command(runs.root / "plan.json", "mateconv_jax.plan", *plan_flags(runs), "--json", **NO_GPU)
         sample_while_training(report, runs)
         memory(report, runs, planning)
@@ -36,7 +37,7 @@ def main(args) -> None:
 
 
 def sample_while_training(report: Report, runs: Runs) -> None:
-    """Both with jax's own memory settings."""
+    """Both with JAX's default memory settings."""
     steps, save_interval = (20_000, 50) if runs.dry_run else (1_000_000, 400)
     training = runs.start(
         "long", "cache", preallocate=True, max_steps=steps, save_interval=save_interval, samples_interval=steps,
@@ -44,7 +45,7 @@ def sample_while_training(report: Report, runs: Runs) -> None:
     )  # fmt: skip
     if not runs.wait_for("long", training, 100 if runs.dry_run else 600):
         training.kill()
-        report.row("train with jax's own memory settings", "it did not get far", tail(runs.output("long")), False)
+        report.row("train with JAX's default memory settings", "ended early", tail(runs.output("long")), False)
         return
     while not list((runs.root / "long" / "checkpoints").glob("[0-9]*")):
         time.sleep(0.1)
@@ -66,7 +67,7 @@ NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
 
 
 def this_gpu() -> str | None:
-    """The name that `plan --gpu` has for this machine's card."""
+    """`plan --gpu`'s name for this machine's card; None if there is none."""
     try:
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         name = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
@@ -89,11 +90,11 @@ def memory(report: Report, runs: Runs, planning: subprocess.Popen) -> None:
     planned = plan["training"]["memory"]["peak"] / 1e9
     used = max(m.get("memory_gb", 0) for m in metrics_of(runs.root / "long"))
     if this_gpu() is None:
-        report.row("memory beside plan", f"{used:.2f} GB, {planned:.2f} GB planned", "left out: no figures of this device")
+        report.row("memory against plan", f"{used:.2f} GB, {planned:.2f} GB planned", "skipped: no data sheet of this device")
         return
     report.row(
-        "device memory at most, with checkpoints", f"{used:.2f} GB",
-        f"the plan's step {planned:.2f} GB, and a copy of the state {copy_of(plan):.2f} GB", None,
+        "peak device memory, with checkpoints", f"{used:.2f} GB",
+        f"planned step {planned:.2f} GB, plus a copy of the state {copy_of(plan):.2f} GB", None,
     )  # fmt: skip
     rows = plan["largest_rows_per_device"]["none"]
     planning = command(
@@ -102,7 +103,7 @@ def memory(report: Report, runs: Runs, planning: subprocess.Popen) -> None:
     largest = runs.start("largest", "cache", preallocate=True, batch_size=rows, max_steps=4, eval_interval=4, save_interval=4)
     expect_exit(
         report,
-        f"train with the largest batch of plan, {rows} rows, saved as best and latest",
+        f"train with plan's largest batch, {rows} rows, saved as best and latest",
         largest,
         runs.output("largest"),
         0,
@@ -112,7 +113,7 @@ def memory(report: Report, runs: Runs, planning: subprocess.Popen) -> None:
         planned = plan["training"]["memory"]["peak"] / 1e9
         used = max(m.get("memory_gb", 0) for m in metrics_of(runs.root / "largest"))
         off = used / planned - 1
-        report.row(f"its memory, {rows} rows", f"{used:.2f} GB", f"plan {planned:.2f} GB: {off:+.1%}", abs(off) <= 0.1)
+        report.row(f"memory at {rows} rows", f"{used:.2f} GB", f"plan {planned:.2f} GB: {off:+.1%}", abs(off) <= 0.1)
 
     too_large = runs.start("too-large", "cache3", batch_size=TOO_MANY_ROWS, max_steps=4)
     out_of_memory(report, runs, too_large)

@@ -1,6 +1,6 @@
-"""The losses of a run's first steps, as JSON:  python -m benchmarks.gpu.losses --out FILE --data DATASET --dtype bfloat16
+"""Losses of a run's first steps, as JSON:  python -m benchmarks.gpu.losses --out FILE --data DATASET --dtype bfloat16
 
-The base model on the dataset's batches, as `train` would read them, without its files.
+Trains the base model on the batches that `train` would read, without writing a run folder.
 """
 
 import argparse
@@ -15,19 +15,22 @@ from benchmarks.gpu.sizes import Case
 def main(args) -> None:
     if args.platform:
         jax.config.update("jax_platforms", args.platform)
+    from mateconv_jax import config as config_lib
     from mateconv_jax.runtime import sharding
     from mateconv_jax.training import setup
     from mateconv_jax.training.batches import RowBatches
-    from mateconv_jax.training.open_data import open_data
+    from mateconv_jax.training.open_data import DataOptions, open_data
 
-    # A rate at which the loss falls within 50 steps.
+    # A learning rate at which the loss falls within 50 steps.
     training = dict(dtype=args.dtype, max_steps=args.steps, learning_rate=1e-3, warmup_steps=10)
     config = Case("", {}, args.rows, 512).config(args.dry_run, **training)
     config.data.train_data_path = args.data
-    rows, _, _ = open_data(config)
-    mesh = sharding.make_mesh(config.mesh)
+    data = config.data
+    rows, _, _ = open_data(config_lib.options(DataOptions, data), config.model.vocab_size, config.training.document_mask)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     run = setup.build(config, setup.model_config(config), mesh, args.steps)
-    state, batches, losses = run.fresh_state(), RowBatches(config, rows, mesh), []
+    batches = RowBatches(rows, setup.batch_shape(config), config.training.seed, data.shuffle, data.num_workers, mesh)
+    state, losses = run.fresh_state(), []
     for step in range(args.steps):
         state, metrics = run.train_step(state, batches(step, state.params))
         losses.append(metrics["train/loss"])

@@ -1,4 +1,6 @@
-"""A PyTorch process that prepares, waits for the word, measures and ends: neither side takes the other's memory."""
+"""A PyTorch process that prepares, waits for a signal, measures and exits, so that neither side holds memory while the other is
+timed.
+"""
 
 import json
 import subprocess
@@ -6,18 +8,18 @@ import sys
 
 
 class Peer:
-    """Runs `python -m MODULE ARGUMENTS`, which calls `serve`."""
+    """A process `python -m MODULE ARGUMENTS` that calls `serve`."""
 
     def __init__(self, module: str, *arguments: str):
         command = [sys.executable, "-m", module, *arguments]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ready(self) -> bool:
-        """Waits until it is prepared; False where it failed."""
+        """Wait until it is prepared. False if it failed."""
         return self._process.stdout.readline().strip() == "ready"
 
     def measure(self) -> dict | None:
-        """What it measured; None where it failed."""
+        """Let it measure, and return its result; None if it failed."""
         try:
             self._process.stdin.write("go\n")
             self._process.stdin.flush()
@@ -33,7 +35,7 @@ class Peer:
 
 
 def serve(prepare) -> None:
-    """In the peer: `prepare()` returns the function that measures, which returns a dict."""
+    """The peer's side: `prepare()` returns a function that measures and returns a dict."""
     measure = prepare()
     print("ready", flush=True)
     if sys.stdin.readline():

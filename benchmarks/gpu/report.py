@@ -1,4 +1,4 @@
-"""What a part found: a line on the terminal at once, and a row of gpu.json and gpu.md."""
+"""Results of a part: each is a line on the terminal and a row of gpu.json and gpu.md."""
 
 import json
 import os
@@ -7,20 +7,21 @@ from pathlib import Path
 
 
 class Report:
-    """Rows of one part. Each is appended to OUT/PART.jsonl when it is known, so that a part that is killed keeps its rows."""
+    """The rows of one part, appended to OUT/PART.jsonl one by one, so that a killed part keeps its rows."""
 
     def __init__(self, out: str | Path, part: str):
         self._path = Path(out) / f"{part}.jsonl"
         self._begin = time.perf_counter()
 
     def row(self, what: str, measured, beside="", ok: bool | None = None, **numbers) -> None:
-        """One result.
+        """Add a result.
 
         Args:
-          what: was measured or checked.
-          measured, beside: as they shall be read; beside: the limit, the peer's figure or what was expected.
-          ok: whether a check holds; None: a measurement.
-          numbers: the same for a program, unrounded.
+          what: what was measured or checked.
+          measured: the result, for people.
+          beside: what to compare it with: a limit, the peer's result or the expected value.
+          ok: whether a check passed; None for a measurement.
+          numbers: the unrounded values, for programs.
         """
         row = {"what": what, "measured": str(measured), "beside": str(beside), "ok": ok} | numbers
         with self._path.open("a", encoding="utf-8") as file:
@@ -36,11 +37,11 @@ def read(out: str | Path, part: str) -> list[dict]:
 
 
 def markdown(parts: dict[str, dict]) -> str:
-    """A table for each part. parts: {name: {"seconds", "ended", "rows"}}."""
+    """One Markdown table per part. parts: {name: {"seconds", "ended", "rows"}}."""
     lines = []
     for name, part in parts.items():
         lines += [f"### {name} ({part['seconds']:.0f} s{'' if part['ended'] == 'done' else ', ' + part['ended']})", ""]
-        lines += ["| | measured | beside | |", "|---|---|---|---|"]
+        lines += ["| | measured | compared with | |", "|---|---|---|---|"]
         for row in part["rows"]:
             ok = {True: "ok", False: "**fails**", None: ""}[row["ok"]]
             cells = (row["what"], row["measured"], row["beside"], ok)

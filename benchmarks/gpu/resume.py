@@ -1,6 +1,6 @@
-"""The same run twice, killed and continued:  python -m benchmarks.gpu.resume --out DIR --data DATASET
+"""Repeated, killed and resumed runs:  python -m benchmarks.gpu.resume --out DIR --data DATASET
 
-What is equal to the bit, with and without training.deterministic; and 50 asynchronous checkpoints in a row.
+Which of them are bit-identical, with and without training.deterministic; and 50 asynchronous checkpoints in a row.
 """
 
 import subprocess
@@ -28,51 +28,52 @@ def main(args) -> None:
 
 
 def same_bits(report: Report, runs: Runs) -> None:
-    kinds = {"": {}} if runs.dry_run else {"": {}, "deterministic-": {"deterministic": True}}
-    first = {kind: runs.start(f"{kind}first", f"{kind}cache", **keys) for kind, keys in kinds.items()}
-    for kind, process in first.items():
-        expect_exit(report, f"train, {runs.steps} steps {kind.strip('-')}", process, runs.output(f"{kind}first"), 0)
+    modes = {"": {}} if runs.dry_run else {"": {}, "deterministic-": {"deterministic": True}}
+    first = {mode: runs.start(f"{mode}first", f"{mode}cache", **keys) for mode, keys in modes.items()}
+    for mode, process in first.items():
+        expect_exit(report, f"train, {runs.steps} steps {mode.strip('-')}", process, runs.output(f"{mode}first"), 0)
         if process.returncode == 0:
-            facts(report, runs, f"{kind}first", "log_interval 1, beside other runs")
+            facts(report, runs, f"{mode}first", "log_interval 1, other runs in parallel")
     others = {}
-    for kind, keys in kinds.items():
-        others[f"{kind}again"] = runs.start(f"{kind}again", f"{kind}cache", **keys)
-        others[f"{kind}killed"] = runs.start(f"{kind}killed", f"{kind}cache", **keys)
+    for mode, keys in modes.items():
+        others[f"{mode}again"] = runs.start(f"{mode}again", f"{mode}cache", **keys)
+        others[f"{mode}killed"] = runs.start(f"{mode}killed", f"{mode}cache", **keys)
         if not runs.dry_run:
-            others[f"{kind}empty-cache"] = runs.start(f"{kind}empty-cache", f"{kind}cache2", **keys)
-    killed = {kind: kill(runs, f"{kind}killed", others.pop(f"{kind}killed")) for kind in kinds}
-    others |= {f"{kind}killed": runs.start(f"{kind}killed", f"{kind}cache", **keys) for kind, keys in kinds.items()}
+            others[f"{mode}empty-cache"] = runs.start(f"{mode}empty-cache", f"{mode}cache2", **keys)
+    killed = {mode: kill(runs, f"{mode}killed", others.pop(f"{mode}killed")) for mode in modes}
+    for mode, keys in modes.items():
+        others[f"{mode}killed"] = runs.start(f"{mode}killed", f"{mode}cache", **keys)
     for name, process in others.items():
         if process.wait() != 0:
             report.row(f"train, {name}", f"exit code {process.returncode}", tail(runs.output(name)), False)
-    for kind in kinds:
+    for mode in modes:
         for what, name in (("the same command again", "again"), ("the same with an empty compilation cache", "empty-cache"),
-                           (f"killed at step {killed[kind]} and continued", "killed")):  # fmt: skip
-            if f"{kind}{name}" in others and others[f"{kind}{name}"].returncode == first[kind].returncode == 0:
-                equal_or_not(report, runs, kind, what, name)
+                           (f"killed at step {killed[mode]} and resumed", "killed")):  # fmt: skip
+            if f"{mode}{name}" in others and others[f"{mode}{name}"].returncode == first[mode].returncode == 0:
+                equal_or_not(report, runs, mode, what, name)
 
 
 def kill(runs: Runs, name: str, process: subprocess.Popen) -> int:
-    """SIGKILL between two checkpoints; the last step that was logged."""
+    """SIGKILL a run between two checkpoints; returns its last logged step."""
     runs.wait_for(name, process, runs.steps * 5 // 8)
     process.kill()
     process.wait()
     return max((m["step"] for m in complete_lines(runs.root / name / "metrics.jsonl")), default=0)
 
 
-def equal_or_not(report: Report, runs: Runs, kind: str, what: str, name: str) -> None:
-    one, other = (saved(runs.root / f"{kind}{which}", runs.steps)[0] for which in ("first", name))
+def equal_or_not(report: Report, runs: Runs, mode: str, what: str, name: str) -> None:
+    one, other = (saved(runs.root / f"{mode}{which}", runs.steps)[0] for which in ("first", name))
     pairs = list(zip(jax.tree.leaves(one["params"]), jax.tree.leaves(other["params"]), strict=True))
     equal = all(map(np.array_equal, jax.tree.leaves(one), jax.tree.leaves(other)))
     off = max(float(np.max(np.abs(a - b))) for a, b in pairs)
     losses = [
-        [m["train/loss"] for m in metrics_of(runs.root / f"{kind}{which}") if "train/loss" in m] for which in ("first", name)
+        [m["train/loss"] for m in metrics_of(runs.root / f"{mode}{which}") if "train/loss" in m] for which in ("first", name)
     ]
     until = next((i for i, (a, b) in enumerate(zip(*losses, strict=True), 1) if a != b), None)
-    promised = kind and name != "empty-cache" or runs.dry_run  # another cache may hold other kernels
+    promised = mode and name != "empty-cache" or runs.dry_run  # autotuning for an empty cache may choose other kernels
     report.row(
-        f"{what}{', training.deterministic' if kind else ''}",
-        "equal to the bit" if equal else f"parameters up to {off:.1e} apart",
+        f"{what}{', training.deterministic' if mode else ''}",
+        "bit-identical" if equal else f"parameters differ by up to {off:.1e}",
         "all losses equal" if until is None else f"losses equal before step {until}",
         equal if promised else None,
     )

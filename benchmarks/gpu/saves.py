@@ -1,7 +1,7 @@
-"""Asynchronous checkpoints byte for byte as blocking ones:  python -m benchmarks.gpu.saves --out DIR
+"""Asynchronous checkpoints are byte-identical to the state:  python -m benchmarks.gpu.saves --out DIR
 
-Trains as the loop does, hands each of 50 consecutive states to `Checkpoints.save`, and the next step overwrites them at once.
-Beside each, a copy made by a program of its own.
+Trains like the loop and hands each of 50 consecutive states to `Checkpoints.save`; the next step overwrites each at once. Every
+checkpoint is compared with a copy that a separate program made on the device.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main(args) -> None:
     steps = 5 if args.dry_run else 50
     case = Case("", dict(dim=256, n_layers=4, n_heads=8, n_kv_heads=8), 8, 512)  # 5 M parameters: 4 GB of checkpoints
     config = case.config(args.dry_run, use_ema=True)
-    run = setup.build(config, setup.model_config(config), sharding.make_mesh(config.mesh), steps)
+    run = setup.build(config, setup.model_config(config), sharding.make_mesh(config.mesh.data, config.mesh.fsdp), steps)
     state, shapes = run.fresh_state(), run.abstract_batch
     copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
     random, copies = np.random.default_rng(0), {}
@@ -38,7 +38,7 @@ def main(args) -> None:
                 on_device = copy(state)
                 checkpoints.save(number, state, Progress())
                 copies[number] = on_device
-                if number > 1:  # the one before: reading this one would wait for its step
+                if number > 1:  # the previous one, because reading this one would wait for its step
                     copies[number - 1] = jax.device_get(copies[number - 1])
         equal = []
         for number, expected in copies.items():
@@ -48,14 +48,14 @@ def main(args) -> None:
     report = Report(args.out, "real")
     report.row(
         f"asynchronous saves at {steps} consecutive steps, {megabytes:.0f} MB each",
-        f"{sum(equal)} of {steps} byte for byte equal",
+        f"{sum(equal)} of {steps} byte-identical",
         "a copy on the device before the next step",
         all(equal),
     )
 
 
 def sorted_leaves(tree) -> list[np.ndarray]:
-    """In an order that does not depend on the tree: Orbax gives back dictionaries."""
+    """The leaves in an order independent of the tree's type, because Orbax restores dictionaries."""
     return sorted(map(np.asarray, jax.tree.leaves(tree)), key=lambda x: (x.shape, x.dtype.str, x.tobytes()))
 
 

@@ -1,4 +1,4 @@
-"""The configurations that are measured, and their tiny stand-ins for a dry run."""
+"""The measured configurations, and their tiny versions for a dry run."""
 
 import argparse
 import dataclasses
@@ -12,7 +12,13 @@ TINY = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=320)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model and a batch. model: changes of config.model, for a dry run too where `keep` names them."""
+    """A model and a batch.
+
+    Attributes:
+      model: changes to config.model; a dry run keeps all but the sizes in TINY.
+      rows, seq_len: of a batch.
+      training: changes to config.training.
+    """
 
     name: str
     model: dict
@@ -21,7 +27,7 @@ class Case:
     training: dict = dataclasses.field(default_factory=dict)
 
     def config(self, dry_run: bool, **training) -> ConfigDict:
-        """Resolved."""
+        """The resolved config; `training`: further changes to config.training."""
         config = config_lib.default_config()
         config.model.update(self.model)
         seq_len, rows = self.seq_len, self.rows
@@ -37,27 +43,27 @@ class Case:
 
 
 BASE = Case("base, 32 x 512", {}, 32, 512)
-# As MiniMind's and nanochat's models of that size are shaped, heads of 64; 16,384 tokens a step.
-MODEL_110M = dict(dim=768, n_layers=16, n_heads=12, n_kv_heads=12)
-MODEL_340M = dict(dim=1280, n_layers=18, n_heads=20, n_kv_heads=10)
-MODEL_1B = dict(dim=2048, n_layers=22, n_heads=32, n_kv_heads=8)
+# Heads of 64, as MiniMind's and nanochat's models of that size have; 16,384 tokens a step.
+MODEL_118M = dict(dim=768, n_layers=16, n_heads=12, n_kv_heads=12)
+MODEL_336M = dict(dim=1280, n_layers=18, n_heads=20, n_kv_heads=10)
+MODEL_988M = dict(dim=2048, n_layers=22, n_heads=32, n_kv_heads=8)
 TRAINING = (
     BASE,
     Case("base, 64 x 512", {}, 64, 512),
-    Case("110 M, 16 x 1,024", MODEL_110M, 16, 1024),
-    Case("340 M, 16 x 1,024", MODEL_340M, 16, 1024),
-    Case("340 M, 8 x 2,048", MODEL_340M, 8, 2048),
-    Case("1 B, 4 x 2,048", MODEL_1B, 4, 2048),
+    Case("118 M, 16 x 1,024", MODEL_118M, 16, 1024),
+    Case("336 M, 16 x 1,024", MODEL_336M, 16, 1024),
+    Case("336 M, 8 x 2,048", MODEL_336M, 8, 2048),
+    Case("988 M, 4 x 2,048", MODEL_988M, 4, 2048),
 )
 
 
 def parse_args(description: str, *flags: str) -> argparse.Namespace:
-    """The flags that every part takes, and further ones with any number of values."""
+    """Parse the flags common to all parts, and `flags`, each of which takes any number of values."""
     parser = argparse.ArgumentParser(description=description)
     for flag in flags:
         parser.add_argument(flag, nargs="+", default=[])
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--data", required=True, metavar="DATASET")
     parser.add_argument("--dry_run", action="store_true")
-    parser.add_argument("--compile_only", action="store_true", help="fill the compilation caches and measure nothing")
+    parser.add_argument("--compile_only", action="store_true", help="only fill the compilation caches")
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""Seconds of device work, and the trace that says where they go."""
+"""Timing device work, and breaking it down by kernel with a trace."""
 
 import collections
 import contextlib
@@ -15,7 +15,9 @@ from mateconv_jax.training.setup import Setup
 
 
 def per_call(run, wait, calls: int = 5, seconds: float = 1.5) -> float:
-    """Seconds a call of `run`, which dispatches: the median of windows of `calls`, each ended by `wait`. Two warm up."""
+    """Seconds per call of `run`, which dispatches asynchronously: the median over windows of `calls` calls, each followed by
+    `wait`, after two warm-up windows.
+    """
     windows = []
     for window in range(100):
         begin = time.perf_counter()
@@ -30,7 +32,7 @@ def per_call(run, wait, calls: int = 5, seconds: float = 1.5) -> float:
 
 
 def memory_bandwidth(dry_run: bool) -> float:
-    """Bytes/s of a large copy on the device, read and written."""
+    """Bytes/s of a large copy on the device, counting reads and writes."""
     x = jnp.ones(2**20 if dry_run else 2**30, jnp.bfloat16)
     add = jax.jit(lambda x: x + 1)
     result = [x]
@@ -38,7 +40,7 @@ def memory_bandwidth(dry_run: bool) -> float:
 
 
 class Step:
-    """A training step, compiled, with its state and a random batch on the devices."""
+    """A compiled training step with its state and a random batch on the devices."""
 
     def __init__(self, run: Setup, compiled: jax.stages.Compiled):
         self.compiled, self.state = compiled, run.fresh_state()
@@ -64,13 +66,13 @@ class Step:
         return seconds
 
 
-# ---- where the time goes --------------------------------------------------------------------------------------------
+# ---- breakdown by kernel --------------------------------------------------------------------------------------------
 
-# The first that is part of a kernel's name, in lower case.
+# A kernel belongs to the first group with a string that its lower-case name contains.
 GROUPS = (
     ("attention", ("fmha", "flash", "sdpa", "cudnn_generated", "attention")),
     ("scatter", ("scatter", "embedding_dense", "embedding_backward", "sort", "radix")),
-    ("products", ("gemm", "nvjet", "cutlass", "cublas", "splitk", "dot", "sm90_xmma", "ampere_")),
+    ("matmuls", ("gemm", "nvjet", "cutlass", "cublas", "splitk", "dot", "sm90_xmma", "ampere_")),
     ("copies", ("memcpy", "memset", "copy", "transpose")),
     ("optimizer", ("adam", "multi_tensor")),
     ("elementwise", ("fusion", "triton", "elementwise", "reduce", "vectorized", "softmax", "norm")),
@@ -84,7 +86,7 @@ def group_of(kernel: str) -> str:
 
 @contextlib.contextmanager
 def kernels():
-    """What runs inside: {name: (seconds, launches)}, filled at the end. Empty where the device's trace has no kernels."""
+    """Trace the block's kernels: {name: (seconds, launches)}, filled at its end. Empty if the trace shows no GPU kernels."""
     found: dict[str, tuple[float, int]] = {}
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -100,7 +102,7 @@ def kernels():
 
 
 def by_group(found: dict[str, tuple[float, int]], steps: int) -> dict[str, dict[str, float]]:
-    """{group: {"ms", "launches"} a step}, the longest first."""
+    """{group: {"ms", "launches"} per step}, longest first."""
     groups = collections.defaultdict(lambda: {"ms": 0.0, "launches": 0.0})
     for name, (seconds, launches) in found.items():
         group = groups[group_of(name)]

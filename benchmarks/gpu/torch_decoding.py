@@ -20,7 +20,7 @@ def prepare(case: dict):
         bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     llama = LlamaForCausalLM(config).to(device, torch.bfloat16 if device == "cuda" else torch.float32).eval()
-    # With a static cache transformers compiles the decode step by itself (on GPUs).
+    # With a static cache, transformers compiles the decode step itself (on GPUs).
     options = {"cache_implementation": "static"} if case["static"] else {}
     prompts = {B: torch.randint(3, 256, (B, case["prompt"]), device=device) for B in case["batches"]}
 
@@ -35,7 +35,7 @@ def prepare(case: dict):
         return time.perf_counter() - begin
 
     for B in case["batches"]:
-        for _ in range(3 if case["static"] else 1):  # compiles at the second call, records its graph at the third
+        for _ in range(3 if case["static"] else 1):  # the second call compiles, the third records the CUDA graph
             generate(B)
     return lambda: {str(B): min(generate(B) for _ in range(2)) for B in case["batches"]}
 

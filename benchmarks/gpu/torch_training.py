@@ -1,4 +1,4 @@
-"""The same model and step in plain PyTorch, as a user of MiniMind or nanochat would write them:
+"""The same model and training step in plain PyTorch, as in MiniMind or nanochat:
 python -m benchmarks.gpu.torch_training --case '{"rows": 32, …}'
 
 scaled_dot_product_attention, F.rms_norm, bfloat16 autocast, fused AdamW, clip_grad_norm_, torch.compile of the whole model.
@@ -72,7 +72,7 @@ class Llama(nn.Module):
 
 
 def prepare(case: dict):
-    """Compiles by two steps; returns what measures."""
+    """Compile by running two steps; returns a function that measures."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -97,7 +97,7 @@ def prepare(case: dict):
         step()
     synchronize(device)
     if device == "cuda":
-        torch.cuda.empty_cache()  # until it is measured, the other side has the memory
+        torch.cuda.empty_cache()  # leave the memory to the other side until it is measured
         torch.cuda.reset_peak_memory_stats()
     return lambda: measure(step, device, case["seconds"])
 
@@ -121,7 +121,7 @@ def measure(step, device: str, seconds: float) -> dict:
 
 
 def kernels(step, steps: int = 3) -> dict[str, dict[str, float]]:
-    """{group: {"ms", "launches"} a step}"""
+    """{group: {"ms", "launches"} per step}"""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         for _ in range(steps):
             step()

@@ -1,8 +1,8 @@
-"""Training beside PyTorch on the same card:  python -m benchmarks.gpu.training --out DIR --data DATASET
+"""Training compared with PyTorch on the same card:  python -m benchmarks.gpu.training --out DIR --data DATASET
 
 Tokens/s and model FLOPs utilisation (MFU) from 27 M to 1 B parameters, in bfloat16; PyTorch's side is torch_training.py.
-Everything is compiled first, then each is timed alone. And where the base model's step spends its time, by kernel, beside
-plan's bounds.
+Everything is compiled first, then each case is timed alone. Also breaks the base model's step down by kernel, and compares it
+with plan's lower bounds.
 """
 
 import json
@@ -37,7 +37,7 @@ def main(args) -> None:
                 name: pool.submit(compile_step, sizes.BASE, args.dry_run, without_command_buffers=True, **keys)
                 for name, keys in {"our step": {}, "our deterministic step": {"deterministic": True}}.items()
             }
-        ready = [peer.ready() for peer in peers]  # from here on nothing compiles
+        ready = [peer.ready() for peer in peers]  # all compilation is done
         if args.compile_only:
             return
         for case, step, peer, is_ready in zip(cases, steps, peers, ready, strict=True):
@@ -48,7 +48,7 @@ def main(args) -> None:
                 report.row(case.name, "failed", " ".join(str(error).split())[:200], False)
             if case is sizes.BASE:
                 for name, step in traced.items():
-                    where_the_time_goes(report, name, *step.result())
+                    break_down(report, name, *step.result())
     finally:
         for peer in peers:
             peer.stop()
@@ -63,7 +63,7 @@ def peer_case(case: Case, dry_run: bool) -> str:
 def compile_step(case: Case, dry_run: bool, without_command_buffers: bool = False, **training):
     """(config, Setup, compiled)."""
     config = case.config(dry_run, **training)
-    run = setup.build(config, setup.model_config(config), sharding.make_mesh(config.mesh), 1000)
+    run = setup.build(config, setup.model_config(config), sharding.make_mesh(config.mesh.data, config.mesh.fsdp), 1000)
     options = {"xla_gpu_enable_command_buffer": ""} if without_command_buffers and run.c.platform == "gpu" else {}
     return config, run, lower(run.train_step, run.abstract_state, run.abstract_batch, run.c.deterministic).compile(options)
 
@@ -82,9 +82,8 @@ def compare(report: Report, case: Case, config, run: Setup, compiled, theirs: di
         beside = f"PyTorch compiled {speed(theirs['seconds'])}: {ratio:.2f} times as fast"
     memory = compiled.memory_analysis()
     gigabytes = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9
-    name = f"{case.name}, {flops.parameters(c)[0] / 1e6:,.0f} M parameters"
     ours = f"{speed(seconds)}, {1e3 * seconds:.2f} ms, {gigabytes:.1f} GB"
-    report.row(name, ours, beside, None, ratio=ratio, seconds=seconds, peer=theirs, tokens=tokens)
+    report.row(case.name, ours, beside, None, ratio=ratio, seconds=seconds, peer=theirs, tokens=tokens)
     if theirs is not None and "kernels" in theirs and case is sizes.BASE:
         report.row("PyTorch's step", timing.in_words(theirs["kernels"]), f"{theirs['peak_gb']:.1f} GB", None)
 
@@ -93,8 +92,8 @@ def kind() -> str:
     return jax.devices()[0].device_kind
 
 
-def where_the_time_goes(report: Report, name: str, config, run: Setup, compiled) -> None:
-    """Of the base model, without command buffers, which a trace shows as one kernel."""
+def break_down(report: Report, name: str, config, run: Setup, compiled) -> None:
+    """Break a step down by kernel. Compiled without command buffers, which a trace shows as a single kernel."""
     running = timing.Step(run, compiled)
     seconds, steps = running.seconds(), 5
     with timing.kernels() as found:
@@ -102,12 +101,12 @@ def where_the_time_goes(report: Report, name: str, config, run: Setup, compiled)
             running.run()
         running.wait()
     if not found:
-        report.row(f"where the time of {name} goes", "left out", f"no kernels in the trace of {kind()}")
+        report.row(f"{name} by kernel", "skipped", f"no kernels in the trace of {kind()}")
         return
     groups = timing.by_group(found, steps)
     busy = sum(group["ms"] for group in groups.values())
     report.row(f"{name}, without command buffers", timing.in_words(groups),
-               f"{busy:.2f} ms of the {1e3 * seconds:.2f} ms a step", None, groups=groups)  # fmt: skip
+               f"{busy:.2f} of {1e3 * seconds:.2f} ms/step", None, groups=groups)  # fmt: skip
     longest = sorted(found.items(), key=lambda item: -item[1][0])[:25]
     for kernel, (total, launches) in longest:
         report.row(f"{name}, kernel {kernel[:80]}", f"{1e3 * total / steps:.3f} ms", f"{launches / steps:.0f} launches")
@@ -115,7 +114,7 @@ def where_the_time_goes(report: Report, name: str, config, run: Setup, compiled)
     if gpu is not None:
         hlo = read(compiled.as_text())
         bounds = roofline(hlo, gpu, 1, 1)
-        report.row("plan's bound for the same program", f"{1e3 * bounds.seconds:.2f} ms",
+        report.row("plan's lower bound for the same program", f"{1e3 * bounds.seconds:.2f} ms",
                    f"arithmetic {1e3 * bounds.arithmetic:.2f}, memory {1e3 * bounds.memory:.2f}, launches "
                    f"{1e3 * bounds.launches:.2f} ms; {hlo.launches()} launches")  # fmt: skip
 

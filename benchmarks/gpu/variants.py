@@ -1,4 +1,4 @@
-"""Options of the training step, each beside the base model's:  python -m benchmarks.gpu.variants --out DIR --data DATASET"""
+"""Variants of the training step compared with the base:  python -m benchmarks.gpu.variants --out DIR --data DATASET"""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +12,7 @@ from mateconv_jax.training import setup
 from mateconv_jax.training.step import lower
 
 EXPERTS = dict(use_moe=True)
-# name: (changes of the model, of training, XLA's options)
+# {name: (changes to config.model, changes to config.training, XLA options)}.
 VARIANTS = {
     "base, 32 x 512": ({}, {}, {}),
     "EMA": ({}, dict(use_ema=True), {}),
@@ -27,7 +27,7 @@ VARIANTS = {
     "experts ragged": (EXPERTS | dict(experts="ragged"), {}, {}),
     "without command buffers": ({}, {}, {"xla_gpu_enable_command_buffer": ""}),
     "without latency hiding": ({}, {}, {"xla_gpu_enable_latency_hiding_scheduler": False}),
-    "without Triton products": ({}, {}, {"xla_gpu_enable_triton_gemm": False}),
+    "without Triton matmuls": ({}, {}, {"xla_gpu_enable_triton_gemm": False}),
     "not donated": ({}, {}, {}),
 }
 
@@ -63,7 +63,7 @@ def main(args) -> None:
 def compile_variant(name: str, dry_run: bool):
     model, training, options = VARIANTS[name]
     config = Case(name, model, 32, 512, training).config(dry_run)
-    run = setup.build(config, setup.model_config(config), sharding.make_mesh(config.mesh), 1000)
+    run = setup.build(config, setup.model_config(config), sharding.make_mesh(config.mesh.data, config.mesh.fsdp), 1000)
     train_step = jax.jit(run.train_step.__wrapped__) if name == "not donated" else run.train_step
     lowered = lower(train_step, run.abstract_state, run.abstract_batch, run.c.deterministic)
     return run, lowered.compile(options if run.c.platform == "gpu" else {})

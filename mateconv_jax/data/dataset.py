@@ -48,8 +48,8 @@ class Dataset:
         """0 where there is no such split."""
         return n_rows(self.path, self.seq_len, self.key) if self.splits is None else self.splits.get(split, 0)
 
-    def rows(self, split: str, document_starts: tuple[int, int] | None = None) -> Rows | None:
-        """The rows of a split; None where there is no such split.
+    def rows(self, split: str | None, document_starts: tuple[int, int] | None = None) -> Rows | None:
+        """The rows of a split, or of all splits (None); None where there is no such split.
 
         Args:
           document_starts: the ids of `<s>` and `</s>`: batches have `document_starts`, which in a format that does not record
@@ -63,10 +63,11 @@ class Dataset:
         assert self._format is not None
         import tensorflow_datasets as tfds  # 2 s: not for those who only read metadata
 
-        info = tfds.builder_from_directory(self.path).info
-        if split not in info.splits:
+        splits = tfds.builder_from_directory(self.path).info.splits
+        names = list(splits) if split is None else [split]
+        if not set(names) <= set(splits):
             return None
-        return ShardRows(info.splits[split].filepaths, self._format, document_starts)
+        return ShardRows([path for name in names for path in splits[name].filepaths], self._format, document_starts)
 
     def check_tokens(self, rows: Rows, vocab_size: int, vocabulary: str) -> None:
         """Raises UserError where a flat file has an id that the model does not know: it would silently take the embedding's

@@ -1,4 +1,4 @@
-"""How well a trained model predicts text: loss, perplexity and bits per byte, over any amount of it."""
+"""Evaluation on held-out text: loss, perplexity and bits per byte of a trained model."""
 
 import contextlib
 import math
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -22,6 +23,7 @@ from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.data.tokenizer.token_bytes import bytes_per_token
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop.formats import open_model
+from mateconv_jax.interop.stored_model import StoredModel
 from mateconv_jax.losses.next_token import next_token_loss
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.transformer import abstract_model
@@ -30,7 +32,7 @@ from mateconv_jax.training.evaluator import Evaluator
 from mateconv_jax.training.step import make_eval_step
 
 BATCH_SIZE = 8
-NO_SPLITS = "--split: {!r} has no splits (only a folder made by python -m mateconv_jax.prepare has)"
+NO_SPLITS = "--split: {!r} has no splits (only dataset folders from python -m mateconv_jax.prepare do)"
 
 
 def evaluate_run(
@@ -46,26 +48,27 @@ def evaluate_run(
     """Score a model on text, on all devices.
 
     Args:
-      model_path: a run folder, of which the newest checkpoint counts, a Hugging Face folder, a .pth or a .gguf file.
-      data: a dataset folder; a flat .bin file; or raw files, as `sources.find` takes them, which are tokenised into a
-        temporary folder ($TMPDIR) with the model's tokenizer: rows as long as the run's, or as its context up to 512.
+      model_path: a run folder (its newest checkpoint) or one of its checkpoints, a Hugging Face folder, or a .pth or .gguf
+      file.
+      data: a dataset folder; a flat .bin file; or raw files, as in `sources.find`, which are tokenised with the model's
+        tokenizer into a temporary folder ($TMPDIR), with the run's seq_len or, for other models, their context up to 512.
       split: of a dataset folder; None: validation.
-      batch_size: rows over all devices; None: BATCH_SIZE, or as many more as the devices need.
-      max_batches: None: everything.
-      use_ema: EMA weights or the raw ones; None: both, where there are both.
-      dtype: auto, float32 or bfloat16, of the computation.
+      batch_size: rows over all devices; None: BATCH_SIZE rounded up to a multiple of the devices.
+      max_batches: stop after this many; None: score everything.
+      use_ema: score the EMA weights (True) or the raw ones (False); None: both, if the model has both.
+      dtype: compute dtype: auto, float32 or bfloat16.
       tokenizer: a folder with the tokenizer to use; None: the model's own.
 
     Returns:
-      model_path, step (None: not known), data, split (None: all of it), seq_len; rows, tokens (targets) and bytes that were
-      scored; rejected {rule: documents of raw files left out}; scores {"raw" and "ema", those that were asked for: {loss in
-      nats a token, perplexity, bits_per_byte}}.
+      A dict: model_path; step (None if unknown); data; split (None: all of the data); seq_len; the numbers of rows, tokens
+      (targets) and bytes scored; rejected, {rule: raw documents rejected}; and scores, {"raw" and/or "ema": {loss in
+      nats/token, perplexity, bits_per_byte}}.
 
-      Bits per byte are the nats of all targets, control tokens included, in bits, over the bytes of the text that the targets
-      write; None where they write none.
+      Bits per byte is the total loss of all targets, control tokens included, in bits, divided by the UTF-8 bytes of the text
+      they encode; None if that is 0.
 
     Raises:
-      UserError: no model, tokenizer, EMA weights or data there; data that do not fit the model; a size out of its range.
+      UserError: the model, tokenizer, EMA weights or data are missing; the data do not fit the model; a size is out of range.
     """
     model = open_model(model_path, "--model_path", tokenizer)
     config, own_tokenizer = model.config, model.tokenizer
@@ -74,20 +77,14 @@ def evaluate_run(
     mesh = sharding.make_mesh()
     batch_size = _check_sizes(batch_size, max_batches, mesh)
     with opened(data, split, config, own_tokenizer) as (rows, described):
-        config.model.attention = config.model.experts = "auto"  # the backend it was trained with may not exist on this machine
-        config.model.dropout = 0.0  # none here, and the faster backends have none
+        config.model.attention = config.model.experts = "auto"  # the training backends may be unavailable here
+        config.model.dropout = 0.0  # not used in evaluation, and the faster backends do not support it
         graph, abstract_params = abstract_model(ModelConfig.make(config.model, dtype, length=described["seq_len"]))
-        abstract_params = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)), abstract_params
-        )
-        both = use_ema is None and model.has_ema
-        weights = {
-            "ema" if ema else "raw": model.params(abstract_params, ema) for ema in ((False, True) if both else (bool(use_ema),))
-        }
+        weights = _weights(model, abstract_params, use_ema, mesh)
         eval_step = make_eval_step(graph, next_token_loss)
         evaluator = Evaluator(eval_step, rows, bytes_per_token(own_tokenizer), batch_size, max_batches, mesh)
         result = evaluator(weights, progress=_bar)
-        assert result is not None  # nothing asked it to stop
+        assert result is not None  # None only if interrupted by a stop request
     return {
         "model_path": str(model_path),
         "step": model.step,
@@ -95,8 +92,17 @@ def evaluate_run(
         "rows": result.rows,
         "tokens": result.tokens,
         "bytes": result.bytes,
-        "scores": {name: _figures(result.loss(name), result.bits_per_byte(name)) for name in weights},
+        "scores": {name: _score(result.loss(name), result.bits_per_byte(name)) for name in weights},
     }
+
+
+def _weights(model: StoredModel, abstract_params: nnx.State, use_ema: bool | None, mesh: Mesh) -> dict[str, nnx.State]:
+    """The weights to score, {"raw" and/or "ema": parameters}, replicated on the mesh."""
+    replicated = sharding.replicated(mesh)
+    abstract_params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), abstract_params)
+    both = use_ema is None and model.has_ema
+    choices = (False, True) if both else (bool(use_ema),)
+    return {"ema" if ema else "raw": model.params(abstract_params, ema) for ema in choices}
 
 
 def _bar(batches: Iterable, n: int) -> Iterable:
@@ -104,38 +110,38 @@ def _bar(batches: Iterable, n: int) -> Iterable:
     return tqdm(batches, "evaluating", n, unit="batch", dynamic_ncols=True, mininterval=0.5, disable=not terminal)
 
 
-def _figures(loss: float, bits_per_byte: float) -> dict[str, float | None]:
-    """None where a figure is no number: of a model that diverged, or of targets that write no text."""
+def _score(loss: float, bits_per_byte: float) -> dict[str, float | None]:
+    """Non-finite values become None: the model diverged, or the targets encode no text."""
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    figures = {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte}
-    return {name: figure if math.isfinite(figure) else None for name, figure in figures.items()}
+    values = {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _check_sizes(batch_size: int | None, max_batches: int | None, mesh: Mesh) -> int:
-    """The batch size that is meant."""
+    """Check both values; returns batch_size, or its default."""
     devices = mesh.size
     if batch_size is None:
         batch_size = -(-BATCH_SIZE // devices) * devices
     if batch_size < 1 or batch_size % devices:
-        raise UserError(f"--batch_size: {batch_size} is not possible (expected a multiple of {devices}, the number of devices)")
+        raise UserError(f"--batch_size: {batch_size} is invalid (expected a multiple of {devices}, the number of devices)")
     if max_batches is not None and max_batches < 1:
-        raise UserError(f"--max_batches: {max_batches} is not possible (expected at least 1)")
+        raise UserError(f"--max_batches: {max_batches} is invalid (expected at least 1)")
     return batch_size
 
 
-# ---- the text -----------------------------------------------------------------------------------------------------
+# ---- data ---------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def opened(
     data: list[str], split: str | None, config: ConfigDict, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[Rows, dict]]:
-    """Rows of a dataset folder, of a flat .bin file or of raw text, and data, split, seq_len and rejected of them.
+    """Open a dataset folder, a flat .bin file or raw text: (rows, the result's data, split, seq_len and rejected).
 
     Args: see `evaluate_run`; config and tokenizer are the model's.
 
     Raises:
-      UserError: no such data or split, other data than the model can read.
+      UserError: no such data or split, or data that the model cannot read.
     """
     seq_len = config.data.seq_len
     described = {"data": data, "split": None, "seq_len": seq_len, "rejected": {}}
@@ -148,7 +154,7 @@ def opened(
         name = split or "validation"
         rows = dataset.rows(name, document_starts)
         if rows is None:
-            raise UserError(f"--split: {data[0]!r} has no split {name!r} (there are: {', '.join(dataset.splits or ())})")
+            raise UserError(f"--split: {data[0]!r} has no split {name!r} (available: {', '.join(dataset.splits or ())})")
         vocab_size = tokenizer_lib.vocab_size(tokenizer)
         dataset.check_tokens(rows, vocab_size, f"the model's tokenizer has {vocab_size}")
         yield rows, described | {"split": None if dataset.splits is None else name, "seq_len": dataset.seq_len}
@@ -167,18 +173,18 @@ def _check_dataset(dataset: Dataset, config: ConfigDict, tokenizer: PreTrainedTo
     path = str(dataset.path)
     if dataset.tokenizer_fingerprint not in (None, tokenizer_lib.fingerprint(tokenizer)):
         raise UserError(
-            f"--data: {path!r} was tokenised with another tokenizer than the model's (give the raw text, or prepare it with "
-            f"--tokenizer {tokenizer.name_or_path})"
+            f"--data: {path!r} was not tokenised with the model's tokenizer (give the raw text, or prepare it with --tokenizer "
+            f"{tokenizer.name_or_path})"
         )
     if dataset.seq_len > config.model.max_seq_len:
         raise UserError(
-            f"--data: {path!r} has rows of {dataset.seq_len} tokens, the model reads {config.model.max_seq_len} (give the "
-            f"raw text, or prepare it with --seq_len {config.model.max_seq_len})"
+            f"--data: {path!r} has rows of {dataset.seq_len} tokens, longer than the model's context of "
+            f"{config.model.max_seq_len} (give the raw text, or prepare it with --seq_len {config.model.max_seq_len})"
         )
 
 
 def _prepare(data: list[str], folder: Path, tokenizer: PreTrainedTokenizerFast, seq_len: int) -> dict[str, int]:
-    """Raw text as a dataset folder, all of it one split; {rule: documents that it left out}."""
+    """Prepare raw text as a dataset folder with a single split; returns {rule: documents rejected}."""
     tokenizer_folder = folder.with_name("tokenizer")
     tokenizer.save_pretrained(tokenizer_folder)
     options = PrepareOptions(seq_len=seq_len, val_fraction=0.0, dedup="none")
@@ -190,7 +196,7 @@ def _prepare(data: list[str], folder: Path, tokenizer: PreTrainedTokenizerFast, 
         assert figures is not None  # the folder is new
         return figures["rejects"]
     except UserError as error:
-        # They name the flags of `prepare`, and promise that a second run goes on with what is in its folder.
+        # The messages name the flags of `prepare` and end with how to resume it, which does not apply to a temporary folder.
         message = str(error).split(" (what was finished")[0].removesuffix(" (--keep_going uses what can be read)")
         raise UserError(message.replace("--input:", "--data:").replace("--output:", "--data:")) from error
 
@@ -199,25 +205,24 @@ def _prepare(data: list[str], folder: Path, tokenizer: PreTrainedTokenizerFast, 
 
 
 def print_table(result: dict) -> None:
-    """What `evaluate_run` returns, on standard output."""
+    """Print the result of `evaluate_run` to standard output."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=box.SIMPLE)
-    for heading in ("weights", "loss (nats a token)", "perplexity", "bits per byte"):
+    for heading in ("weights", "loss (nats/token)", "perplexity", "bits per byte"):
         table.add_column(heading, justify="left" if heading == "weights" else "right")
     for name, score in result["scores"].items():
-        table.add_row(name, *("-" if figure is None else f"{figure:,.4f}" for figure in score.values()))
+        table.add_row(name, *("-" if value is None else f"{value:,.4f}" for value in score.values()))
     model = f"[bold]{escape(result['model_path'])}[/bold]" + ("" if result["step"] is None else f", step {result['step']:,}")
     text = escape(", ".join([*result["data"], *([result["split"]] if result["split"] else [])]))
-    size = (
-        f"{result['rows']:,} rows of {result['seq_len']} tokens; {result['tokens']:,} targets write {result['bytes']:,} bytes"
-    )
+    rows = f"{result['rows']:,} rows of {result['seq_len']} tokens"
+    size = f"{rows}; {result['tokens']:,} targets, {result['bytes']:,} bytes of text"
     lines = [f"{model}, on {text}", size]
     if result["rejected"]:
-        lines.append("left out: " + ", ".join(f"{rule} {n:,}" for rule, n in result["rejected"].items()))
+        lines.append("rejected: " + ", ".join(f"{rule} {n:,}" for rule, n in result["rejected"].items()))
     console = Console()
     console.print("\n".join(lines), soft_wrap=True, highlight=False)
     console.print(table)

@@ -1,4 +1,4 @@
-"""A dialogue in the terminal. It speaks Chinese, as the models do; errors of settings keep GenerationConfig's words."""
+"""Interactive chat in the terminal. Its interface is Chinese, like the models; errors about settings are GenerationConfig's."""
 
 import bisect
 import contextlib
@@ -16,10 +16,10 @@ import orjson
 from mateconv_jax import files
 from mateconv_jax.data.text.jsonl import Rejected, is_dialogue, parse_text
 from mateconv_jax.errors import UserError
-from mateconv_jax.inference.generation_config import GenerationConfig
+from mateconv_jax.generation_config import GenerationConfig
 
 ROLES = ("system", "user", "assistant")
-# truncate_prompt is not among them: a dialogue loses whole turns.
+# Without truncate_prompt: a dialogue is shortened by whole turns.
 SETTINGS = [field.name for field in dataclasses.fields(GenerationConfig) if field.name != "truncate_prompt"]
 HOW_TO_LEAVE = "输入 exit、quit 或 q，或按 Ctrl-D 离开"
 HELP = """\
@@ -36,15 +36,15 @@ clear                     清空对话，系统提示保留
 
 
 def run(generator, config: GenerationConfig = GenerationConfig(), name: str = "", lines: Iterable[str] | None = None) -> None:
-    """Answer one line after another, until they end or one says to leave.
+    """Answer the user line by line, until input ends or a line says to quit.
 
     Args:
       generator: a TextGenerator.
-      name: the model's, for the banner.
-      lines: what the user says; by default it is read from the terminal, or from standard input where that is none.
+      name: the model's name in the banner.
+      lines: the user's input; None reads the terminal, or standard input if that is not a terminal.
 
     Raises:
-      UserError: the tokenizer has no chat template; standard input is not UTF-8.
+      UserError: the tokenizer has no chat template, or standard input is not UTF-8.
     """
     generator.n_chat_tokens([{"role": "user", "content": ""}])
     chat = Chat(generator, config)
@@ -80,15 +80,18 @@ def run(generator, config: GenerationConfig = GenerationConfig(), name: str = ""
 
 
 class Chat:
-    """A dialogue and how it is answered. What goes wrong is said, and leaves the dialogue as it was.
+    """A dialogue and the settings it is answered with. A failed command prints a notice and leaves the dialogue unchanged.
 
-    history: all of it; the model reads as many of its last turns as fit.
+    Attributes:
+      generator: a TextGenerator.
+      config: the current settings.
+      history: the full dialogue; the model reads as many of its most recent turns as fit.
     """
 
     def __init__(self, generator, config: GenerationConfig):
         self.generator, self.config = generator, config
         self.history: list[dict[str, str]] = []
-        self._n_forgotten = 0  # turns, as the user was told
+        self._n_forgotten = 0  # oldest turns that no longer fit; the user is told when it grows
 
     def banner(self, name: str) -> str:
         n_parameters = sum(parameter.size for _, parameter in self.generator.params.flat_state())
@@ -104,12 +107,11 @@ class Chat:
     # ---- turns --------------------------------------------------------------------------------------------------------
 
     def ask(self, text: str) -> None:
-        """Answer what the user says."""
         if text:
             self._answer([*self.history, {"role": "user", "content": text}])
 
     def retry(self) -> None:
-        """Answer the last turn again, with the next seed from here on."""
+        """Answer the last turn again with the next seed, which then stays."""
         question = self.history[:-1] if self.history and self.history[-1]["role"] == "assistant" else self.history
         if not question or question[-1]["role"] != "user":
             _notice("还没有可以重新回答的话")
@@ -190,7 +192,7 @@ class Chat:
                 _notice(f"{path} 已经存在，而且不是对话文件，没有覆盖；请换一个文件名")
                 return
             files.write_text(path, json.dumps(self.history, ensure_ascii=False, indent=2) + "\n")
-        except (OSError, ValueError, RuntimeError) as error:  # no such folder; no such name; no such user's home
+        except (OSError, ValueError, RuntimeError) as error:  # no such folder; invalid file name; ~USER without a home
             _notice(f"无法保存到 {name}（{error}）")
             return
         _notice(f"已保存 {len(self.history)} 条消息到 {path}")
@@ -207,7 +209,7 @@ class Chat:
         if history is None:
             _notice(f'{name} 不是对话文件（应为 [{{"role": "user", "content": "…"}}, …]，角色有 {"、".join(ROLES)}）')
             return
-        self.generator.n_chat_tokens(history)  # raises where the template does not take it
+        self.generator.n_chat_tokens(history)  # raises if the template rejects it
         self.history, self._n_forgotten = history, 0
         _notice(f"已载入 {len(history)} 条消息")
 
@@ -216,19 +218,24 @@ class Chat:
 
 
 class DoesNotFit(Exception):
-    """The last turn of a dialogue, with the system's, alone leaves no room for an answer."""
+    """The system prompt and the last turn alone leave no room for an answer.
+
+    Attributes:
+      n_tokens: their length.
+      room: the most that would fit.
+    """
 
     def __init__(self, n_tokens: int, room: int):
-        super().__init__(f"{n_tokens} tokens, of which {room} would fit")
+        super().__init__(f"{n_tokens} tokens, and at most {room} fit")
         self.n_tokens, self.room = n_tokens, room
 
 
 def fit(generator, history: list[dict[str, str]], config: GenerationConfig) -> list[dict[str, str]]:
-    """The dialogue without as many of its oldest turns as it takes to keep room for an answer: max_new_tokens, but at most
-    half of the context. A turn is what a user says and all that follows; a leading system's turn stays.
+    """Drop the oldest turns until the dialogue leaves room for an answer of max_new_tokens, or of half the context if that is
+    less. A turn is a user message and everything up to the next; a leading system message is kept.
 
     Raises:
-      DoesNotFit: not even the last turn does.
+      DoesNotFit: even the last turn alone is too long.
     """
     room = generator.max_seq_len - max(1, min(config.max_new_tokens, generator.max_seq_len // 2))
     n_system = int(history[0]["role"] == "system")
@@ -248,11 +255,11 @@ def _n_turns(history: list[dict[str, str]]) -> int:
     return sum(message["role"] == "user" for message in history)
 
 
-# ---- what a user gives ------------------------------------------------------------------------------------------------
+# ---- parsing user input -----------------------------------------------------------------------------------------------
 
 
 def _value(text: str) -> Any:
-    """A setting's value: JSON, or a text as it stands. GenerationConfig checks it."""
+    """Parse a setting's value: JSON if it parses, otherwise the text itself. GenerationConfig validates it."""
     try:
         return json.loads({"True": "true", "False": "false"}.get(text, text))
     except (ValueError, RecursionError):
@@ -260,12 +267,12 @@ def _value(text: str) -> Any:
 
 
 def _shown(value) -> str:
-    """As `_value` takes it."""
+    """The inverse of `_value`."""
     return str(value) if isinstance(value, bool) else json.dumps(value, ensure_ascii=False)
 
 
 def _dialogue(content: bytes) -> list[dict[str, str]] | None:
-    """The messages of a dialogue's JSON, None where it is none."""
+    """The messages in a saved dialogue's JSON, or None if it is not one."""
     try:
         messages = orjson.loads(content)
     except orjson.JSONDecodeError:
@@ -284,7 +291,9 @@ def _notice(text: str) -> None:
 
 @contextlib.contextmanager
 def _on_ctrl_c(handler) -> Iterator[None]:
-    """Inside, Ctrl-C calls it: the exception that it would raise could fall anywhere in JAX, and a second one anywhere here."""
+    """Handle Ctrl-C with `handler` inside the block. A KeyboardInterrupt could be raised anywhere in JAX, and a second one
+    anywhere in the clean-up after the first.
+    """
     before = signal.signal(signal.SIGINT, handler)
     try:
         yield
@@ -301,14 +310,15 @@ def _plain_lines() -> Iterator[str]:
 
 
 def _terminal_lines() -> Iterator[str]:
-    """Lines with editing and a history, until Ctrl-D. All that touches prompt_toolkit is here."""
-    os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")  # asks the terminal nothing: an answer could come while a model writes
+    """Lines with editing and history, until Ctrl-D. Only this function uses prompt_toolkit."""
+    # No cursor position requests: the terminal's reply could arrive in the middle of the model's output.
+    os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")
     import prompt_toolkit
     from prompt_toolkit import history
 
     class ChatHistory(history.FileHistory):
         def store_string(self, string):
-            with contextlib.suppress(OSError):  # a full disk is no reason to stop talking
+            with contextlib.suppress(OSError):  # a full disk must not end the chat
                 super().store_string(string)
 
     try:
@@ -316,9 +326,9 @@ def _terminal_lines() -> Iterator[str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         session = prompt_toolkit.PromptSession(history=ChatHistory(path))
-    except (OSError, RuntimeError):  # no home, or not ours to write
+    except (OSError, RuntimeError):  # no home directory, or not writable
         session = prompt_toolkit.PromptSession()
-    with _on_ctrl_c(signal.SIG_IGN):  # but in a prompt, where it is a key, and in an answer
+    with _on_ctrl_c(signal.SIG_IGN):  # ignored between turns; in the prompt it is a key press, and _answer has its own handler
         while True:
             try:
                 line = session.prompt("你：")
@@ -328,5 +338,5 @@ def _terminal_lines() -> Iterator[str]:
                 continue
             except EOFError:
                 return
-            # A byte that is no UTF-8 comes as half of a surrogate pair.
+            # prompt_toolkit turns invalid UTF-8 bytes into lone surrogates, which must not reach the tokenizer.
             yield line.encode(errors="replace").decode()

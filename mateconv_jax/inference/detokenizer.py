@@ -1,46 +1,49 @@
-"""From token ids to text, piece by piece."""
+"""Incremental detokenization with stop strings."""
 
 from transformers import PreTrainedTokenizerFast
 
 
 def decode(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
-    """Their text; control tokens have none, and bytes that are no UTF-8 become U+FFFD."""
+    """Decode ids to text. Special tokens are skipped; invalid UTF-8 becomes U+FFFD."""
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)  # several lists of ids would give several
+    assert isinstance(text, str)  # for the type checker: a batch of ids would give a list
     return text
 
 
 class Detokenizer:
-    """Takes an answer's tokens one by one and gives its text in pieces, which joined are the text of all of them.
+    """Turns an answer's tokens, pushed one by one, into pieces of text that join to the text of all of them.
 
-    Bytes of a character are held until it is whole, and what could be the beginning of a stop text until it is none. The
-    answer ends before the stop text that is complete first (the longest, where several are), wherever tokens have their
-    borders.
+    Text is held back while its last character is incomplete, or while it could still turn out to be the start of a stop string.
+    The answer ends before the stop string that is completed first (the longest, if several are at once), whatever the token
+    boundaries.
 
-    n_tokens: how many of the tokens belong to the answer. stopped: a stop text came; later tokens give nothing.
+    Attributes:
+      n_tokens: tokens that belong to the answer.
+      stopped: a stop string was found; later tokens give no text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: tuple[str, ...] = ()):
         self._tokenizer, self._stop = tokenizer, stop
-        self._ids: list[int] = []  # since the piece before the last: a tokenizer may write a token by what stands before it
-        self._n_written = 0  # of them: those whose text is out
+        # The last released piece's ids and those after it: a token's text may depend on what precedes it.
+        self._ids: list[int] = []
+        self._n_written = 0  # how many of _ids have been released
         self._held = ""
         self.n_tokens = 0
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text that the token completes; often empty."""
+        """Add a token and return the text it completes, often none."""
         if self.stopped:
             return ""
         self.n_tokens += 1
         self._ids.append(token)
         text = decode(self._tokenizer, self._ids)
-        if text.endswith("\ufffd"):  # inside of a character, as a rule
+        if text.endswith("\ufffd"):  # almost always an incomplete character
             return ""
         return self._release(text)
 
     def finish(self) -> str:
-        """What was held."""
+        """Return the text still held back."""
         if self.stopped:
             return ""
         piece = self._release(decode(self._tokenizer, self._ids))
@@ -64,6 +67,6 @@ class Detokenizer:
         return piece
 
     def _overlap(self, stop: str) -> int:
-        """How many characters at the end of what is held could begin `stop`."""
+        """Length of the longest suffix of the held text that is a proper prefix of `stop`."""
         longest = min(len(stop) - 1, len(self._held))
         return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)

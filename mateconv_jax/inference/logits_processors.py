@@ -1,11 +1,11 @@
-"""Filters over next-token logits: pure functions on fp32 (B, V), exact to transformers' classes. What goes becomes -inf.
+"""Logits processors: pure functions on fp32 (B, V) that match transformers' classes exactly. Filtered logits become -inf.
 
-A row of tokens_BT has length_B tokens (`<s>`, prompt and answer so far); what stands behind them does not count, so a row's
-logits are those that transformers gives for the row alone. Nothing here sorts the vocabulary: on the CPU a sort of 6,400
-logits costs 1.2 ms, a pass over them 5 µs.
+A row of tokens_BT has length_B tokens (`<s>`, prompt and answer so far); the rest is padding and is ignored, so each row gets
+the logits that transformers would give it alone. Nothing here sorts the vocabulary: on the CPU, sorting 6,400 logits takes
+1.2 ms and one pass over them 5 µs.
 
-Dimensions in names: B rows, T token positions, V vocabulary, K the k of top-k, N whatever is summed along a row, b tokens of a
-block.
+Dimensions in names: B rows, T token positions, V vocabulary, K the k of top-k, N entries summed along a row (V, K or blocks),
+W n-gram windows, b tokens of a block.
 """
 
 import jax
@@ -13,13 +13,14 @@ import jax.numpy as jnp
 
 
 def repetition_penalty(logits_BV, tokens_BT, length_B, penalty):
-    """Divide the positive logits of tokens that a row has already by the penalty, multiply the negative ones (CTRL: Keskar et
-    al., 2019; transformers' RepetitionPenaltyLogitsProcessor).
+    """For each token already in a row, divide a positive logit by the penalty and multiply a negative one (CTRL, Keskar et al.,
+    2019; transformers' RepetitionPenaltyLogitsProcessor).
 
     Args:
       logits_BV: fp32.
-      tokens_BT: int32. length_B: int32.
-      penalty: fp32 scalar > 0; above 1 against repetition.
+      tokens_BT: int32.
+      length_B: int32.
+      penalty: fp32 scalar > 0; above 1 discourages repetition.
     """
     is_token_BT = jnp.arange(tokens_BT.shape[1]) < length_B[:, None]
     rows_B1 = jnp.arange(len(length_B))[:, None]
@@ -30,14 +31,15 @@ def repetition_penalty(logits_BV, tokens_BT, length_B, penalty):
 
 
 def no_repeat_ngram(logits_BV, tokens_BT, length_B, size: int):
-    """Ban each token that would make an n-gram which its row has already (transformers' NoRepeatNGramLogitsProcessor).
+    """Ban every token that would complete an n-gram already in its row (transformers' NoRepeatNGramLogitsProcessor).
 
     Args:
       logits_BV: fp32.
-      tokens_BT: int32. length_B: int32.
-      size: of the n-grams, >= 1, static. 1 bans every token of the row.
+      tokens_BT: int32.
+      length_B: int32.
+      size: n, >= 1, static. With 1, every token in the row is banned.
     """
-    windows = tokens_BT.shape[1] - size + 1  # one that starts at w ends at w + size - 1
+    windows = tokens_BT.shape[1] - size + 1  # window w covers positions w .. w + size - 1
     if windows <= 0:
         return logits_BV
     repeats_BW = jnp.arange(windows) + size - 1 < length_B[:, None]
@@ -48,35 +50,37 @@ def no_repeat_ngram(logits_BV, tokens_BT, length_B, size: int):
 
 
 def min_new_tokens(logits_BV, new_tokens_B, minimum, eos_id: int):
-    """Ban `</s>` in rows that have fewer new tokens than the minimum (transformers' MinNewTokensLengthLogitsProcessor).
+    """Ban `</s>` in rows with fewer new tokens than the minimum (transformers' MinNewTokensLengthLogitsProcessor).
 
     Args:
       logits_BV: fp32.
-      new_tokens_B: int32, tokens that a row has after its prompt.
+      new_tokens_B: int32, tokens after the prompt.
       minimum: int32 scalar.
+      eos_id: the id of `</s>`.
     """
     is_eos_V = jnp.arange(logits_BV.shape[1]) == eos_id
     return jnp.where((new_tokens_B < minimum)[:, None] & is_eos_V, -jnp.inf, logits_BV)
 
 
 def temperature(logits_BV, value):
-    """Divide by `value` > 0, an fp32 scalar (transformers' TemperatureLogitsWarper)."""
-    # Divided by a plain scalar, XLA multiplies with 1 / value, which rounds otherwise than torch's division.
+    """Divide logits_BV by `value`, an fp32 scalar > 0 (transformers' TemperatureLogitsWarper)."""
+    # Given a plain scalar, XLA multiplies by 1 / value instead, which rounds differently from torch's division.
     return logits_BV / jnp.where(logits_BV > -jnp.inf, value, 1)
 
 
 def top_k(logits_BV, k: int):
-    """Keep the k highest (Fan et al., 2018). Ties with the k-th stay, so that more than k may (transformers' TopKLogitsWarper).
+    """Keep the k highest logits (Fan et al., 2018). Ties with the k-th are kept too, so more than k may remain (transformers'
+    TopKLogitsWarper).
 
     Args:
       logits_BV: fp32.
       k: 1 <= k <= V, static.
 
     Returns:
-      (logits_BV, the k highest logits in falling order, highest_BK fp32)
+      (filtered logits_BV, the k highest logits in descending order, highest_BK fp32)
     """
-    # Without the barrier XLA takes the k-th straight out of a sort of the whole vocabulary: 1,030 µs instead of 18 for
-    # 6,400 logits on the CPU (jaxlib 0.10.2). It can go when tests/inference/test_sampling.py finds no sort without it.
+    # Without the barrier, XLA sorts the whole vocabulary to get the k-th value: 1,030 µs instead of 18 for 6,400 logits on
+    # the CPU (jaxlib 0.10.2). Remove it when tests/inference/test_sampling.py finds no sort without it.
     highest_BK = jax.lax.optimization_barrier(jax.lax.top_k(logits_BV, k)[0])
     return jnp.where(logits_BV < highest_BK[:, -1:], -jnp.inf, logits_BV), highest_BK
 
@@ -84,57 +88,61 @@ def top_k(logits_BV, k: int):
 def top_p(logits_BV, tail, highest_BK=None):
     """Nucleus filter (Holtzman et al., 2020): keep the smallest set of tokens whose probability reaches p.
 
-    The boundary is that of transformers' TopPLogitsWarper: tokens from the lowest up go as long as their summed probability
-    is at most 1 - p; the highest always stays. Among tokens with the same logit the lowest index goes first, as in a stable
-    sort; torch promises no order there.
+    The boundary is that of transformers' TopPLogitsWarper: tokens are removed from the least likely up while their cumulative
+    probability is at most 1 - p; the most likely token always stays. Among equal logits the lowest index is removed first, as
+    in a stable sort; torch leaves that order undefined.
 
     Args:
       logits_BV: fp32.
-      tail: fp32 scalar in [0, 1): 1 - p, subtracted before it is rounded. float32(1 - 0.8) is 0.2, 1 - float32(0.8) is less,
-        and one of ten equal tokens more would stay.
-      highest_BK: what `top_k` gave, when the logits come from there: then K logits are looked at instead of V.
+      tail: fp32 scalar in [0, 1), 1 - p computed in float64 and then rounded: float32(1 - 0.8) is 0.2, but 1 - float32(0.8) is
+        less and would keep 9 of ten equally likely tokens instead of 8.
+      highest_BK: the second result of `top_k`, if the logits come from it: only K logits per row are examined instead of V.
     """
-    # Which logits there are, and how many tokens have each: of those that tie with the k-th, highest_BK may lack some.
+    # Logit values and how many tokens have each; highest_BK may hold only some of the tokens that tie with the k-th.
     values_BN, tokens_BN = logits_BV, 1.0
     if highest_BK is not None:
         kth_B1 = highest_BK[:, -1:]
-        lacking_B = jnp.sum(logits_BV == kth_B1, axis=-1) - jnp.sum(highest_BK == kth_B1, axis=-1)
-        values_BN, tokens_BN = highest_BK, jnp.ones_like(highest_BK).at[:, -1].add(lacking_B)
+        missing_B = jnp.sum(logits_BV == kth_B1, axis=-1) - jnp.sum(highest_BK == kth_B1, axis=-1)
+        values_BN, tokens_BN = highest_BK, jnp.ones_like(highest_BK).at[:, -1].add(missing_B)
     highest_B1 = jnp.max(values_BN, axis=-1, keepdims=True)
     probability_BN = jnp.exp(values_BN - highest_B1)
     probability_BN /= jnp.sum(probability_BN * tokens_BN, axis=-1, keepdims=True)
-    # The boundary is the lowest logit that is kept: tokens above it hold less than p.
+    # The boundary is the lowest logit kept: tokens above it have a total probability below p.
     if highest_BK is None:
         keys_BN = _ordered(values_BN)
         is_kept_BN = keys_BN >= _nucleus_boundary(keys_BN, probability_BN, 1 - tail)[:, None]
     else:
         is_kept_BN = jnp.cumsum(probability_BN, axis=-1) - probability_BN < 1 - tail
     boundary_B1 = jnp.min(jnp.where(is_kept_BN, values_BN, highest_B1), axis=-1, keepdims=True)
-    # Of the tokens at the boundary as many go as still fit into the tail.
+    # Of the tokens tied at the boundary, as many are removed as still fit into the tail.
     is_tied_BN = values_BN == boundary_B1
     tied_B = jnp.sum(jnp.where(is_tied_BN, tokens_BN, 0), axis=-1)
     each_B = jnp.max(jnp.where(is_tied_BN, probability_BN, 0), axis=-1)
     below_B = jnp.sum(jnp.where(values_BN < boundary_B1, probability_BN * tokens_BN, 0), axis=-1)
-    go_B = jnp.round((tail - below_B) / each_B)
-    go_B = jnp.clip(go_B - (below_B + go_B * each_B > tail), 0, tied_B - 1)
+    removed_B = jnp.round((tail - below_B) / each_B)
+    removed_B = jnp.clip(removed_B - (below_B + removed_B * each_B > tail), 0, tied_B - 1)
     is_tied_BV = logits_BV == boundary_B1
-    first_kept_B = inverse_cdf(is_tied_BV.astype(jnp.float32), (go_B + 0.5) / tied_B)
-    goes_BV = (logits_BV < boundary_B1) | (is_tied_BV & (jnp.arange(logits_BV.shape[1]) < first_kept_B[:, None]))
-    return jnp.where(goes_BV, -jnp.inf, logits_BV)
+    first_kept_B = inverse_cdf(is_tied_BV.astype(jnp.float32), (removed_B + 0.5) / tied_B)
+    is_removed_BV = (logits_BV < boundary_B1) | (is_tied_BV & (jnp.arange(logits_BV.shape[1]) < first_kept_B[:, None]))
+    return jnp.where(is_removed_BV, -jnp.inf, logits_BV)
 
 
 def min_p(logits_BV, value):
-    """Keep the tokens that are at least `value` times as probable as the most probable one (Nguyen et al., 2024; transformers'
+    """Keep tokens at least `value` times as likely as the most likely one (Nguyen et al., 2024; transformers'
     MinPLogitsWarper). `value`: fp32 scalar in [0, 1].
     """
     return jnp.where(logits_BV < jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(value), -jnp.inf, logits_BV)
 
 
 def inverse_cdf(weights_BV, u_B):
-    """The first token at which the running sum of a row's weights exceeds u of their total, int32 (B,).
+    """The first token at which the cumulative weight of its row exceeds the fraction u of the total, int32 (B,).
 
-    Never one with weight 0, whatever u is, where a row has any weight at all. Looks for a block of 128 tokens, then in it: a
-    running sum over the whole vocabulary is 5 times slower on the CPU.
+    Never a token of weight 0, whatever u is, if the row has any weight. Finds the block of 128 tokens first, then the token in
+    it: a cumulative sum over the whole vocabulary is 5 times slower on the CPU.
+
+    Args:
+      weights_BV: fp32, >= 0, not necessarily normalised.
+      u_B: fp32 in [0, 1).
     """
     B, V = weights_BV.shape
     blocks_BNb = jnp.pad(weights_BV, ((0, 0), (0, -V % 128))).reshape(B, -1, 128)
@@ -149,27 +157,29 @@ def inverse_cdf(weights_BV, u_B):
 
 
 def _first_above(cumulative_BN, weight_BN, target_B):
-    """The first index with weight where the sum exceeds the target; if rounding leaves none, that of the highest sum."""
-    cumulative_BN = jnp.where(weight_BN > 0, cumulative_BN, 0)  # a parallel sum may rise a bit even where no weight is
+    """The first index of nonzero weight whose cumulative sum exceeds the target, or the largest sum if rounding leaves none."""
+    cumulative_BN = jnp.where(weight_BN > 0, cumulative_BN, 0)  # a parallel cumsum may rise slightly where the weight is 0
     is_last_BN = cumulative_BN == jnp.max(cumulative_BN, axis=-1, keepdims=True)
     return jnp.argmax((cumulative_BN > jnp.maximum(target_B, 0)[:, None]) | is_last_BN, axis=-1).astype(jnp.int32)
 
 
 def _mark(tokens_BT, is_marked_BT, shape_BV):
-    """bool (B, V): the vocabulary entries that a row's marked positions name."""
+    """bool (B, V): the tokens at each row's marked positions."""
     rows_B1 = jnp.arange(shape_BV[0])[:, None]
-    places_BT = jnp.where(is_marked_BT, tokens_BT, shape_BV[1])  # behind the vocabulary: dropped
-    return jnp.zeros(shape_BV, bool).at[rows_B1, places_BT].set(True, mode="drop")
+    columns_BT = jnp.where(is_marked_BT, tokens_BT, shape_BV[1])  # out of range, hence dropped
+    return jnp.zeros(shape_BV, bool).at[rows_B1, columns_BT].set(True, mode="drop")
 
 
 def _ordered(logits):
-    """int32 in the order of the floats."""
+    """Map fp32 to int32 monotonically."""
     bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def _nucleus_boundary(keys_BV, probability_BV, p):
-    """The highest key such that keys from it up hold probability p, found bit by bit: 4 times faster than sorting integers."""
+    """The highest key such that keys >= it have total probability >= p: a binary search over its bits, 4 times faster than
+    sorting the keys.
+    """
 
     def decide_bit(i, boundary_B):
         higher_B = boundary_B + (jnp.int32(1) << (31 - i))

@@ -1,4 +1,4 @@
-"""From logits to the next tokens: transformers' filters in transformers' order, then the most likely token or a draw.
+"""Choosing the next tokens: transformers' logits processors in transformers' order, then argmax or a sample.
 
 Dimensions in names: B rows, T token positions, V vocabulary.
 """
@@ -8,18 +8,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.inference import logits_processors
-from mateconv_jax.inference.generation_config import GenerationConfig
 
 
 @flax.struct.dataclass
 class Sampling:
-    """What the next tokens depend on, beside the logits and the tokens so far.
+    """Sampling parameters as jit arguments.
 
-    The numbers are arrays, so that changing one compiles nothing. None is a filter that is off and costs nothing. What is off,
-    do_sample, top_k and no_repeat_ngram_size (0: off) choose the program.
+    Arrays may change without recompiling. A filter that is None is off and costs nothing. Which filters are off, and the static
+    fields do_sample, top_k and no_repeat_ngram_size, select the compiled program.
 
-    seed: uint32. sample_B: int32, a row's number among the samples of one prompt. top_p_tail: 1 - top_p.
+    Attributes:
+      seed: uint32.
+      sample_B: int32, each row's index among the samples of its prompt.
+      repetition_penalty, temperature, min_p: fp32 scalars, as in GenerationConfig.
+      min_new_tokens: int32 scalar.
+      top_p_tail: fp32 scalar, 1 - top_p.
+      do_sample: False takes the argmax.
+      top_k, no_repeat_ngram_size: 0 is off.
     """
 
     seed: jax.Array
@@ -35,31 +42,33 @@ class Sampling:
 
     @staticmethod
     def make(config: GenerationConfig, sample_B: np.ndarray | jax.Array, vocab_size: int) -> "Sampling":
-        drawn = config.do_sample
+        do_sample = config.do_sample
         return Sampling(
             seed=jnp.uint32(config.seed),
             sample_B=jnp.asarray(sample_B, jnp.int32),
             repetition_penalty=jnp.float32(config.repetition_penalty) if config.repetition_penalty != 1 else None,
             min_new_tokens=jnp.int32(min(config.min_new_tokens, 2**31 - 1)) if config.min_new_tokens else None,
-            temperature=jnp.float32(config.temperature) if drawn else None,
-            top_p_tail=jnp.float32(1 - config.top_p) if drawn and config.top_p < 1 else None,
-            min_p=jnp.float32(config.min_p) if drawn and config.min_p else None,
-            do_sample=drawn,
-            top_k=min(config.top_k, vocab_size) if drawn else 0,
+            temperature=jnp.float32(config.temperature) if do_sample else None,
+            top_p_tail=jnp.float32(1 - config.top_p) if do_sample and config.top_p < 1 else None,
+            min_p=jnp.float32(config.min_p) if do_sample and config.min_p else None,
+            do_sample=do_sample,
+            top_k=min(config.top_k, vocab_size) if do_sample else 0,
             no_repeat_ngram_size=config.no_repeat_ngram_size,
         )
 
 
 def next_tokens(logits_BV, sampling: Sampling, tokens_BT, length_B, prompt_length_B, eos_id: int):
-    """The token that follows each row's length_B tokens.
+    """Choose the token that follows each row's first length_B tokens.
 
-    Never one that was filtered out, while anything is left; a row of nothing but -inf gives 0. A draw depends on (seed,
-    sample, position) and on its own row's logits and tokens: not on the batch.
+    A filtered token is never chosen unless all are filtered; such a row gives 0. A sample depends only on (seed, sample,
+    position) and on its own row's logits and tokens, not on the rest of the batch.
 
     Args:
       logits_BV: any float dtype.
-      tokens_BT: int32. A row has length_B tokens, `<s>` included, prompt_length_B of them its prompt; the rest is padding.
+      tokens_BT: int32. A row has length_B tokens, `<s>` included, the first prompt_length_B of them its prompt; the rest is
+        padding.
       length_B, prompt_length_B: int32.
+      eos_id: the id of `</s>`.
 
     Returns:
       int32 (B,)
@@ -71,9 +80,10 @@ def next_tokens(logits_BV, sampling: Sampling, tokens_BT, length_B, prompt_lengt
 
 
 def filtered_logits(logits_BV, sampling: Sampling, tokens_BT, length_B, prompt_length_B, eos_id: int):
-    """What a draw is from: fp32 (B, V), in the order of transformers' GenerationMixin._get_logits_processor.
+    """The logits that tokens are sampled from, fp32 (B, V), filtered in the order of transformers'
+    GenerationMixin._get_logits_processor.
 
-    Arguments as in `next_tokens`. Greedy decoding uses those filters that look at the tokens, too.
+    Arguments as in `next_tokens`. Greedy decoding uses only the filters that depend on earlier tokens.
     """
     logits_BV = logits_BV.astype(jnp.float32)
     if sampling.repetition_penalty is not None:
@@ -96,8 +106,8 @@ def filtered_logits(logits_BV, sampling: Sampling, tokens_BT, length_B, prompt_l
 
 
 def draw(logits_BV, seed, sample_B, position_B):
-    """One token a row from softmax(logits_BV), int32 (B,): one uniform number for (seed, sample, position), looked up in the
-    cumulative distribution. V Gumbel numbers instead cost 15 times as much on the CPU.
+    """Sample one token per row from softmax(logits_BV), int32 (B,), by inverting the CDF at one uniform number per (seed,
+    sample, position). The Gumbel trick needs V random numbers and is 15 times slower on the CPU.
     """
 
     def uniform(sample, position):

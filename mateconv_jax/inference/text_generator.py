@@ -1,4 +1,4 @@
-"""From text to text."""
+"""Text generation: TextGenerator loads a model and its tokenizer and continues prompts and dialogues."""
 
 import dataclasses
 import sys
@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerFast
 from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.data.tokenizer.chat import encode_chat
 from mateconv_jax.errors import UserError
+from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.inference import detokenizer
 from mateconv_jax.inference.decode import SMALLEST_CACHE, SMALLEST_PROMPT, Decoder, DecodeState, bucket
 from mateconv_jax.inference.detokenizer import Detokenizer
-from mateconv_jax.inference.generation_config import GenerationConfig
 from mateconv_jax.inference.sampling import Sampling
 from mateconv_jax.interop.formats import open_model
 from mateconv_jax.model.config import ModelConfig
@@ -28,11 +28,13 @@ History = list[dict[str, str]]  # [{"role": "user", "content": ...}, ...]
 
 
 class Generation(str):
-    """A text that a model wrote, and how it came about.
+    """Generated text, a str with details.
 
-    token_ids: what the model wrote, without `</s>` and without what came after a stop text. n_prompt_tokens: read before it.
-    finish_reason: "eos", the model was done; "stop", a stop text came; "length", max_new_tokens; "context", the model's
-    context is full.
+    Attributes:
+      token_ids: the generated tokens, without `</s>` and anything past a stop string.
+      n_prompt_tokens: tokens of the prompt.
+      finish_reason: "eos": the model ended the text; "stop": a stop string was found; "length": max_new_tokens was reached;
+        "context": the model's context is full.
     """
 
     token_ids: list[int]
@@ -46,13 +48,15 @@ class Generation(str):
 
 
 class TextGenerator:
-    """A model and its tokenizer, ready to write.
+    """A model and its tokenizer.
 
     generator = TextGenerator.from_pretrained("out")
     generator.generate("中国", GenerationConfig(max_new_tokens=50))
 
-    params: in the dtype of the computation; others of the same shapes may be put in their place. max_seq_len: the context.
-    tokenizer: None for those who only want `logits` of token ids.
+    Attributes:
+      params: the model's parameters in the compute dtype; may be replaced by others of the same shapes.
+      tokenizer: pass None to the constructor if only `logits` is needed.
+      max_seq_len: the model's context, in tokens.
     """
 
     def __init__(self, model: Transformer, tokenizer: PreTrainedTokenizerFast | None):
@@ -62,7 +66,8 @@ class TextGenerator:
         self._graph, self.params = nnx.split(model)
         self._decoder = Decoder(self._graph, self._c, tokenizer.eos_token_id if tokenizer else -1)
         self._all_logits = jax.jit(lambda params, tokens_BS: nnx.merge(self._graph, params)(tokens_BS).astype(jnp.float32))
-        self._kept: tuple[nnx.State, list[int], DecodeState] | None = None  # of the last stream: weights, tokens, their cache
+        # The last stream's parameters, tokens and state, whose KV cache the next one reuses for a common prefix.
+        self._last_stream: tuple[nnx.State, list[int], DecodeState] | None = None
 
     @staticmethod
     def from_pretrained(
@@ -72,31 +77,32 @@ class TextGenerator:
         dtype: str = "auto",
         n_heads: int | None = None,
     ) -> "TextGenerator":
-        """From a run folder (its newest checkpoint), a Hugging Face folder, a .pth or a .gguf file; only parameters are read.
+        """Load a model from a run folder (its newest checkpoint) or one of its checkpoints, a Hugging Face folder, or a .pth or
+        .gguf file. Optimizer state is not read.
 
         Args:
           tokenizer: a folder with the tokenizer to use; None: the model's own. A .pth file has none.
-          use_ema: EMA weights or the raw ones; None takes EMA where there are some.
-          dtype: auto, float32, bfloat16 or float16, of the computation.
-          n_heads: of a .pth file, which does not say it; None: MateConv's or MiniMind's.
+          use_ema: load the EMA weights (True) or the raw ones (False); None: EMA if the model has them.
+          dtype: compute dtype: auto, float32, bfloat16 or float16.
+          n_heads: number of query heads, for a .pth file, which does not store it; None: MateConv's or MiniMind's.
 
         Raises:
-          UserError: no model there, or one that does not fit; EMA weights asked for and not there.
+          UserError: no model at `path`, a model this code cannot represent, or EMA weights requested but missing.
         """
         model = open_model(path, "--model_path", tokenizer, n_heads)
-        # The backends it was trained with may not exist on this machine, or not be its best.
+        # The backends used in training may be unavailable or slower on this machine.
         model.config.model.update(dict(attention="auto", experts="auto"))
         c = ModelConfig.make(model.config.model, dtype)
         graph, abstract_params = abstract_model(c)
-        # Masters in fp32 would be read and cast again for every token.
+        # fp32 weights would be read and cast again for every token.
         abstract_params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, c.dtype), abstract_params)
         return TextGenerator(nnx.merge(graph, model.params(abstract_params, use_ema)), model.tokenizer)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """Raises UserError where there is none."""
+        """Raises UserError if the model has none."""
         if self._tokenizer is None:
-            raise UserError("--tokenizer: the model has none, and text needs one (expected a folder with tokenizer.json)")
+            raise UserError("--tokenizer: required, because the model has none (expected a folder with tokenizer.json)")
         return self._tokenizer
 
     # ---- text -------------------------------------------------------------------------------------------------------
@@ -108,11 +114,11 @@ class TextGenerator:
         stream: bool = False,
         callback: Callable[[str], None] | None = None,
     ) -> Generation:
-        """The text that follows `prompt`, without it. A document starts with `<s>`, and so does the prompt.
+        """Continue `prompt`; the result does not include it. `<s>` is put before the prompt, as before every document.
 
         Args:
-          stream: give the text to `callback` piece by piece while it is written.
-          callback: by default, print to standard output.
+          stream: pass the text to `callback` piece by piece as it is generated.
+          callback: None: print to standard output.
 
         Raises:
           UserError: the prompt fills the model's context.
@@ -122,28 +128,27 @@ class TextGenerator:
         return _exhaust(self.stream(prompt, config), callback or _print)
 
     def stream(self, prompt: str, config: GenerationConfig = GenerationConfig(), every: int = 1) -> Iterator[str]:
-        """`generate`, piece by piece as it is written; the pieces joined are its text. The iterator's return value is the
-        Generation.
+        """Like `generate`, but yield the text piece by piece as it is generated. The iterator's return value is the Generation.
 
         Args:
-          every: tokens between two looks at what the device has written.
+          every: tokens decoded between two reads from the device.
         """
         return self._stream_ids(self._prompt_ids(prompt, config), config, every)
 
     def batch_generate(
         self, prompts: list[str], config: GenerationConfig = GenerationConfig(), batch_size: int = 16
     ) -> list[Generation]:
-        """`generate` for several prompts, batch_size at once; a row's text does not depend on its batch."""
+        """`generate` for several prompts, batch_size at a time. A prompt's text does not depend on the others in its batch."""
         return self._decode_batches([self._prompt_ids(prompt, config) for prompt in prompts], config, batch_size)
 
     def generate_samples(self, prompt: str, n: int, config: GenerationConfig = GenerationConfig()) -> list[Generation]:
-        """n draws for one prompt, which is read once; the first is `generate`'s."""
+        """n samples for one prompt, which is prefilled once; the first is `generate`'s."""
         return self._decode_all([self._prompt_ids(prompt, config)], config, n)
 
     # ---- dialogues --------------------------------------------------------------------------------------------------
 
     def chat(self, history: History, config: GenerationConfig = GenerationConfig()) -> Generation:
-        """The assistant's answer to a dialogue, [{"role": "user", "content": …}, …], through the chat template.
+        """Answer a dialogue, [{"role": "user", "content": …}, …], formatted with the tokenizer's chat template.
 
         Raises:
           UserError: the dialogue fills the model's context, or the tokenizer has no chat template.
@@ -153,27 +158,27 @@ class TextGenerator:
     def batch_chat(
         self, histories: list[History], config: GenerationConfig = GenerationConfig(), batch_size: int = 16
     ) -> list[Generation]:
-        """`chat` for several dialogues, batch_size at once."""
+        """`chat` for several dialogues, batch_size at a time."""
         return self._decode_batches([self._chat_ids(history, config) for history in histories], config, batch_size)
 
     def stream_chat(self, history: History, config: GenerationConfig = GenerationConfig()) -> Iterator[str]:
-        """`chat`, piece by piece as it is written: of a dialogue that goes on, only the new turn is read."""
+        """Like `chat`, but yield the text piece by piece. When a dialogue continues, only its new turn is prefilled."""
         return self._stream_ids(self._chat_ids(history, config), config)
 
     def n_chat_tokens(self, history: History) -> int:
-        """How many tokens a dialogue and the beginning of its answer take of the context."""
+        """Length in tokens of a dialogue and the generation prompt that follows it."""
         return len(encode_chat(self.tokenizer, history, add_generation_prompt=True))
 
-    # ---- numbers ----------------------------------------------------------------------------------------------------
+    # ---- logits -----------------------------------------------------------------------------------------------------
 
     def logits(self, token_ids_BS) -> np.ndarray:
-        """Next-token logits after each token, fp32 (B, S, V), for those who compare.
+        """Next-token logits after each token, fp32 (B, S, V).
 
         Args:
-          token_ids_BS: integers, S at most the model's context.
+          token_ids_BS: integers; S is at most the model's context.
 
         Raises:
-          UserError: too long, or an id that the model has not.
+          UserError: the rows are too long, or an id is not in the vocabulary.
         """
         tokens_BS = np.asarray(token_ids_BS, np.int32)
         B, S = tokens_BS.shape
@@ -185,7 +190,7 @@ class TextGenerator:
         return np.asarray(self._all_logits(self.params, np.pad(tokens_BS, ((0, 0), (0, padding)))))[:, :S]
 
     def score(self, text: str) -> tuple[list[int], np.ndarray]:
-        """A document's tokens, and the natural logarithm of each one's probability after those before it, fp32.
+        """A document's tokens without `<s>`, and each one's log-probability (natural log, fp32 (S,)) given those before it.
 
         Raises:
           UserError: the text does not fit the model's context.
@@ -198,24 +203,24 @@ class TextGenerator:
     # ---- prompts ----------------------------------------------------------------------------------------------------
 
     def check_prompt(self, prompt: str, name: str = "prompt") -> None:
-        """Raises UserError, which names `name`, where the prompt leaves no room in the model's context."""
+        """Raises UserError, in which `name` stands for the prompt, if the prompt leaves no room in the model's context."""
         self._check_length(len(self._document_ids(prompt)), name)
 
     def _document_ids(self, text: str) -> list[int]:
         ids = tokenizer_lib.encode(self.tokenizer, [text])[0]
-        if self.tokenizer.bos_token_id is not None:  # some models from elsewhere, such as Qwen3, have none
+        if self.tokenizer.bos_token_id is not None:  # imported models may have none, such as Qwen3
             return [self.tokenizer.bos_token_id, *ids]
         if not ids:
-            raise UserError("prompt: empty, and this model's documents have no begin token (expected some text)")
+            raise UserError("prompt: empty, and this model has no begin-of-document token to start from (expected some text)")
         return ids
 
     def _prompt_ids(self, prompt: str, config: GenerationConfig) -> list[int]:
         ids = self._document_ids(prompt)
-        if config.truncate_prompt:  # room for the answer, but never less than half of the context for the prompt
+        if config.truncate_prompt:  # leave room for the answer, but give the prompt at least half of the context
             room = self._c.max_seq_len - max(1, min(config.max_new_tokens, self._c.max_seq_len // 2))
             if len(ids) > room:
-                n_begin = int(self.tokenizer.bos_token_id is not None)
-                ids = ids[:n_begin] + ids[n_begin - room :]
+                n_bos = int(self.tokenizer.bos_token_id is not None)
+                ids = ids[:n_bos] + ids[n_bos - room :]
         self._check_length(len(ids))
         return ids
 
@@ -234,7 +239,7 @@ class TextGenerator:
     # ---- decoding ---------------------------------------------------------------------------------------------------
 
     def _start(self, prompts: list[list[int]], n_rows: int, config: GenerationConfig) -> DecodeState:
-        """n_rows rows: the prompts, and empty ones that are finished."""
+        """The state before the prefill: one row per prompt, and finished rows up to n_rows."""
         lengths_B = np.ones(n_rows, np.int32)
         lengths_B[: len(prompts)] = [len(ids) for ids in prompts]
         tokens_BT = np.zeros((n_rows, bucket(int(lengths_B.max()) + 1, self._c.max_seq_len, SMALLEST_CACHE)), np.int32)
@@ -256,34 +261,34 @@ class TextGenerator:
         return [text for start in starts for text in self._decode_all(prompts[start : start + batch_size], config)]
 
     def _decode_all(self, prompts: list[list[int]], config: GenerationConfig, n_samples: int = 1) -> list[Generation]:
-        """n_samples continuations of each prompt, those of one prompt side by side."""
-        n_rows = 1 << (len(prompts) - 1).bit_length()  # a power of two: few programs
+        """n_samples continuations of each prompt, those of one prompt next to each other."""
+        n_rows = 1 << (len(prompts) - 1).bit_length()  # a power of two, so that few programs are compiled
         sampling = Sampling.make(config, np.tile(np.arange(n_samples), n_rows), self._c.vocab_size)
         state = self._start(prompts, n_rows, config)
         S = bucket(max(map(len, prompts)), self._c.max_seq_len, SMALLEST_PROMPT)
-        stops = [Detokenizer(self.tokenizer, config.stop) for _ in range(len(prompts) * n_samples)]
+        detokenizers = [Detokenizer(self.tokenizer, config.stop) for _ in range(len(prompts) * n_samples)]
         prompts = [ids for ids in prompts for _ in range(n_samples)]
-        n_seen = [0] * len(prompts)
+        n_checked = [0] * len(prompts)
 
         def answers(state: DecodeState) -> list[list[int]]:
             tokens_BT, length_B = jax.device_get((state.tokens_BT, state.length_B))
             return [tokens_T[len(ids) : n].tolist() for ids, tokens_T, n in zip(prompts, tokens_BT, length_B, strict=False)]
 
-        def look_for_stops(state: DecodeState) -> jax.Array:
+        def check_stops(state: DecodeState) -> jax.Array:
             finished_B = np.array(state.finished_B)
             for row, ids in enumerate(answers(state)):
-                for token in ids[n_seen[row] :]:
+                for token in ids[n_checked[row] :]:
                     if token != self.tokenizer.eos_token_id:
-                        stops[row].push(token)
-                n_seen[row] = len(ids)
-                finished_B[row] |= stops[row].stopped
+                        detokenizers[row].push(token)
+                n_checked[row] = len(ids)
+                finished_B[row] |= detokenizers[row].stopped
             return jnp.asarray(finished_B)
 
-        state = self._decoder.run(self.params, state, sampling, S, n_samples, look_for_stops if config.stop else None)
+        state = self._decoder.run(self.params, state, sampling, S, n_samples, check_stops if config.stop else None)
         return [self._generation(ids, prompt, config) for ids, prompt in zip(answers(state), prompts, strict=True)]
 
     def _generation(self, ids: list[int], prompt: list[int], config: GenerationConfig) -> Generation:
-        """ids: all that was decoded after `prompt`."""
+        """The result for `ids`, all tokens decoded after `prompt`; cut at `</s>` or a stop string."""
         reason = "length" if len(ids) == config.max_new_tokens else "context"
         if ids and ids[-1] == self.tokenizer.eos_token_id:
             ids, reason = ids[:-1], "eos"
@@ -297,7 +302,7 @@ class TextGenerator:
     def _stream_ids(self, prompt: list[int], config: GenerationConfig, every: int = 1) -> Iterator[str]:
         sampling = Sampling.make(config, np.zeros(1), self._c.vocab_size)
         text, ids = Detokenizer(self.tokenizer, config.stop), []
-        state: DecodeState | None = None  # none: nothing to decode
+        state: DecodeState | None = None  # stays None if max_new_tokens is 0
         try:
             if config.max_new_tokens:
                 state, start, S = self._resume(prompt, config)
@@ -318,31 +323,30 @@ class TextGenerator:
             if piece := text.finish():
                 yield piece
         finally:
-            if (
-                ids and state is not None and state.kv_cache is not None
-            ):  # without a token, the prompt may not have been read to its end
-                self._kept = self.params, prompt + ids, state
+            # Without a generated token, the prefill may not have completed.
+            if ids and state is not None and state.kv_cache is not None:
+                self._last_stream = self.params, prompt + ids, state
         return self._generation(ids, prompt, config)
 
     def _resume(self, prompt: list[int], config: GenerationConfig) -> tuple[DecodeState, int, int]:
-        """A state for one prompt with the cache of the last stream, as far as its tokens are the same.
+        """A state for one prompt that reuses the last stream's KV cache for the tokens they have in common.
 
         Returns:
-          (state, start, S): the positions start .. start + S - 1 are to be read.
+          (state, start, S): the prefill has to read positions start .. start + S - 1.
         """
         state = self._start([prompt], 1, config)
         T, n_same = state.tokens_BT.shape[1], 0
-        kept, self._kept = self._kept, None
-        if kept is not None and config.use_cache and kept[0] is self.params and not kept[2].length_B.is_deleted():
-            _, ids, old = kept
-            # The last token of a state is not in its cache; and of the prompt at least one has to be read.
+        last, self._last_stream = self._last_stream, None
+        if last is not None and config.use_cache and last[0] is self.params and not last[2].length_B.is_deleted():
+            _, ids, old = last
+            # A state's last token is not in its cache, and at least one token of the prompt must be read to get logits.
             comparable = min(len(ids), len(prompt)) - 1
             n_same = next((i for i in range(comparable) if ids[i] != prompt[i]), comparable)
             if old.tokens_BT.shape[1] != T:
                 old = self._decoder.resize(old, length=T)
             state = dataclasses.replace(state, kv_cache=old.kv_cache)
         S = bucket(len(prompt) - n_same, self._c.max_seq_len, SMALLEST_PROMPT)
-        return state, min(n_same, T - S), S  # where the bucket would overrun, it begins earlier and reads tokens again
+        return state, min(n_same, T - S), S  # near the end of the cache, the bucket starts earlier and rereads some tokens
 
 
 def _print(piece: str) -> None:

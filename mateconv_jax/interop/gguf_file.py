@@ -1,7 +1,7 @@
-"""GGUF, llama.cpp's file of weights, configuration and tokenizer: written for it, and read whoever wrote it.
+"""GGUF, llama.cpp's format for weights, configuration and tokenizer in one file: written for llama.cpp, read from any tool.
 
-Architecture `llama`, or `qwen3` with norms of queries and keys. llama.cpp's rotary embedding of `llama` pairs neighbouring
-features (2j, 2j + 1), so those files hold the rows of queries and keys in that order; of `qwen3` it pairs (j, j + N/2).
+Architecture `llama`, or `qwen3` with QK norm. For `llama`, llama.cpp uses rotary pairs (2j, 2j + 1), so those files hold query
+and key rows in that order; for `qwen3` it uses (j, j + N/2).
 """
 
 import functools
@@ -22,27 +22,27 @@ from transformers import PreTrainedTokenizerFast
 
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop import hf_config, weight_mapping
-from mateconv_jax.interop.stored_model import Model, load_tokenizer
+from mateconv_jax.interop.stored_model import StoredModel, load_tokenizer
 from mateconv_jax.interop.weight_mapping import Tensor
 from mateconv_jax.model.rope import rope_frequencies
 
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen3": gguf.MODEL_ARCH.QWEN3}
-# {--dtype: what matrices are written as, general.file_type}. Norms stay float32, as llama.cpp wants them.
+# {--dtype: (type of matrices, general.file_type)}. Norms stay float32, as llama.cpp requires.
 DTYPES = {
     "float32": (Type.F32, gguf.LlamaFileType.ALL_F32),
     "float16": (Type.F16, gguf.LlamaFileType.MOSTLY_F16),
     "bfloat16": (Type.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (Type.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
-ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's rope scaling: what each pair's frequency is divided by, (N/2,)
-# Of which a file does not say the settings; these are Llama 3.1's and 3.2's.
+ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's rope scaling: the divisor of each pair's frequency, (N/2,)
+# The scaling's settings, which a file does not hold; these are Llama 3.1's and 3.2's.
 LLAMA3 = dict(rope_low_freq_factor=1.0, rope_high_freq_factor=4.0, rope_original_max_seq_len=8192)
-# Kinds of token in tokenizer.ggml.token_type.
+# Values of tokenizer.ggml.token_type.
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # {in transformers: in tokenizer.ggml.*_token_id}
 
-# How text is split before merging, by llama.cpp's name: (normaliser, pre-tokeniser, whether a piece that is a token is left
-# whole whatever the merges say). llama.cpp has no normaliser: for text that is not in NFC its ids may be others.
+# llama.cpp's pre-tokenizers by name: (normalizer, pre-tokenizer, ignore_merges: keep a piece that is a token whole regardless
+# of the merges). llama.cpp has no normalizers, so its ids may differ on text that is not in NFC.
 _BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 _WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
 _LLAMA3, _QWEN2 = (
@@ -60,6 +60,7 @@ PRE_TOKENIZERS = {
 
 
 def is_gguf(path: Path) -> bool:
+    """Whether `path` is a GGUF file, by its magic number."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -69,18 +70,18 @@ def is_gguf(path: Path) -> bool:
 # ---- reading ------------------------------------------------------------------------------------------------------
 
 
-def open_gguf(path: Path, key: str, tokenizer: str | Path | None, n_heads: int | None) -> Model:
-    """Its tensors are read, and dequantised to float32, when they are asked for, array by array.
+def open_gguf(path: Path, key: str, tokenizer: str | Path | None, n_heads: int | None) -> StoredModel:
+    """Open a file; its tensors are read and dequantised to float32 on demand.
 
-    A tokenizer of another kind than ours, SentencePiece for one, is not read: a line on standard error says so, and
+    Only byte-level BPE tokenizers are read. For any other, such as SentencePiece, a warning is printed to standard error and
     `tokenizer` is None.
 
     Raises:
-      UserError: a broken file; an architecture or a quantisation that is not known.
+      UserError: a damaged file, or an unsupported architecture or quantisation.
     """
     file = _File(path, key)
     config = _configuration(file)
-    return Model(
+    return StoredModel(
         path=path,
         config=config,
         tokenizer=load_tokenizer(tokenizer, None, key) if tokenizer else _read_tokenizer(file),
@@ -93,32 +94,37 @@ def open_gguf(path: Path, key: str, tokenizer: str | Path | None, n_heads: int |
 
 
 class _File:
-    """path. tensors: {name: ReaderTensor}, none of which is read yet."""
+    """An open GGUF file.
+
+    Attributes:
+      path: the file.
+      tensors: {name: ReaderTensor}, memory-mapped.
+    """
 
     def __init__(self, path: Path, key: str):
         self.path = path
         try:
             self._reader = gguf.GGUFReader(path)
-        except Exception as error:  # whatever a broken file makes it do
+        except Exception as error:  # a damaged file may raise anything
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{key}: {path} is not read ({reason}; expected a whole GGUF file)") from error
+            raise UserError(f"{key}: cannot read {path} ({reason}; expected a complete GGUF file)") from error
         self.tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         for tensor in self.tensors.values():
             try:
                 gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[tensor.tensor_type][1]), np.uint8), tensor.tensor_type)
             except NotImplementedError as error:
                 raise UserError(
-                    f"{path}: the tensor {tensor.name} is quantised as {tensor.tensor_type.name}, which the package gguf does "
-                    "not read (expected F32, F16, BF16, Q8_0, Q4_0 or Q4_1)"
+                    f"{path}: the tensor {tensor.name} is quantised as {tensor.tensor_type.name}, which the gguf package "
+                    "cannot read (expected F32, F16, BF16, Q8_0, Q4_0 or Q4_1)"
                 ) from error
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A value, or a list of values, of the file's header."""
+        """A value or list of values from the file's metadata."""
         field = self._reader.get_field(name)
         return default if field is None else field.contents()
 
     def number(self, name: str, default: int | float | None = None) -> int | float:
-        """A value that has to be there. float32 in the file: 1e-5, not 9.99999975e-06."""
+        """A required number. A float32 becomes its shortest decimal: 1e-5, not 9.99999975e-06."""
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{self.path}: {name} is {'missing' if value is None else repr(value)} (expected a number)")
@@ -127,7 +133,7 @@ class _File:
     def shape(self, name: str) -> tuple[int, ...]:
         if name not in self.tensors:
             raise UserError(f"{self.path}: the tensor {name} is missing")
-        return tuple(int(size) for size in reversed(self.tensors[name].shape))  # GGUF has the last axis first
+        return tuple(int(size) for size in reversed(self.tensors[name].shape))  # GGUF lists the last axis first
 
     def read(self, name: str) -> np.ndarray:
         tensor = self.tensors[name]
@@ -158,7 +164,7 @@ def _configuration(file: _File) -> ConfigDict:
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
     config = hf_config.configuration(model, str(file.path))
-    # Settings of which this model has only one.
+    # Settings for which this model supports only one value.
     only = {
         "split.count": 1,
         f"{architecture}.expert_count": 0,
@@ -169,7 +175,7 @@ def _configuration(file: _File) -> ConfigDict:
     }
     for name, expected in only.items():
         if (value := file.get(name, expected)) != expected:
-            raise UserError(f"{file.path}: {name} is {value!r} (expected {expected!r}: this model has no other)")
+            raise UserError(f"{file.path}: {name} is {value!r} (expected {expected!r}, the only supported value)")
     if ROPE_FACTORS not in file.tensors:
         return config
     factors_n = file.read(ROPE_FACTORS)
@@ -192,7 +198,7 @@ def _rope_factors(model: ConfigDict) -> np.ndarray:
 
 
 def _tensors(file: _File, c: ConfigDict) -> dict[str, Tensor]:
-    """By Hugging Face's names; one that has none there keeps its own."""
+    """The tensors by Hugging Face name; unknown ones keep their GGUF name."""
     hf_names = {theirs: ours for ours, theirs in _gguf_names(c).items()}
     tensors = {}
     for name in file.tensors:
@@ -200,34 +206,36 @@ def _tensors(file: _File, c: ConfigDict) -> dict[str, Tensor]:
         if name != ROPE_FACTORS:
             tensors[hf_name] = (
                 weight_mapping.half_split(tensor, c.head_dim)
-                if hf_name.endswith(weight_mapping.TURNED) and not c.qk_norm
+                if hf_name.endswith(weight_mapping.ROTATED) and not c.qk_norm
                 else tensor
             )
     return tensors
 
 
 def _gguf_names(c: ConfigDict) -> dict[str, str]:
-    """{Hugging Face's name: GGUF's}"""
+    """{Hugging Face name: GGUF name}"""
     table = gguf.get_tensor_name_map(ARCHITECTURES["qwen3" if c.qk_norm else "llama"], c.n_layers)
-    names = {name: table.get_name(name, (".weight",)) for parts in weight_mapping.parts(c).values() for name, _ in parts}
+    names = {name: table.get_name(name, (".weight",)) for shapes in weight_mapping.mapping(c).values() for name, _ in shapes}
     return {name: theirs for name, theirs in names.items() if theirs is not None}
 
 
 def _read_tokenizer(file: _File) -> PreTrainedTokenizerFast | None:
-    kind, name = file.get("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or name not in PRE_TOKENIZERS:
-        wrong = f"model is {kind!r} (expected 'gpt2', a byte-level BPE" if kind != "gpt2" else f"pre is {name!r} ("
+    model, name = file.get("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre")
+    if model != "gpt2" or name not in PRE_TOKENIZERS:
+        problem = f"model is {model!r} (expected 'gpt2', a byte-level BPE" if model != "gpt2" else f"pre is {name!r} ("
         print(
-            f"{file.path}: its tokenizer is not read, since tokenizer.ggml.{wrong}; give another with --tokenizer)",
+            f"warning: {file.path}: unsupported tokenizer, tokenizer.ggml.{problem}; give another with --tokenizer)",
             file=sys.stderr,
         )
         return None
     normalizer, pre_tokenizer, ignore_merges = PRE_TOKENIZERS[name]
     tokens = file.get("tokenizer.ggml.tokens", [])
-    kinds = file.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    token_types = file.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     merges = [tuple(merge.split(" ")) for merge in file.get("tokenizer.ggml.merges", [])]
     try:
-        vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != UNUSED}
+        vocabulary = {
+            token: i for i, (token, its_type) in enumerate(zip(tokens, token_types, strict=True)) if its_type != UNUSED
+        }
         bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges, ignore_merges=ignore_merges))
         ids = {key: file.get(f"tokenizer.ggml.{theirs}_token_id") for key, theirs in SPECIAL.items()}
         special = {f"{key}_token": tokens[i] for key, i in ids.items() if i is not None}
@@ -235,14 +243,16 @@ def _read_tokenizer(file: _File) -> PreTrainedTokenizerFast | None:
         raise UserError(f"{file.path}: cannot read the tokenizer ({error}; give another with --tokenizer)") from error
     if "eos_token" not in special:
         raise UserError(f"{file.path}: the tokenizer has no end token (give another with --tokenizer)")
-    # Where documents do not begin with it, as SmolLM2's and Qwen3's, it is none. Of Llama 3's files some do not say so.
+    # If documents do not begin with <bos> (SmolLM2, Qwen3), the model has none. Some Llama 3 files omit the key.
     if not file.get("tokenizer.ggml.add_bos_token", name == "llama-bpe"):
         special.pop("bos_token", None)
     bpe.normalizer, bpe.pre_tokenizer, bpe.decoder = normalizer, pre_tokenizer, tokenizers.decoders.ByteLevel()
     added = {}
-    for kind in (CONTROL, USER_DEFINED):
-        added[kind] = [token for token, its_kind in zip(tokens, kinds, strict=True) if its_kind == kind]
-        bpe.add_tokens([tokenizers.AddedToken(token, special=kind == CONTROL, normalized=False) for token in added[kind]])
+    for added_type in (CONTROL, USER_DEFINED):
+        added[added_type] = [token for token, its_type in zip(tokens, token_types, strict=True) if its_type == added_type]
+        bpe.add_tokens(
+            [tokenizers.AddedToken(token, special=added_type == CONTROL, normalized=False) for token in added[added_type]]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         chat_template=file.get("tokenizer.chat_template"),
@@ -255,23 +265,25 @@ def _read_tokenizer(file: _File) -> PreTrainedTokenizerFast | None:
 # ---- writing ------------------------------------------------------------------------------------------------------
 
 
-def write_gguf(path: Path, model: Model, params: nnx.State, dtype: str) -> None:
-    """Array by array.
+def write_gguf(path: Path, model: StoredModel, params: nnx.State, dtype: str) -> None:
+    """Write a file, one array at a time.
 
     Args:
       params: float32.
-      dtype: of matrices, one of DTYPES.
+      dtype: of matrices, a key of DTYPES.
 
     Raises:
-      UserError: a mixture of experts; what llama.cpp has not: the tokenizer's way of splitting text, Llama 3's rope scaling
-        together with norms of queries and keys; rows that q8_0 cannot have.
+      UserError: a mixture of experts; a pre-tokenizer, or rope scaling together with QK norm, that llama.cpp does not support;
+        weights that overflow float16; row lengths that q8_0 does not allow.
     """
     c, tokenizer = model.config.model, model.tokenizer
-    assert tokenizer is not None  # convert has refused
+    assert tokenizer is not None  # checked by `formats.convert`
     if c.use_moe:
-        raise UserError("--to: no .gguf file, model.use_moe is True (expected False: write a Hugging Face folder)")
+        raise UserError("--to: cannot be a .gguf file with model.use_moe True (write a Hugging Face folder instead)")
     if c.qk_norm and c.rope_factor != 1:
-        raise UserError(f"--to: no .gguf file, model.rope_factor is {c.rope_factor} (llama.cpp's qwen3 has no such scaling)")
+        raise UserError(
+            f"--to: cannot be a .gguf file with model.rope_factor {c.rope_factor} (llama.cpp's qwen3 has no rope scaling)"
+        )
     matrix_type, file_type = DTYPES[dtype]
     writer = gguf.GGUFWriter(None, "qwen3" if c.qk_norm else "llama")
     _add_sizes(writer, path.stem, c, file_type)
@@ -280,7 +292,7 @@ def write_gguf(path: Path, model: Model, params: nnx.State, dtype: str) -> None:
     gguf_names = _gguf_names(c)
     tensors = {
         gguf_names[name]: weight_mapping.interleaved(tensor, c.head_dim)
-        if name.endswith(weight_mapping.TURNED) and not c.qk_norm
+        if name.endswith(weight_mapping.ROTATED) and not c.qk_norm
         else tensor
         for name, tensor in weight_mapping.to_hf(params, c).items()
     }
@@ -291,7 +303,9 @@ def write_gguf(path: Path, model: Model, params: nnx.State, dtype: str) -> None:
     for name, tensor in tensors.items():
         block_size = gguf.GGML_QUANT_SIZES[types[name]][0]
         if tensor.shape[-1] % block_size:
-            raise UserError(f"--dtype: {dtype} takes rows of {block_size} numbers; those of {name} have {tensor.shape[-1]}")
+            raise UserError(
+                f"--dtype: {dtype} needs rows of a multiple of {block_size} numbers; those of {name} have {tensor.shape[-1]}"
+            )
         byte_shape = gguf.quant_shape_to_byte_shape(tensor.shape, types[name])
         writer.add_tensor_info(name, byte_shape, np.dtype(np.uint8), math.prod(byte_shape), types[name])
     try:
@@ -302,7 +316,7 @@ def write_gguf(path: Path, model: Model, params: nnx.State, dtype: str) -> None:
             with np.errstate(over="ignore"):
                 array = gguf.quantize(tensor.read(), types[name])
             if types[name] == Type.F16 and not np.isfinite(array).all():
-                raise UserError("--dtype: float16 has no number as large as one of the weights (expected bfloat16 or float32)")
+                raise UserError("--dtype: some weights overflow float16 (expected bfloat16 or float32)")
             writer.write_tensor_data(array)
     finally:
         writer.close()
@@ -331,9 +345,9 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, 
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     bpe = backend["model"]
     if bpe["type"] != "BPE" or bpe["byte_fallback"] or backend["decoder"]["type"] != "ByteLevel":
-        raise UserError(f"--to: no .gguf file, it has no place for this tokenizer, a {bpe['type']} (expected a byte-level BPE)")
+        raise UserError(f"--to: cannot be a .gguf file with this {bpe['type']} tokenizer (expected a byte-level BPE)")
     if not bpe["merges"]:
-        raise UserError("--to: no .gguf file, the tokenizer merges nothing, and llama.cpp takes none like that")
+        raise UserError("--to: cannot be a .gguf file: the tokenizer has no merges, and llama.cpp requires some")
     splitting = _splitting(tokenizer.backend_tokenizer)
     known = {}
     for name, (normalizer, pre_tokenizer, ignore_merges) in PRE_TOKENIZERS.items():
@@ -343,21 +357,21 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, 
     name = next((name for name in known if known[name] == splitting), None)
     if name is None:
         raise UserError(
-            f"--to: no .gguf file, llama.cpp has no name for how this tokenizer splits text (expected the way of "
-            f"{', '.join(PRE_TOKENIZERS)}; here it is {json.dumps(backend['pre_tokenizer'])[:200]})"
+            f"--to: cannot be a .gguf file: llama.cpp does not know this tokenizer's pre-tokenizer (expected that of "
+            f"{', '.join(PRE_TOKENIZERS)}; it is {json.dumps(backend['pre_tokenizer'])[:200]})"
         )
     pieces = {i: token for token, i in tokenizer.get_vocab().items()}
-    kinds = {i: CONTROL if token.special else USER_DEFINED for i, token in tokenizer.added_tokens_decoder.items()}
+    added_types = {i: CONTROL if token.special else USER_DEFINED for i, token in tokenizer.added_tokens_decoder.items()}
     ids = range(vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name)
-    writer.add_token_list([pieces.get(i, f"[PAD{i}]") for i in ids])  # the model may have rows for more
-    writer.add_token_types([kinds.get(i, NORMAL) if i in pieces else UNUSED for i in ids])
+    writer.add_token_list([pieces.get(i, f"[PAD{i}]") for i in ids])  # the embedding may have more rows
+    writer.add_token_types([added_types.get(i, NORMAL) if i in pieces else UNUSED for i in ids])
     writer.add_token_merges([" ".join(merge) for merge in bpe["merges"]])
     for key, theirs in SPECIAL.items():
         if (i := getattr(tokenizer, f"{key}_token_id")) is not None:
             writer.add_uint32(f"tokenizer.ggml.{theirs}_token_id", i)
-    writer.add_add_bos_token(tokenizer.bos_token_id is not None)  # a document starts with it, and so does a prompt
+    writer.add_add_bos_token(tokenizer.bos_token_id is not None)  # makes llama.cpp put it before prompts
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = [{"name": name, "template": text} for name, text in template.items()]
@@ -366,7 +380,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, 
 
 
 def _splitting(tokenizer: tokenizers.Tokenizer) -> tuple:
-    """What decides how text is split before merging."""
+    """The parts of a tokenizer that determine how text is split before merging, for comparison."""
 
     def without_offsets(part):
         if isinstance(part, dict):

@@ -1,5 +1,5 @@
-"""config.model as Hugging Face's config.json, and back. Both spellings of rotary settings are read and written: transformers
-4's `rope_theta` and `rope_scaling`, and 5's `rope_parameters`.
+"""Conversion between config.model and Hugging Face's config.json. Rotary settings are read and written in both spellings:
+`rope_theta` and `rope_scaling` (transformers 4), and `rope_parameters` (transformers 5).
 """
 
 from ml_collections import ConfigDict
@@ -7,11 +7,11 @@ from ml_collections import ConfigDict
 from mateconv_jax import config as config_lib
 from mateconv_jax.errors import UserError
 
-# What each architecture takes for keys that its config.json leaves out, as transformers' classes and MiniMind's do.
+# Defaults for keys missing from config.json, as in transformers' classes and MiniMind's.
 ARCHITECTURES = {
     "LlamaForCausalLM": dict(qk_norm=False, head_dim=None, tie_word_embeddings=False, max_seq_len=2048, norm_eps=1e-6),
     "Qwen3ForCausalLM": dict(qk_norm=True, head_dim=128, tie_word_embeddings=False, max_seq_len=32768, norm_eps=1e-6),
-    # Mixtures of experts. Qwen2's shared expert has a gate, which hugging_face.py opens half; ours has none.
+    # Mixtures of experts. Qwen2's shared expert has a gate, ours does not; hugging_face.py converts.
     "Qwen2MoeForCausalLM": dict(
         qk_norm=False, head_dim=None, tie_word_embeddings=False, max_seq_len=32768, norm_eps=1e-6, use_moe=True,
         n_routed_experts=60, num_experts_per_tok=4, n_shared_experts=1, norm_topk_prob=False, aux_loss_alpha=0.001,
@@ -20,7 +20,7 @@ ARCHITECTURES = {
         qk_norm=True, head_dim=None, tie_word_embeddings=False, max_seq_len=32768, norm_eps=1e-6, use_moe=True,
         n_routed_experts=128, num_experts_per_tok=8, n_shared_experts=0, norm_topk_prob=False, aux_loss_alpha=0.001,
     ),
-    # Has Hugging Face's names too. Only its weights say whether it is of a version with norms of queries and keys.
+    # Uses Hugging Face's tensor names. Whether it is a version with QK norm shows only in its weights.
     "MiniMindForCausalLM": dict(head_dim=None, tie_word_embeddings=True, max_seq_len=32768, norm_eps=1e-5, rope_theta=1e6),
 }  # fmt: skip
 KEYS = {
@@ -38,7 +38,7 @@ MODEL_TYPES = {
     "LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3", "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }  # fmt: skip
-# Settings of which this model has only one.
+# Settings for which this model supports only one value.
 ONLY = {
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "pretraining_tp": 1,
     "partial_rotary_factor": 1.0, "quantization_config": None, "use_moe": False,
@@ -46,15 +46,15 @@ ONLY = {
 
 
 def from_hf(values: dict, has_qk_norm: bool, source: str) -> ConfigDict:
-    """A whole configuration, resolved, with `values`' model in it and the defaults of training.
+    """A full, resolved configuration with the model described by a config.json and defaults for everything else.
 
     Args:
-      values: what config.json holds.
-      has_qk_norm: whether there are norms of queries and keys among the tensors.
-      source: the file, for errors.
+      values: the content of config.json.
+      has_qk_norm: whether the tensors include QK norms.
+      source: the file, for error messages.
 
     Raises:
-      UserError: another architecture, a key that is missing, or a setting that this model does not have.
+      UserError: an unsupported architecture or setting, or a missing key.
     """
     architecture = (values.get("architectures") or [None])[0]
     if architecture not in ARCHITECTURES:
@@ -63,7 +63,7 @@ def from_hf(values: dict, has_qk_norm: bool, source: str) -> ConfigDict:
         raise UserError(f"{source}: {missing[0]} is missing")
     for key, only in ONLY.items():
         if values.get(key, only) != only:
-            raise UserError(f"{source}: {key} is {values[key]!r} (expected {only!r}: this model has no other)")
+            raise UserError(f"{source}: {key} is {values[key]!r} (expected {only!r}, the only supported value)")
     model = {"qk_norm": has_qk_norm, "n_kv_heads": values["num_attention_heads"]} | ARCHITECTURES[architecture]
     if "num_local_experts" in values:  # transformers 5 writes this name
         values = {"num_experts": values["num_local_experts"]} | values
@@ -75,10 +75,10 @@ def from_hf(values: dict, has_qk_norm: bool, source: str) -> ConfigDict:
 
 
 def configuration(model: dict, source: str) -> ConfigDict:
-    """The default configuration with these keys of config.model, resolved; rows as long as the model's context, or 512.
+    """The default configuration with these keys of config.model, resolved. data.seq_len is the model's context, at most 512.
 
     Raises:
-      UserError: a key's value is not possible.
+      UserError: an invalid value.
     """
     data = {"seq_len": min(512, model.get("max_seq_len", 512))}
     config = config_lib.from_dict({"model": model, "data": data}, source)
@@ -97,17 +97,17 @@ def _check_experts(values: dict, model: dict, architecture: str, source: str) ->
         only["norm_topk_prob"] = False
     for key, value in only.items():
         if values.get(key) not in (None, value):
-            raise UserError(f"{source}: {key} is {values[key]!r} (expected {value!r}: this model has no other)")
+            raise UserError(f"{source}: {key} is {values[key]!r} (expected {value!r}, the only supported value)")
 
 
 def _rope_from_hf(values: dict, model: dict, source: str) -> dict:
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     theta = rope.get("rope_theta") or values.get("rope_theta") or model.get("rope_theta", 10_000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    if rope_type == "default":
         return {"rope_theta": float(theta)}
-    if kind != "llama3":
-        raise UserError(f"{source}: rope_type is {kind!r} (expected 'default' or 'llama3')")
+    if rope_type != "llama3":
+        raise UserError(f"{source}: rope_type is {rope_type!r} (expected 'default' or 'llama3')")
     try:
         return {
             "rope_theta": float(theta),
@@ -117,37 +117,35 @@ def _rope_from_hf(values: dict, model: dict, source: str) -> dict:
             "rope_original_max_seq_len": int(rope.get("original_max_position_embeddings") or model["max_seq_len"]),
         }
     except KeyError as error:
-        raise UserError(
-            f"{source}: the rotary settings have no {error.args[0]} (expected it beside rope_type 'llama3')"
-        ) from error
+        raise UserError(f"{source}: the rotary settings have no {error.args[0]} (required with rope_type 'llama3')") from error
 
 
 def architecture(model: ConfigDict) -> str:
-    """transformers' class for config.model.
+    """The transformers class for config.model.
 
     Raises:
-      UserError: there is none.
+      UserError: transformers has no matching class.
     """
     if not model.use_moe:
         return "Qwen3ForCausalLM" if model.qk_norm else "LlamaForCausalLM"
     if model.qk_norm == bool(model.n_shared_experts):
         raise UserError(
             f"--to_kind: transformers has no model with model.qk_norm {model.qk_norm} and model.n_shared_experts "
-            f"{model.n_shared_experts} (expected norms of queries and keys, or a shared expert)"
+            f"{model.n_shared_experts} (expected either QK norm or a shared expert)"
         )
     return "Qwen3MoeForCausalLM" if model.qk_norm else "Qwen2MoeForCausalLM"
 
 
 def to_hf(model: ConfigDict, dtype: str, token_ids: dict[str, int | None]) -> dict:
-    """What config.json holds.
+    """The content of config.json.
 
     Args:
       model: config.model, resolved.
-      dtype: of the tensors beside it: float32, float16 or bfloat16.
+      dtype: of the tensors saved with it: float32, float16 or bfloat16.
       token_ids: bos_token_id, eos_token_id and pad_token_id.
 
     Raises:
-      UserError: transformers has no such model.
+      UserError: transformers has no matching class.
     """
     rope = {"rope_type": "default"}
     if model.rope_factor != 1:
@@ -180,7 +178,7 @@ def to_hf(model: ConfigDict, dtype: str, token_ids: dict[str, int | None]) -> di
 
 def _experts_to_hf(model: ConfigDict) -> dict:
     return {theirs: model[ours] for ours, theirs in MOE_KEYS.items()} | {
-        "norm_topk_prob": model.norm_topk_prob and model.num_experts_per_tok > 1,  # of one expert, ours is never normed
+        "norm_topk_prob": model.norm_topk_prob and model.num_experts_per_tok > 1,  # with K = 1, ours does not normalise
         "shared_expert_intermediate_size": model.hidden_dim,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],

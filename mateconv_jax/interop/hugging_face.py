@@ -1,4 +1,4 @@
-"""Folders as transformers' save_pretrained writes them, and as vLLM, SGLang and lm_eval read them.
+"""Hugging Face folders, as written by transformers' save_pretrained and read by vLLM, SGLang and lm_eval.
 
 config.json, generation_config.json
 model.safetensors, or model-00001-of-00002.safetensors … and model.safetensors.index.json
@@ -20,36 +20,36 @@ from flax import nnx
 
 from mateconv_jax import files
 from mateconv_jax.errors import UserError
-from mateconv_jax.inference.generation_config import GenerationConfig
+from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.interop import hf_config, model_card, pytorch, weight_mapping
-from mateconv_jax.interop.stored_model import Model, load_tokenizer
+from mateconv_jax.interop.stored_model import StoredModel, load_tokenizer
 from mateconv_jax.interop.weight_mapping import Tensor
 
-SHARED_GATE, SHARED_LAST = "mlp.shared_expert_gate.weight", "mlp.shared_expert.down_proj.weight"
-PYTORCH = "pytorch_model.bin"  # as MiniMind's own scripts write; read only
+SHARED_GATE, SHARED_DOWN = "mlp.shared_expert_gate.weight", "mlp.shared_expert.down_proj.weight"
+PYTORCH = "pytorch_model.bin"  # written by MiniMind's scripts; only read here
 INDEX = "model.safetensors.index.json"
 
 
 def is_folder(path: Path) -> bool:
-    """config.json speaks of architectures, or there are weights as transformers writes them."""
+    """Whether config.json has "architectures", or there are .safetensors files beside it."""
     config = path / "config.json"
     return config.is_file() and (b'"architectures"' in config.read_bytes() or any(path.glob("*.safetensors")))
 
 
-def open_folder(path: Path, key: str, tokenizer: str | Path | None, n_heads: int | None) -> Model:
-    """Its tensors are read when they are asked for, array by array.
+def open_folder(path: Path, key: str, tokenizer: str | Path | None, n_heads: int | None) -> StoredModel:
+    """Open a folder; its tensors are read on demand.
 
     Raises:
-      UserError: an architecture or a setting that this model does not have; no safetensors there, or broken ones.
+      UserError: an unsupported architecture or setting, or missing or damaged safetensors.
     """
     try:
         values = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{key}: {path / 'config.json'} is not JSON ({error})") from error
+        raise UserError(f"{key}: {path / 'config.json'} is not valid JSON ({error})") from error
     tensors = _without_shared_gates(_tensors(path, key), path)
     has_qk_norm = any(name.endswith("self_attn.q_norm.weight") for name in tensors)
     config = hf_config.from_hf(values, has_qk_norm, str(path / "config.json"))
-    return Model(
+    return StoredModel(
         path=path,
         config=config,
         tokenizer=load_tokenizer(tokenizer, path if (path / "tokenizer.json").is_file() else None, key),
@@ -59,11 +59,11 @@ def open_folder(path: Path, key: str, tokenizer: str | Path | None, n_heads: int
     )
 
 
-def write_folder(path: Path, model: Model, params: nnx.State, max_shard_size: int | str = "5GB") -> None:
-    """What the module's docstring lists, in the parameters' dtype.
+def write_folder(path: Path, model: StoredModel, params: nnx.State, max_shard_size: int | str = "5GB") -> None:
+    """Write the files listed in the module docstring; weights in the parameters' dtype.
 
     Args:
-      max_shard_size: of one file of weights.
+      max_shard_size: of one weights file, in bytes or such as "5GB".
     """
     tensors = _with_shared_gates(weight_mapping.to_hf(params, model.config.model))
     dtype = jax.tree.leaves(params)[0].dtype
@@ -80,7 +80,7 @@ def write_folder(path: Path, model: Model, params: nnx.State, max_shard_size: in
         _write_json(path / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
     tokenizer = model.tokenizer
-    assert tokenizer is not None  # convert has refused
+    assert tokenizer is not None  # checked by `formats.convert`
     token_ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     config = hf_config.to_hf(model.config.model, dtype.name, token_ids)
     _write_json(path / "config.json", config)
@@ -88,7 +88,7 @@ def write_folder(path: Path, model: Model, params: nnx.State, max_shard_size: in
     sampling = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     _write_json(path / "generation_config.json", token_ids | sampling)
     tokenizer.save_pretrained(path)
-    # What transformers 5 writes there, version 4, and what still uses it, does not read; 5 reads this too.
+    # Rewritten from transformers 5's form to 4's, which both versions can read.
     settings = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
     settings = {key: value for key, value in settings.items() if key not in ("backend", "is_local", "local_files_only")}
     extra = settings.pop("extra_special_tokens", [])
@@ -98,27 +98,27 @@ def write_folder(path: Path, model: Model, params: nnx.State, max_shard_size: in
 
 
 def _with_shared_gates(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A shared expert for Qwen2MoeForCausalLM, which multiplies its output by a sigmoid: of weights of 0 that is 1/2, and the
-    expert's last layer is written twice as large.
+    """Add the gate that Qwen2MoeForCausalLM's shared expert has: it multiplies the output by sigmoid(gate x). With gate weights
+    of 0 that is 1/2, so the expert's down projection is doubled.
     """
     gated = dict(tensors)
     for name, tensor in tensors.items():
-        if name.endswith(SHARED_LAST):
+        if name.endswith(SHARED_DOWN):
             dim = tensor.shape[0]
             gated[name] = Tensor(tensor.shape, lambda read=tensor.read: 2 * read())
-            gate = name.replace(SHARED_LAST, SHARED_GATE)
+            gate = name.replace(SHARED_DOWN, SHARED_GATE)
             gated[gate] = Tensor((1, dim), lambda read=tensor.read, dim=dim: np.zeros((1, dim), read().dtype))
     return gated
 
 
 def _without_shared_gates(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Raises UserError where a gate is not what `_with_shared_gates` makes."""
+    """The inverse of `_with_shared_gates`. Raises UserError if a gate is not 0."""
     ours = {name: tensor for name, tensor in tensors.items() if not name.endswith(SHARED_GATE)}
     for name in tensors.keys() - ours.keys():
-        last = name.replace(SHARED_GATE, SHARED_LAST)
-        if tensors[name].read().any() or last not in ours:
+        down = name.replace(SHARED_GATE, SHARED_DOWN)
+        if tensors[name].read().any() or down not in ours:
             raise UserError(f"{path}: {name} is not 0 (expected 0: this model's shared expert has no gate)")
-        ours[last] = Tensor(ours[last].shape, lambda read=ours[last].read: read() / 2)
+        ours[down] = Tensor(ours[down].shape, lambda read=ours[down].read: read() / 2)
     return ours
 
 
@@ -127,7 +127,7 @@ def _write_json(path: Path, values: dict) -> None:
 
 
 def _tensors(path: Path, key: str) -> dict[str, Tensor]:
-    """Of all weight files, not read yet."""
+    """The tensors of all weights files, to be read on demand."""
     if (path / PYTORCH).is_file() and not any(path.glob("*.safetensors")):
         return pytorch.read_tensors(path / PYTORCH, key)
     file_name = INDEX

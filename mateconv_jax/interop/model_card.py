@@ -1,11 +1,11 @@
-"""README.md of an exported model: what it is, what it learned from, how well, and how to use it."""
+"""The model card, README.md of an exported model: architecture, training data, validation score and usage."""
 
 import json
 from pathlib import Path
 
 from mateconv_jax import run_folder
 from mateconv_jax.interop import weight_mapping
-from mateconv_jax.interop.stored_model import Model
+from mateconv_jax.interop.stored_model import StoredModel
 
 ABOUT = """\
 ---
@@ -15,13 +15,14 @@ pipeline_tag: text-generation
 
 # {name}
 
-A language model of {n_parameters:,} parameters, written by MateConv-JAX.
+A language model with {n_parameters:,} parameters, exported by MateConv-JAX.
 
 ## Architecture
 
-A LLaMA-style decoder (in transformers `{architecture}`): {n_layers} layers of width {dim} with {feed_forward} {hidden_dim};
-{n_heads} query and {n_kv_heads} key/value heads of {head_dim}{qk_norm}; rotary positions with base {rope_theta:g}{scaling};
-{vocab_size:,} tokens, the output layer {tied} to the embedding; a context of {max_seq_len:,} tokens.
+A LLaMA-style decoder (`{architecture}` in transformers): {n_layers} layers of width {dim} with {feed_forward} {hidden_dim};
+{n_heads} query and {n_kv_heads} key/value heads of size {head_dim}{qk_norm}; rotary position embedding
+with base {rope_theta:g}{scaling}; a vocabulary of {vocab_size:,} tokens, output layer {tied} to the embedding; a context of
+{max_seq_len:,} tokens.
 """
 
 USE = """\
@@ -31,7 +32,7 @@ USE = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "{folder}"  # where this file lies
+folder = "{folder}"  # the folder with this file
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 
@@ -39,7 +40,7 @@ inputs = tokenizer({prompt}, return_tensors="pt", return_token_type_ids=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0], skip_special_tokens=True))
 {chat}```
 
-Behind an OpenAI-compatible interface, with vLLM or SGLang:
+Serve it with an OpenAI-compatible API, with vLLM or SGLang:
 
 ```bash
 vllm serve {folder}
@@ -55,42 +56,41 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_t
 """
 
 
-def text(model: Model, architecture: str, folder: str) -> str:
-    """Markdown.
+def text(model: StoredModel, architecture: str, folder: str) -> str:
+    """The model card in Markdown.
 
     Args:
-      model: with a tokenizer. Of a run, its configuration, metrics and data statistics tell how it was trained.
-      architecture: transformers' class.
+      model: with a tokenizer. If it is a run, a section on its training is added, from its config, metrics and data statistics.
+      architecture: the transformers class.
       folder: the exported folder's name.
     """
     c, tokenizer = model.config.model, model.tokenizer
     assert tokenizer is not None
-    scaling = f", Llama 3's scaling by {c.rope_factor:g} from {c.rope_original_max_seq_len:,} positions on"
-    experts = (
-        f"{c.num_experts_per_tok} of {c.n_routed_experts} experts a token{' and a shared one' * c.n_shared_experts}, SwiGLUs of"
-    )
+    scaling = f", Llama 3's scaling by {c.rope_factor:g} beyond {c.rope_original_max_seq_len:,} positions"
+    shared = " and a shared expert" * c.n_shared_experts
+    experts = f"{c.num_experts_per_tok} of {c.n_routed_experts} experts per token{shared}, SwiGLUs of size"
     about = ABOUT.format(
         **{key: value for key, value in c.items() if key not in ("qk_norm",)},
         name=folder,
         architecture=architecture,
         n_parameters=weight_mapping.n_parameters(c),
-        feed_forward=experts if c.use_moe else "a SwiGLU of",
-        qk_norm=", each normed" if c.qk_norm else "",
+        feed_forward=experts if c.use_moe else "a SwiGLU of size",
+        qk_norm=", with QK norm" if c.qk_norm else "",
         scaling=scaling if c.rope_factor != 1 else "",
         tied="tied" if c.tie_word_embeddings else "not tied",
     )
     bos = tokenizer.bos_token
     use = USE.format(
         folder=folder,
-        bos_note=f"A document begins with `{bos}`, and so must a prompt; the chat template writes it.\n\n" if bos else "",
+        bos_note=f"Every prompt must begin with `{bos}`, like every document; the chat template adds it.\n\n" if bos else "",
         prompt='tokenizer.bos_token + "中国"' if bos else '"中国"',
         chat=CHAT if tokenizer.chat_template else "",
     )
     return "\n".join([about, *_training(model), use])
 
 
-def _training(model: Model) -> list[str]:
-    """What a run says about itself; nothing of a model from elsewhere, whose step is not known."""
+def _training(model: StoredModel) -> list[str]:
+    """The lines of the training section; none for a model that is not a trained run."""
     if not model.step or model.run is None:
         return []
     config = model.config
@@ -99,10 +99,10 @@ def _training(model: Model) -> list[str]:
     lines = [
         "## Training",
         "",
-        f"- {n_tokens:,} tokens seen: {model.step:,} steps of {rows_per_step:,} rows of {config.data.seq_len:,} tokens",
+        f"- {n_tokens:,} tokens: {model.step:,} steps of {rows_per_step:,} rows of {config.data.seq_len:,} tokens",
     ]
     if (bits := _bits_per_byte(model.run / "metrics.jsonl", model.step)) is not None:
-        lines.append(f"- validation: {bits:.4f} bits per byte of text")
+        lines.append(f"- validation: {bits:.4f} bits per byte")
     statistics = run_folder.read_data_statistics(model.run)
     if statistics:
         lines.append(
@@ -112,7 +112,7 @@ def _training(model: Model) -> list[str]:
         scripts = [f"{script} {share:.1%}" for script, share in _shares(statistics["characters_by_script"])]
         lines += [f"- characters: {', '.join(scripts)}"] if scripts else []
         if statistics["rejects"]:
-            lines.append("- left out: " + ", ".join(f"{n:,} ({rule})" for rule, n in statistics["rejects"].items()))
+            lines.append("- rejected: " + ", ".join(f"{n:,} ({rule})" for rule, n in statistics["rejects"].items()))
     return [*lines, ""]
 
 
@@ -122,12 +122,12 @@ def _shares(counts: dict[str, int]) -> list[tuple[str, float]]:
 
 
 def _bits_per_byte(path: Path, step: int) -> float | None:
-    """Of the last evaluation up to `step`."""
+    """Of the last evaluation at or before `step`; None if there was none."""
     found = None
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             metrics = json.loads(line)
-        except ValueError:  # the last one may be half written
+        except ValueError:  # the last line may be incomplete
             continue
         if metrics.get("step", step + 1) <= step:
             found = metrics.get("val/bits_per_byte", found)

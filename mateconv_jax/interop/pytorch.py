@@ -1,7 +1,7 @@
-"""Checkpoints of PyTorch MateConv and MiniMind: a state dict in a .pth file.
+"""PyTorch checkpoints of MateConv and MiniMind: a state dict in a .pth file.
 
-MateConv and the first MiniMind name their tensors as LLaMA did (layers.0.attention.wq.weight), and pair neighbouring features
-(2j, 2j + 1) in the rotary embedding. Later MiniMinds have Hugging Face's names and pairs.
+MateConv and the first MiniMind use LLaMA's tensor names (layers.0.attention.wq.weight) and rotary pairs (2j, 2j + 1). Later
+MiniMinds use Hugging Face's names and pairs.
 """
 
 import functools
@@ -16,28 +16,28 @@ from ml_collections import ConfigDict
 
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop import hf_config, weight_mapping
-from mateconv_jax.interop.stored_model import Model, load_tokenizer
+from mateconv_jax.interop.stored_model import StoredModel, load_tokenizer
 from mateconv_jax.interop.weight_mapping import Tensor
 
-# {piece of a name in MateConv: of one in Hugging Face, "model." left out}.
+# {component of a MateConv name: the same in Hugging Face, without "model."}.
 PIECES = {
     "tok_embeddings": "embed_tokens", "output": "lm_head", "attention_norm": "input_layernorm", "attention": "self_attn",
     "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj", "ffn_norm": "post_attention_layernorm",
     "feed_forward": "mlp", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj", "shared_experts": "shared_expert",
 }  # fmt: skip
-# What a file does not say: of MateConv (and MiniMind 1), and of the MiniMinds with Hugging Face's names.
+# Settings that a file does not hold: for MateConv and MiniMind 1, and for MiniMinds with Hugging Face's names.
 MATECONV = dict(n_heads=16, rope_theta=1e4, norm_eps=1e-5, max_seq_len=512)
 MINIMIND = dict(n_heads=8, rope_theta=1e6, norm_eps=1e-5, max_seq_len=32768)
 MINIMIND_QK_NORM = MINIMIND | dict(norm_eps=1e-6)
 
 
-def unsaid(model: ConfigDict) -> list[str]:
-    """The keys of config.model that shape the computation and that no .pth file holds."""
+def unspecified(model: ConfigDict) -> list[str]:
+    """The keys of config.model that affect the computation but are not stored in a .pth file."""
     return [*MATECONV, *(("num_experts_per_tok", "norm_topk_prob") if model.use_moe else ())]
 
 
 def is_pth(path: Path) -> bool:
-    """A file as torch.save writes it: a zip archive, or a pickle in old ones."""
+    """Whether `path` looks like a torch.save file: a zip archive or, from old versions, a pickle."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -45,15 +45,15 @@ def is_pth(path: Path) -> bool:
     return start == b"PK\x03\x04" or start[:1] == b"\x80"
 
 
-def open_pth(path: Path, key: str, tokenizer: str | Path | None, n_heads: int | None) -> Model:
-    """A state dict, or a training checkpoint that holds one as `model_state_dict`, perhaps with an `ema_shadow`.
+def open_pth(path: Path, key: str, tokenizer: str | Path | None, n_heads: int | None) -> StoredModel:
+    """Open a state dict, or a training checkpoint with one as `model_state_dict` and optionally an `ema_shadow`.
 
     Args:
-      n_heads: the number of query heads, which no tensor's shape tells; None: MateConv's 16, MiniMind's 8, or what norms of
-        queries tell.
+      n_heads: number of query heads, which tensor shapes alone do not determine; None: derived from the QK norms if there are
+        any, else MateConv's 16 or MiniMind's 8.
 
     Raises:
-      UserError: no PyTorch; a file that holds other than tensors and plain values, or no model.
+      UserError: PyTorch is not installed, the file holds anything but tensors and plain values, or it holds no model.
     """
     checkpoint = _load(path, key)
     state, has_hf_names = _state(checkpoint, path, key)
@@ -64,9 +64,9 @@ def open_pth(path: Path, key: str, tokenizer: str | Path | None, n_heads: int | 
     model = config.model
     for tensors in weights.values():
         for name in tensors if not has_hf_names else ():
-            if name.endswith(weight_mapping.TURNED):
+            if name.endswith(weight_mapping.ROTATED):
                 tensors[name] = weight_mapping.half_split(tensors[name], model.head_dim)
-    return Model(
+    return StoredModel(
         path=path,
         config=config,
         tokenizer=load_tokenizer(tokenizer, None, key),
@@ -76,37 +76,39 @@ def open_pth(path: Path, key: str, tokenizer: str | Path | None, n_heads: int | 
     )
 
 
-def write_pth(path: Path, model: Model, params: nnx.State) -> None:
-    """A state dict that PyTorch MateConv's `load_state_dict` takes; with norms of queries and keys, MiniMind's.
+def write_pth(path: Path, model: StoredModel, params: nnx.State) -> None:
+    """Write a state dict for PyTorch MateConv's `load_state_dict` or, with QK norm, MiniMind's.
 
     Raises:
-      UserError: no PyTorch; a model that neither has.
+      UserError: PyTorch is not installed, or the model is neither's.
     """
     torch = _torch(path)
     c = model.config.model
     if c.use_moe and c.qk_norm:
-        raise UserError("--to: no .pth file (neither PyTorch MateConv nor MiniMind has experts and norms of queries and keys)")
+        raise UserError("--to: cannot be a .pth file (neither PyTorch MateConv nor MiniMind has both experts and QK norm)")
     if c.rope_factor != 1:
-        raise UserError(f"--to: no .pth file, model.rope_factor is {c.rope_factor} (PyTorch MateConv has no such scaling)")
+        raise UserError(
+            f"--to: cannot be a .pth file with model.rope_factor {c.rope_factor} (PyTorch MateConv has no rope scaling)"
+        )
     tensors = weight_mapping.to_hf(params, c)
     if not c.qk_norm:
-        turned = {
-            name: weight_mapping.interleaved(t, c.head_dim) if name.endswith(weight_mapping.TURNED) else t
+        interleaved = {
+            name: weight_mapping.interleaved(t, c.head_dim) if name.endswith(weight_mapping.ROTATED) else t
             for name, t in tensors.items()
         }
-        tensors = {_mateconv_name(name): tensor for name, tensor in turned.items()}
+        tensors = {_mateconv_name(name): tensor for name, tensor in interleaved.items()}
     state = {name: _to_torch(torch, tensor.read()) for name, tensor in tensors.items()}
-    if c.tie_word_embeddings:  # PyTorch has both, as one
+    if c.tie_word_embeddings:  # PyTorch's state dict has both names for the one tensor
         embedding, output = ("model.embed_tokens", "lm_head") if c.qk_norm else ("tok_embeddings", "output")
         state[f"{output}.weight"] = state[f"{embedding}.weight"]
     torch.save(state, path)
 
 
 def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
-    """The tensors of a file that holds nothing but a state dict, by its names.
+    """The tensors of a file that holds only a state dict, by the file's own names.
 
     Raises:
-      UserError: no PyTorch; a file that holds other than tensors and plain values.
+      UserError: PyTorch is not installed, or the file holds anything but tensors and plain values.
     """
     return _lazy(_load(path, key))
 
@@ -126,13 +128,13 @@ def _load(path: Path, key: str) -> dict:
     torch = _torch(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # UnpicklingError for what is no tensor, and whatever a broken file raises
+    except Exception as error:  # UnpicklingError for anything but tensors; a damaged file may raise anything
         reason = " ".join(str(error).split())
         if found := re.search(r"GLOBAL ([\w.]+)", reason):
-            reason = f"it asks for {found[1]}"
+            reason = f"it contains {found[1]}"
         raise UserError(
-            f"{key}: {path} is not read ({reason[:200]}; expected tensors and plain values only, since anything else in a "
-            "pickle can run a program: save the model's state_dict() alone)"
+            f"{key}: cannot read {path} ({reason[:200]}; expected only tensors and plain values, because anything else in a "
+            "pickle can execute code: save only the model's state_dict())"
         ) from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{key}: {path} holds a {type(checkpoint).__name__} (expected a state dict)")
@@ -140,14 +142,14 @@ def _load(path: Path, key: str) -> dict:
 
 
 def _state(checkpoint: dict, path: Path, key: str) -> tuple[dict[str, Tensor], bool]:
-    """The tensors by Hugging Face's names, rotary pairs as they are, and whether the file has those names."""
+    """The tensors by Hugging Face name, with rotary pairs as in the file, and whether the file uses those names."""
     state = checkpoint["model_state_dict"] if isinstance(checkpoint.get("model_state_dict"), dict) else checkpoint
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in _lazy(state).items()}
     has_hf_names = "model.embed_tokens.weight" in state
     if not has_hf_names and "tok_embeddings.weight" not in state:
-        some = ", ".join(map(str, list(checkpoint)[:3])) or "nothing"
+        keys = ", ".join(map(str, list(checkpoint)[:3])) or "nothing"
         raise UserError(
-            f"{key}: {path} holds {some} … (expected the tensors of a model, such as tok_embeddings.weight or "
+            f"{key}: {path} holds {keys} … (expected a model's tensors, such as tok_embeddings.weight or "
             "model.embed_tokens.weight, or a model_state_dict with them)"
         )
     if not has_hf_names:
@@ -156,7 +158,7 @@ def _state(checkpoint: dict, path: Path, key: str) -> tuple[dict[str, Tensor], b
 
 
 def _lazy(state: dict) -> dict[str, Tensor]:
-    """What of a state dict is a weight."""
+    """The weights in a state dict, to be read on demand."""
     return {
         name: Tensor(tuple(value.shape), functools.partial(_to_numpy, value))
         for name, value in state.items()
@@ -165,7 +167,7 @@ def _lazy(state: dict) -> dict[str, Tensor]:
 
 
 def _hf_name(name: str) -> str:
-    """layers.0.attention.wq.weight to model.layers.0.self_attn.q_proj.weight."""
+    """layers.0.attention.wq.weight -> model.layers.0.self_attn.q_proj.weight"""
     name = ".".join(PIECES.get(piece, piece) for piece in name.split("."))
     return name if name.startswith("lm_head") else f"model.{name}"
 
@@ -176,7 +178,7 @@ def _mateconv_name(name: str) -> str:
 
 
 def _configuration(state: dict[str, Tensor], has_hf_names: bool, n_heads: int | None, path: Path) -> ConfigDict:
-    """What the shapes tell, and defaults for what they do not."""
+    """A configuration from the tensors' shapes, with defaults for what shapes do not determine."""
 
     def shape(name: str, axis: int = 0, layer: str = "model.layers.0.") -> int:
         tensor = state.get(layer + name)
@@ -187,17 +189,17 @@ def _configuration(state: dict[str, Tensor], has_hf_names: bool, n_heads: int | 
     qk_norm = "model.layers.0.self_attn.q_norm.weight" in state
     defaults = (MINIMIND_QK_NORM if qk_norm else MINIMIND) if has_hf_names else MATECONV
     q_rows, k_rows = shape("self_attn.q_proj.weight"), shape("self_attn.k_proj.weight")
-    told = q_rows // shape("self_attn.q_norm.weight") if qk_norm else None
-    n_heads = (told or int(defaults["n_heads"])) if n_heads is None else n_heads
+    implied = q_rows // shape("self_attn.q_norm.weight") if qk_norm else None
+    n_heads = (implied or int(defaults["n_heads"])) if n_heads is None else n_heads
     head_dim = q_rows // max(n_heads, 1)
-    if n_heads * head_dim != q_rows or k_rows % head_dim or told not in (None, n_heads):
+    if n_heads * head_dim != q_rows or k_rows % head_dim or implied not in (None, n_heads):
         raise UserError(
             f"--n_heads: {n_heads} does not fit {path}, whose queries have {q_rows} features and keys {k_rows} (expected the "
-            "number of heads that the model was trained with)"
+            "number of heads the model was trained with)"
         )
     gate = state.get("model.layers.0.mlp.gate.weight")
     if gate is not None and has_hf_names:
-        raise UserError(f"{path}: a mixture of experts of MiniMind 3 is not possible (its one expert a token has the weight 1)")
+        raise UserError(f"{path}: MiniMind 3's mixture of experts is not supported (its one expert per token has weight 1)")
     embedding, output = state["model.embed_tokens.weight"], state.get("lm_head.weight")
     layers = {int(match[1]) for name in state if (match := re.match(r"model\.layers\.(\d+)\.", name))}
     model = defaults | {
@@ -211,7 +213,7 @@ def _configuration(state: dict[str, Tensor], has_hf_names: bool, n_heads: int | 
         "qk_norm": qk_norm,
         "tie_word_embeddings": output is None or np.array_equal(output.read(), embedding.read()),
     }
-    if gate is not None:  # of whose experts a token takes 2, which no shape tells either
+    if gate is not None:  # num_experts_per_tok stays at its default of 2: shapes do not determine it either
         shared = "model.layers.0.mlp.shared_expert.gate_proj.weight" in state
         model |= {"use_moe": True, "n_routed_experts": gate.shape[0], "n_shared_experts": int(shared)}
     return hf_config.configuration(model, str(path))
@@ -224,7 +226,7 @@ def _to_numpy(tensor) -> np.ndarray:
     import torch
 
     tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:  # which numpy has not by itself
+    if tensor.dtype == torch.bfloat16:  # numpy has it only through ml_dtypes
         return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
 

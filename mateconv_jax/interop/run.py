@@ -1,4 +1,4 @@
-"""A run folder as one kind of model among others; see run_folder.py."""
+"""Run folders as a model format; see run_folder.py."""
 
 from pathlib import Path
 
@@ -6,19 +6,23 @@ from flax import nnx
 
 from mateconv_jax import run_folder
 from mateconv_jax.interop import hugging_face
-from mateconv_jax.interop.stored_model import Model, load_tokenizer
+from mateconv_jax.interop.stored_model import StoredModel, load_tokenizer
 
 
 def is_run(path: Path) -> bool:
-    """Whether it is a run folder or one of its checkpoints."""
+    """Whether `path` is a run folder or one of its checkpoints."""
     return run_folder.run_of(path) is not None and not hugging_face.is_folder(path)
 
 
-def open_run(path: Path, key: str, tokenizer: str | Path | None, n_heads: int | None) -> Model:
-    """The checkpoint that `path` means. Raises UserError: a broken configuration, no finished checkpoint, no tokenizer."""
+def open_run(path: Path, key: str, tokenizer: str | Path | None, n_heads: int | None) -> StoredModel:
+    """Open the checkpoint that `path` refers to.
+
+    Raises:
+      UserError: an invalid configuration, no finished checkpoint, or no tokenizer.
+    """
     checkpoint = run_folder.find_checkpoint(path, key)
     config = run_folder.read_config(checkpoint.run, key)
-    return Model(
+    return StoredModel(
         path=path,
         config=config,
         tokenizer=load_tokenizer(tokenizer, checkpoint.run / "tokenizer", key),
@@ -29,11 +33,11 @@ def open_run(path: Path, key: str, tokenizer: str | Path | None, n_heads: int | 
     )
 
 
-def write_run(path: Path, model: Model, params: nnx.State) -> None:
-    """A run whose checkpoint holds weights alone."""
+def write_run(path: Path, model: StoredModel, params: nnx.State) -> None:
+    """Write a run folder whose checkpoint holds only weights."""
     config = model.config.copy_and_resolve_references()
     config.training.use_ema = False
     run_folder.write_config(path, config)
-    assert model.tokenizer is not None  # convert has refused
+    assert model.tokenizer is not None  # checked by `formats.convert`
     model.tokenizer.save_pretrained(path / "tokenizer")
     run_folder.write_params(path, model.step or 0, params)

@@ -1,4 +1,4 @@
-"""A model that lies on the disk, of whatever kind."""
+"""A model on disk, whatever its format."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,16 +13,17 @@ from mateconv_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
-    """What is known before weights are read.
+class StoredModel:
+    """An opened model whose weights are not read yet.
 
     Attributes:
-      config: resolved; of another format than a run, the defaults but for its `model` section and data.seq_len.
-      tokenizer: None where there is none.
-      has_ema: whether there are EMA weights beside the raw ones.
-      step: of a run's checkpoint; None: another format.
-      read: (abstract parameters, use_ema) to parameters.
-      run: the run folder; None: another format.
+      path: as the user gave it.
+      config: a resolved config; for other formats than a run, the defaults except for `model` and data.seq_len.
+      tokenizer: None if the model has none.
+      has_ema: whether it has EMA weights besides the raw ones.
+      step: the checkpoint's step; None for other formats than a run.
+      read: (abstract parameters, use_ema) -> parameters.
+      run: the run folder; None for other formats.
     """
 
     path: Path
@@ -34,13 +35,13 @@ class Model:
     run: Path | None = None
 
     def params(self, abstract_params: nnx.State, use_ema: bool | None = None) -> nnx.State:
-        """The weights, read straight into the dtypes and onto the shardings of `abstract_params`.
+        """Read the weights directly into the dtypes and shardings of `abstract_params`.
 
         Args:
-          use_ema: EMA weights or the raw ones; None takes EMA where there are some.
+          use_ema: read the EMA weights (True) or the raw ones (False); None: EMA if the model has them.
 
         Raises:
-          UserError: EMA weights asked for and not there; tensors that do not fit the configuration.
+          UserError: EMA weights requested but missing, or tensors that do not match the configuration.
         """
         if use_ema and not self.has_ema:
             raise UserError(f"--use_ema: {str(self.path)!r} has no EMA weights (a run has them with training.use_ema)")
@@ -48,10 +49,10 @@ class Model:
 
 
 def load_tokenizer(given: str | Path | None, own: Path | None, key: str) -> PreTrainedTokenizerFast | None:
-    """The tokenizer in the folder that --tokenizer gave, or in the model's own, if it has one.
+    """The tokenizer in the folder `given` with --tokenizer, otherwise in the model's `own`; None if both are None.
 
     Raises:
-      UserError: no tokenizer there; `key` names the flag that gave the model.
+      UserError: the folder has no tokenizer; `key` is the flag that named the model.
     """
     if given is not None:
         return tokenizer_lib.load(given, "--tokenizer", needs_begin=False)

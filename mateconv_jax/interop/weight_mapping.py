@@ -1,8 +1,7 @@
-"""Our parameters under Hugging Face's names, which every other format is read into and written from.
+"""The mapping between our parameters and Hugging Face's tensors. Every format is read and written through it.
 
-Names and shapes are those of transformers' LlamaForCausalLM and, with norms of queries and keys, Qwen3ForCausalLM; those of a
-mixture of experts are Qwen2MoeForCausalLM's. Their rotary pairs are ours, (j, j + N/2), and weights are (out, in) on both
-sides.
+Names and shapes are those of transformers' LlamaForCausalLM, with QK norm Qwen3ForCausalLM, and with experts
+Qwen2MoeForCausalLM. Both sides use the rotary pairs (j, j + N/2) and (out, in) weights.
 """
 
 import dataclasses
@@ -15,31 +14,36 @@ from flax import nnx
 
 from mateconv_jax.errors import UserError
 
-# Buffers that files hold beside the weights, and that a model computes.
+# Name endings of buffers that files may hold besides the weights; models compute them.
 BUFFERS = ("rotary_emb.inv_freq", "pos_cis", "freqs_cis", "freqs_cos", "freqs_sin", "attn.mask", "attention.mask")
-TURNED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")  # by the rotary embedding
+ROTATED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")  # outputs the rotary embedding is applied to
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor that is not read before it is asked for. read: its array in any float dtype, of this shape."""
+    """A tensor that is read on demand.
+
+    Attributes:
+      shape: its shape.
+      read: returns its array, in any float dtype.
+    """
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
 
 
-Parts = dict[str, list[tuple[str, tuple[int, ...]]]]
+Mapping = dict[str, list[tuple[str, tuple[int, ...]]]]
 
 
-def parts(c) -> Parts:
-    """{our parameter: [(Hugging Face's name, its shape), …]}. Joined along their first axis, they are our array reshaped.
+def mapping(c) -> Mapping:
+    """{our parameter: [(Hugging Face name, shape), …]}. Our array is the tensors' concatenation along axis 0, reshaped.
 
     Args:
       c: a ModelConfig, or config.model, resolved.
     """
     D, F, V, N = c.dim, c.hidden_dim, c.vocab_size, c.head_dim
     H, K = c.n_heads * N, c.n_kv_heads * N
-    ours: Parts = {"embedding_VD": [("model.embed_tokens.weight", (V, D))], "norm.scale_D": [("model.norm.weight", (D,))]}
+    ours: Mapping = {"embedding_VD": [("model.embed_tokens.weight", (V, D))], "norm.scale_D": [("model.norm.weight", (D,))]}
     if not c.tie_word_embeddings:
         ours["output_VD"] = [("lm_head.weight", (V, D))]
     for i in range(c.n_layers):
@@ -66,28 +70,28 @@ def parts(c) -> Parts:
     return ours
 
 
-def _feed_forward(ours: str, theirs: str, D: int, F: int) -> Parts:
+def _feed_forward(ours: str, theirs: str, D: int, F: int) -> Mapping:
     w13: list[tuple[str, tuple[int, ...]]] = [(f"{theirs}.{name}_proj.weight", (F, D)) for name in ("gate", "up")]
     return {f"{ours}.w13_2FD": w13, f"{ours}.w2_DF": [(f"{theirs}.down_proj.weight", (D, F))]}
 
 
 def from_hf(tensors: dict[str, Tensor], c, abstract_params: nnx.State, source: str) -> nnx.State:
-    """Parameters read array by array onto their devices; the host holds one of them at a time.
+    """Read parameters onto their devices, one array at a time, so that the host never holds more than one.
 
     Args:
-      tensors: by Hugging Face's names. Of tied weights, an output layer equal to the embedding may be there too.
+      tensors: by Hugging Face name. With tied weights, an output layer equal to the embedding may be included.
       c: a ModelConfig, or config.model, resolved.
-      abstract_params: the tree to fill, ShapeDtypeStructs, with shardings where the arrays shall be spread.
-      source: where the tensors come from, for errors.
+      abstract_params: ShapeDtypeStructs, with a sharding where an array is to be sharded.
+      source: where the tensors come from, for error messages.
 
     Returns:
-      Parameters like `abstract_params`, in its dtypes.
+      Parameters with the tree, dtypes and shardings of `abstract_params`.
 
     Raises:
-      UserError: a tensor is missing, one has no place here, or one has another shape.
+      UserError: a tensor is missing, unknown or of the wrong shape.
     """
-    ours = parts(c)
-    check(tensors, ours, source)
+    ours = mapping(c)
+    check_tensors(tensors, ours, source)
 
     def read(path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         array = np.empty(leaf.shape, leaf.dtype)
@@ -104,10 +108,10 @@ def from_hf(tensors: dict[str, Tensor], c, abstract_params: nnx.State, source: s
 
 
 def to_hf(params: nnx.State, c) -> dict[str, Tensor]:
-    """The same tensors by Hugging Face's names, in the parameters' dtype; without the output layer where it is tied."""
+    """The parameters as tensors by Hugging Face name, in their dtype; without an output layer if it is tied."""
     arrays = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     tensors = {}
-    for ours, shapes in parts(c).items():
+    for ours, shapes in mapping(c).items():
         start = 0
         for name, shape in shapes:
 
@@ -119,51 +123,50 @@ def to_hf(params: nnx.State, c) -> dict[str, Tensor]:
     return tensors
 
 
-def check(tensors: dict[str, Tensor], ours: dict[str, list[tuple[str, tuple[int, ...]]]], source: str) -> None:
-    """Raises UserError where the tensors are not exactly those of `ours`; see `parts`."""
+def check_tensors(tensors: dict[str, Tensor], ours: Mapping, source: str) -> None:
+    """Raises UserError unless the tensors are exactly those of the mapping `ours`."""
     expected = {name: shape for shapes in ours.values() for name, shape in shapes}
     found = {name: tensor for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
     tied = found.pop("lm_head.weight", None) if "lm_head.weight" not in expected else None
     if missing := [name for name in expected if name not in found]:
-        raise UserError(f"{source}: {_some(missing)} missing")
+        raise UserError(f"{source}: {_list(missing)} missing")
     if extra := [name for name in found if name not in expected]:
-        raise UserError(
-            f"{source}: {_some(extra)} not known (expected {len(expected)} tensors, such as {next(iter(expected))})"
-        )
+        raise UserError(f"{source}: {_list(extra)} unknown (expected {len(expected)} tensors, such as {next(iter(expected))})")
     for name, shape in expected.items():
         if found[name].shape != shape:
-            raise UserError(f"{source}: {name} has the shape {found[name].shape} (expected {shape}, from the configuration)")
+            raise UserError(f"{source}: {name} has shape {found[name].shape} (expected {shape}, from the configuration)")
     if tied is not None and not np.array_equal(tied.read(), found["model.embed_tokens.weight"].read()):
         raise UserError(
-            f"{source}: lm_head.weight is not the embedding, although the configuration ties them (expected "
+            f"{source}: lm_head.weight differs from the embedding, although the configuration ties them (expected "
             "tie_word_embeddings false, or no lm_head.weight)"
         )
 
 
 def half_split(tensor: Tensor, head_dim: int) -> Tensor:
-    """Rows (2j, 2j + 1) of each head, as PyTorch MateConv and llama.cpp pair them, to (j, j + N/2)."""
-    return Tensor(tensor.shape, lambda: _swap(tensor.read(), (-1, head_dim // 2, 2)))
+    """Reorder the rows of each head from rotary pairs (2j, 2j + 1), as in PyTorch MateConv and llama.cpp, to (j, j + N/2)."""
+    return Tensor(tensor.shape, lambda: _permute(tensor.read(), (-1, head_dim // 2, 2)))
 
 
 def interleaved(tensor: Tensor, head_dim: int) -> Tensor:
-    """Rows (j, j + N/2) of each head to (2j, 2j + 1)."""
-    return Tensor(tensor.shape, lambda: _swap(tensor.read(), (-1, 2, head_dim // 2)))
+    """The inverse of `half_split`."""
+    return Tensor(tensor.shape, lambda: _permute(tensor.read(), (-1, 2, head_dim // 2)))
 
 
-def _swap(w_OD: np.ndarray, split: tuple[int, int, int]) -> np.ndarray:
+def _permute(w_OD: np.ndarray, split: tuple[int, int, int]) -> np.ndarray:
     return w_OD.reshape(*split, w_OD.shape[-1]).swapaxes(1, 2).reshape(w_OD.shape)
 
 
 def n_parameters(c) -> int:
-    return sum(math.prod(shape) for shapes in parts(c).values() for _, shape in shapes)
+    """The number of parameters, counting tied weights once. c: as in `mapping`."""
+    return sum(math.prod(shape) for shapes in mapping(c).values() for _, shape in shapes)
 
 
 def _name(path) -> str:
-    """blocks.0.attention.wqkv_JND, of a leaf's path in the parameter tree."""
+    """A leaf's path in the parameter tree as a dotted name, such as blocks.0.attention.wqkv_JND."""
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
-def _some(names: list[str]) -> str:
+def _list(names: list[str]) -> str:
     if len(names) == 1:
         return f"the tensor {names[0]} is"
     return f"{len(names)} tensors ({', '.join(names[:3])}{', …' if len(names) > 3 else ''}) are"

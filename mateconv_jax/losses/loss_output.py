@@ -6,18 +6,18 @@ import jax
 
 
 class LossOutput(NamedTuple):
-    """Sums over a batch, fp32: those of micro-batches and devices add up, and a batch means the same however it is cut.
+    """Sums over a batch, fp32, not means: those of micro-batches and devices add up, so the split of a batch does not matter.
 
     A loss is a function `loss_fn(model, batch, key) -> LossOutput`. `batch` is a dict of arrays whose first dimension is B
-    rows; `key` (B,) holds a random key for each row, or is None in evaluation.
+    rows; `key` (B,) holds a random key per row, or is None in evaluation.
 
     Attributes:
-      sum: what is reported, train/loss, as sum / weight.
-      weight: how much was learned from, for text the number of targets. The gradient of a step is that of the summed objective
-        over the summed weight.
-      objective: what is minimised, a sum as well: `sum` and whatever else is to be made small.
-      metrics: {name: sum}, reported as sum / weight; or {name: totals}, a tree of sums with a method `means(weight)` that gives
-        {name: scalar}, where a quotient is not what is wanted.
+      sum: reported as train/loss = sum / weight.
+      weight: what the sums are divided by; for text, the number of targets. A step's gradient is that of the summed objective
+        divided by the summed weight.
+      objective: the sum that is minimised: `sum` and auxiliary terms.
+      metrics: {name: sum}, reported as sum / weight; or {name: totals}, a tree of sums with a method `means(weight)` that
+        returns {name: scalar}, for metrics that are not such a quotient.
     """
 
     sum: jax.Array

@@ -11,10 +11,10 @@ from mateconv_jax.losses.loss_output import LossOutput
 from mateconv_jax.model.transformer import Transformer
 
 
-# With a gradient of its own: the derivative of take_along_axis is a scatter into fp32 logits, 0.3 GB more at 32 x 512 x 6,400.
+# A custom gradient: that of take_along_axis is a scatter into fp32 logits, 0.3 GB more at 32 x 512 x 6,400.
 @jax.custom_vjp
 def token_losses(logits_BSV, targets_BS):
-    """Cross-entropy of each target in nats and the log-sum-exp of its logits, fp32 (B, S) both, whatever the logits are."""
+    """Cross-entropy of each target in nats and log-sum-exp of its logits, both fp32 (B, S) for logits of any dtype."""
     return _token_losses_forward(logits_BSV, targets_BS)[0]
 
 
@@ -41,15 +41,15 @@ def next_token_loss(model: Transformer, batch: Batch, key_B=None, z_loss: float 
     """Cross-entropy of the learned targets, in nats.
 
     Args:
-      batch: rows, see data/rows.py. With `document_starts` attention and positions stay within documents; with `learned` only
-        those tokens are targets.
-      key_B: a key for each row's dropout; None: no dropout.
-      z_loss: weight of the squared log-sum-exp (PaLM, Chowdhery et al., 2022), in the objective alone.
+      batch: rows, see data/rows.py. With `document_starts`, attention and positions are confined to documents; with `learned`,
+        only those tokens are targets.
+      key_B: dropout key per row; None: no dropout.
+      z_loss: weight of the squared log-sum-exp (PaLM, Chowdhery et al., 2022), part of the objective only.
       remat: see Transformer.
 
     Returns:
-      A weight of 1 for each target. Of a mixture of experts the objective includes the auxiliary loss, and the metrics
-      moe.Routing, both of the tokens that have a target.
+      LossOutput with a weight of 1 per target. For a mixture of experts the objective includes the auxiliary loss and the
+      metrics moe.Routing, both over the tokens that have a target.
     """
     tokens_BS1 = batch["tokens"].astype(jnp.int32)
     inputs_BS, targets_BS = tokens_BS1[:, :-1], tokens_BS1[:, 1:]

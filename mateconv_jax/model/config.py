@@ -1,4 +1,4 @@
-"""What a model is and how it computes."""
+"""ModelConfig: a model's shape, resolved for the device it runs on."""
 
 import dataclasses
 
@@ -13,7 +13,17 @@ from mateconv_jax.model.device import Device
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What a model is (config.model, resolved) and how it computes (dtype, attention backend)."""
+    """Everything the model code needs: the shape (config.model, resolved) and how to compute (dtype, backends, platform).
+
+    Attributes:
+      experts: a backend of model/moe.py, never "auto".
+      attention: a backend of model/attention/, never "auto".
+      platform: "cpu" or "gpu".
+      dtype: of the activations; parameters are fp32.
+      deterministic: produce the same bits in every run, on a GPU too.
+      passed_over: why "auto" did not choose the options that are fastest elsewhere; logged, and not part of equality.
+      The other fields: see config.py.
+    """
 
     dim: int
     n_layers: int
@@ -38,30 +48,29 @@ class ModelConfig:
     n_shared_experts: int
     norm_topk_prob: bool
     aux_loss_alpha: float
-    experts: str  # a backend of model/moe.py, never "auto"
-    attention: str  # a backend of model/attention/, never "auto"
-    platform: str  # "cpu" or "gpu"
+    experts: str
+    attention: str
+    platform: str
     dtype: jnp.dtype
-    deterministic: bool = False  # the same bits in every run, on a GPU too
-    # Why what "auto" stands for is not what is fastest elsewhere; for the log, no part of what is computed.
+    deterministic: bool = False
     passed_over: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     @staticmethod
     def make(
         model: ConfigDict, dtype: str, device: Device | None = None, length: int | None = None, deterministic: bool = False
     ) -> "ModelConfig":
-        """From a resolved config's `model` section.
+        """Build it from a resolved config's `model` section, choosing backends for the device.
 
         Args:
           model: see `mateconv_jax.config.resolve`.
-          dtype: of the computation. "auto" is bfloat16 on an accelerator that computes in it, and float32 elsewhere: on the CPU
-            bfloat16's matrix-vector products are 12 times slower, and NVIDIA GPUs have it from compute capability 8.0 on.
-          device: what it is computed on; None: this process's.
-          length: of the rows that are trained or evaluated; None: any that is even.
-          deterministic: gradients with the same bits in every run; on the CPU they always have.
+          dtype: compute dtype. "auto" is bfloat16 on accelerators that support it (NVIDIA GPUs from compute capability 8.0),
+            float32 elsewhere: on the CPU, bfloat16 matrix-vector products are 12 times slower.
+          device: the device to compute on; None: this process's.
+          length: tokens per row in training or evaluation; None: any even length.
+          deterministic: the same gradient bits in every run; always so on the CPU.
 
         Raises:
-          UserError: the attention backend asked for cannot serve that.
+          UserError: the requested attention backend does not support this configuration.
         """
         device = device or Device.here()
         passed_over = []
@@ -70,7 +79,7 @@ class ModelConfig:
             if device.compute_capability is not None and device.compute_capability < (8, 0):
                 dtype = "float32"
                 passed_over.append(
-                    "bfloat16: it needs compute capability 8.0, and this GPU has {}.{}; float16 is faster than float32 "
+                    "bfloat16: needs compute capability 8.0, and this GPU has {}.{}; float16 is faster than float32 "
                     "(training.dtype, --dtype)".format(*device.compute_capability)
                 )
         shape = {field.name: model[field.name] for field in dataclasses.fields(ModelConfig) if field.name in model}

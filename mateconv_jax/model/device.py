@@ -1,4 +1,4 @@
-"""What a computation has to know of the device it is for."""
+"""The device properties that backends are chosen by."""
 
 import dataclasses
 import re
@@ -8,9 +8,11 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Attributes:
-    platform: jax's name: cpu, gpu, tpu.
-    compute_capability: of an NVIDIA GPU, (major, minor); None: another device.
+    """A device, as far as choosing a backend depends on it.
+
+    Attributes:
+      platform: JAX's name: cpu, gpu or tpu.
+      compute_capability: (major, minor) of an NVIDIA GPU; None for other devices.
     """
 
     platform: str
@@ -18,7 +20,7 @@ class Device:
 
     @staticmethod
     def here() -> "Device":
-        """The first of this process's devices."""
+        """This process's first device."""
         device = jax.devices()[0]
         capability = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
         return Device(device.platform, capability and (int(capability[1]), int(capability[2])))

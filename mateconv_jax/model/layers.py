@@ -1,6 +1,7 @@
-"""The layers that blocks are made of, but attention: linear, norm, dropout, SwiGLU.
+"""Layers other than attention: linear, dropout, embedding gradient, RMSNorm, SwiGLU.
 
-Dimensions in names: B batch, S sequence, D model, F feed-forward. Weights are (out, in), as PyTorch keeps them.
+Dimensions in names: B batch, S sequence, D model, F feed-forward, V vocabulary, N = B S tokens, R rows, I in, O out. Weights
+are (out, in), as in PyTorch.
 """
 
 import functools
@@ -15,10 +16,11 @@ from flax import nnx
 def linear(x, w_OI, platform: str):
     """x w^T in x's dtype: (..., I) to (..., O).
 
-    On the CPU, for few rows of the base model's 108 MB of weights (2 cores): a single row's product XLA computes in one thread,
-    but those of a batch beside each other, so as many parts of the weights as there are cores take 2.7 ms a token instead of
-    4.8. Of more rows w x^T, since it packs the second operand of a product anew each time: at 16 rows 6 % more tokens a second
-    where it does that well, and 3 times as fast where it does not. The barrier keeps XLA from turning it round again.
+    The CPU paths speed up decoding (base model: 108 MB of weights; 2 cores). XLA runs a one-row matmul on one thread but
+    batched matmuls in parallel, so the weights are split into one block per core: 2.7 instead of 4.8 ms/token. XLA repacks a
+    matmul's second operand on every call, so up to 32 rows are computed as w x^T, which repacks x instead of w: 6 % more
+    tokens/s at 16 rows on CPUs where packing is fast, 3 times as many where it is slow. The barrier keeps XLA from swapping the
+    operands back.
     """
     w_OI = w_OI.astype(x.dtype)
     x_RI = x.reshape(-1, x.shape[-1])
@@ -34,9 +36,9 @@ def linear(x, w_OI, platform: str):
 
 
 def dropout(x, rate: float, key_B):
-    """Zeros for a share `rate` of x (B, …), the rest divided by 1 - rate (Srivastava et al., 2014); without keys x itself.
+    """Zero a fraction `rate` of x (B, …) and divide the rest by 1 - rate (Srivastava et al., 2014). Without keys, return x.
 
-    Each row has its own key, so that what it drops does not depend on the rows beside it: not on the number of devices.
+    Each row has its own key, so its mask depends neither on the other rows nor on the number of devices.
     """
     if not rate or key_B is None:
         return x
@@ -46,11 +48,11 @@ def dropout(x, rate: float, key_B):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def embed_deterministically(embedding_VD, tokens_BS, dtype):
-    """Rows of the embedding, whose gradient has the same bits in every run on a GPU.
+    """Embedding lookup whose gradient has the same bits in every run on a GPU.
 
-    A gather's gradient is a scatter of atomic additions. Made deterministic by XLA, that is a sort and 78 more kernels, 5.5 of
-    the base model's 18.3 ms a step on an H100. The product of the one-hot tokens with the gradients is one more product of the
-    output layer's size, and adds up in fp32 too.
+    The gradient of a gather is a scatter with atomic additions. XLA's deterministic version sorts and launches 78 more kernels:
+    5.5 of the base model's 18.3 ms per step on an H100. Multiplying the one-hot tokens with the gradients instead costs one
+    matmul the size of the output layer's, and also accumulates in fp32.
     """
     return embedding_VD[tokens_BS].astype(dtype)
 
@@ -59,7 +61,7 @@ def _embed_forward(embedding_VD, tokens_BS, dtype):
     return embed_deterministically(embedding_VD, tokens_BS, dtype), (tokens_BS, jnp.zeros((len(embedding_VD), 0)))
 
 
-ONE_HOT_ROWS = 4096  # at once: 52 MB of bfloat16 at 6,400 tokens
+ONE_HOT_ROWS = 4096  # tokens per matmul: 52 MB of bfloat16 at a vocabulary of 6,400
 
 
 def _embed_backward(dtype, saved, g_BSD):
@@ -89,7 +91,7 @@ class RMSNorm(nnx.Module):
         return _rms_norm(x_BSD, self.scale_D[...], self.eps)
 
 
-# With a gradient of its own: XLA's derivative of rsqrt keeps the mean too, and takes two kernels more for each norm.
+# A custom VJP, because XLA's derivative of rsqrt also saves the mean and needs two more kernels per norm.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _rms_norm(x_BSD, scale_D, eps: float):
     return _rms_norm_forward(x_BSD, scale_D, eps)[0]
@@ -115,10 +117,11 @@ def _rms_norm_backward(eps, saved, g_BSD):
 _rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
-# With a gradient of its own, as one array: XLA would make that of the gate and that of w3 x apart, and join them twice.
+# A custom VJP that returns one array, because XLA would compute the gradients of gate and up separately and concatenate them
+# twice.
 @jax.custom_vjp
 def swiglu(x_BS2F):
-    """silu(gate) * up (Shazeer, 2020), the gate in the first half of the last axis."""
+    """silu(gate) * up (Shazeer, 2020); the gate is the first half of the last axis."""
     gate_BSF, up_BSF = jnp.split(x_BS2F, 2, axis=-1)
     return jax.nn.silu(gate_BSF) * up_BSF
 
@@ -129,7 +132,7 @@ def _swiglu_backward(x_BS2F, g_BSF):
     g_gate_BSF = g_BSF * up_BSF * sigmoid_BSF * (1 + gate_BSF * (1 - sigmoid_BSF))
     g_up_BSF = g_BSF * gate_BSF * sigmoid_BSF
     g_BS2F = jnp.concatenate([g_gate_BSF, g_up_BSF], axis=-1).astype(x_BS2F.dtype)
-    # Or a Triton product of it would join the two by itself, and they would be written once more for the other product.
+    # Without the barrier, a Triton matmul fuses the concatenation, and it is written again for the other matmul.
     return (jax.lax.optimization_barrier(g_BS2F),)
 
 
@@ -137,7 +140,7 @@ swiglu.defvjp(lambda x_BS2F: (swiglu(x_BS2F), x_BS2F), _swiglu_backward)
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x), w1 and w3 as one matrix."""
+    """SwiGLU: w2(silu(w1 x) * w3 x), with w1 and w3 in one matrix."""
 
     def __init__(self, c, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)

@@ -1,7 +1,7 @@
-"""A mixture of experts in the place of a feed-forward layer, as PyTorch MateConv's `LMConfig(use_moe=True)` has it.
+"""A mixture of experts in place of the feed-forward layer, as in PyTorch MateConv with `LMConfig(use_moe=True)`.
 
-Dimensions in names: B batch, S sequence, N = B S tokens, E routed experts, K of them a token's, M = N K rows sorted by expert,
-D model, F feed-forward. Weights are (out, in), as PyTorch keeps them.
+Dimensions in names: B batch, S sequence, N = B S tokens, E routed experts, K chosen per token, M = N K rows sorted by expert,
+D model, F feed-forward, L layers. Weights are (out, in), as in PyTorch.
 """
 
 from typing import NamedTuple
@@ -12,16 +12,16 @@ from flax import nnx
 
 from mateconv_jax.model.layers import FeedForward, linear
 
-ROUTED = {"w13_E2FD", "w2_EDF"}  # the parameters of which a token meets K / E
+ROUTED = {"w13_E2FD", "w2_EDF"}  # parameters of which a token uses the share K / E
 
 
 class Routing(NamedTuple):
-    """What a layer's gate did with the real tokens of a batch, fp32 sums over them: over micro-batches and devices they add up.
+    """Routing statistics of one layer: fp32 sums over the real tokens, which add up over micro-batches and devices.
 
     Attributes:
-      auxiliary_loss: see MixtureOfExperts.
+      auxiliary_loss: load-balancing loss, see MixtureOfExperts.
       chosen_E: how often each expert was chosen.
-      entropy: of the gate's scores, in nats; ln E where it does not choose.
+      entropy: of the gate's scores, in nats; ln E per token if they are uniform.
     """
 
     auxiliary_loss: jax.Array
@@ -29,9 +29,9 @@ class Routing(NamedTuple):
     entropy: jax.Array
 
     def means(self, count: jax.Array) -> dict[str, jax.Array]:
-        """Scalars to report, of all layers' routing (each array (L, …)) of `count` tokens: train/auxiliary_loss (no part of
-        train/loss) and experts/entropy, means over tokens; experts/most_loaded and experts/least_loaded, an expert's share of
-        its layer's choices (1 / E where the load is even).
+        """Metrics of all layers (each array (L, …)) over `count` tokens: train/auxiliary_loss (not included in train/loss) and
+        experts/entropy are means per token; experts/most_loaded and experts/least_loaded are the extreme shares an expert has
+        of its layer's choices (1 / E when balanced).
         """
         share_LE = self.chosen_E / jnp.maximum(jnp.sum(self.chosen_E, axis=1, keepdims=True), 1)
         return {
@@ -43,30 +43,33 @@ class Routing(NamedTuple):
 
 
 def choose_backend(name: str) -> str:
-    """The backend that serves `name` ('auto' or a backend's own name): two computations of one meaning.
+    """Resolve "auto" to a backend; any other name is returned as it is. The two backends compute the same function.
 
-    dense: every expert computes every token, and a weight of 0 leaves out who was not chosen: E / K times the arithmetic that
-    is needed, in plain products that any device and any mesh does well. ragged: rows sorted by expert and
-    jax.lax.ragged_dot, which is meant to do what is needed and no more. As XLA compiles it (jax 0.10.2 and 0.12, CPU and
-    NVIDIA GPU) it is a masked product of every expert with all M rows, K times dense's arithmetic: forward and backward of a
-    layer of configs/moe.py without the shared expert, 16,384 tokens on an H100: needed 0.43 TFLOP, dense 0.85 and 0.9 GB,
-    ragged 1.70 and 1.5 GB. So auto is dense; ragged waits for a compiler with a grouped product (on NVIDIA GPUs cuDNN 9.22's,
-    behind XLA_FLAGS=--xla_gpu_experimental_use_ragged_dot_fusion=true).
+    dense: every expert computes every token, with weight 0 where it was not chosen. E / K times the necessary FLOPs, but in
+    plain matmuls that are fast on any device and mesh.
+
+    ragged: rows sorted by expert and jax.lax.ragged_dot, which should need no extra FLOPs. As compiled by XLA (jax 0.10.2 and
+    0.12, CPU and NVIDIA GPU), it is a masked matmul of every expert with all M rows, K times dense's FLOPs. Forward and
+    backward of a layer of configs/moe.py without the shared expert, 16,384 tokens, H100: necessary 0.43 TFLOP, dense 0.85
+    TFLOP and 0.9 GB, ragged 1.70 TFLOP and 1.5 GB. So auto is dense until XLA has a grouped matmul (on NVIDIA GPUs cuDNN
+    9.22's, behind XLA_FLAGS=--xla_gpu_experimental_use_ragged_dot_fusion=true).
     """
     return "dense" if name == "auto" else name
 
 
 class MixtureOfExperts(nnx.Module):
-    """Each token's K best experts of E by a softmax gate, weighted by their scores, and a shared expert that sees all tokens.
-    No token is ever dropped. Gate and softmax are fp32: a choice should not hang on a rounding.
+    """Top-K routing: a softmax gate chooses K of E experts per token and weights them by their scores; an optional shared
+    expert processes every token. There is no capacity limit, so no token is dropped. Gate and softmax are fp32, so that choices
+    do not depend on rounding.
 
-    The gate starts uniform within 1 / sqrt(D), as PyTorch MateConv's: its logits are then as large at any width.
+    The gate is initialised uniformly within 1 / sqrt(D), as in PyTorch MateConv, which makes its logits equally large at any
+    width.
 
-    The auxiliary loss keeps the load even. It is a row's own (DeepSeek-V2, 2024, and PyTorch MateConv's seq_aux): the sum over
-    experts of E * share * score, where share is an expert's part of the row's choices and score its mean in the row, so 1 where
-    all is even; times aux_loss_alpha. Padding does not count, and a row weighs as much as it has real tokens, as in the
-    cross-entropy: a step's sum does not depend on how its rows are cut into micro-batches or spread over devices. (PyTorch
-    MateConv has no padding; its mean over rows is the same then.)
+    The auxiliary loss balances the load. It is computed per row (DeepSeek-V2, 2024; PyTorch MateConv's seq_aux): the sum over
+    experts of E * share * score, times aux_loss_alpha, where share is the expert's fraction of the row's choices and score its
+    mean gate score in the row; balanced experts give aux_loss_alpha. Padding is ignored and a row is weighted by its number of
+    real tokens, as in the cross-entropy, so a step's sum does not depend on how rows are split into micro-batches or over
+    devices. (PyTorch MateConv has no padding, and then its mean over rows is the same.)
     """
 
     def __init__(self, c, rngs: nnx.Rngs):
@@ -82,7 +85,7 @@ class MixtureOfExperts(nnx.Module):
         self.c = c
 
     def __call__(self, x_BSD, is_real_BS=None):
-        """(output (B, S, D) in x's dtype, Routing); is_real_BS: which tokens count in the Routing, None: all."""
+        """Returns (output (B, S, D) in x's dtype, Routing). is_real_BS: the tokens counted in Routing; None: all."""
         c = self.c
         B, S, D = x_BSD.shape
         x_ND = x_BSD.reshape(-1, D)
@@ -100,7 +103,7 @@ class MixtureOfExperts(nnx.Module):
 
     def gate_scores(self, x_ND):
         """Softmax of the gate's logits, fp32 (N, E)."""
-        # At the default precision NVIDIA GPUs round the operands to TF32: 10 bits, no more than float16 has.
+        # At default precision, NVIDIA GPUs round fp32 operands to TF32, whose mantissa has 10 bits like float16's.
         logits_NE = jnp.einsum("ND,ED->NE", x_ND.astype(jnp.float32), self.gate_ED[...], precision=jax.lax.Precision.HIGHEST)
         return jax.nn.softmax(logits_NE)
 
@@ -111,8 +114,8 @@ class MixtureOfExperts(nnx.Module):
         h_NE2F = linear(x_ND, w13_E2FD.reshape(-1, D), self.c.platform).reshape(-1, E, 2, F)
         h_NEF = jax.nn.silu(h_NE2F[:, :, 0]) * h_NE2F[:, :, 1] * weights_NE[..., None]
         if self.c.platform == "cpu" and len(x_ND) <= 32:
-            # As in `linear`, and expert by expert, since for one product over E and F the weights would be transposed: 4.4 and
-            # 3.4 times faster at 1 and 16 rows of the base model.
+            # As in `linear`, and expert by expert, because one matmul over E and F would transpose the weights: 4.4 and 3.4
+            # times faster at 1 and 16 rows of the base model.
             return jnp.sum(jax.lax.optimization_barrier(jnp.einsum("EDF,NEF->EDN", w2_EDF, h_NEF)), axis=0).T
         return jnp.einsum("NEF,EDF->ND", h_NEF, w2_EDF)
 
@@ -122,7 +125,7 @@ class MixtureOfExperts(nnx.Module):
         N, K = chosen_NK.shape
         order_M = jnp.argsort(chosen_NK.ravel(), stable=True)
         rows_E = jnp.bincount(chosen_NK.ravel(), length=E)
-        # Each index comes once: so the gradients are not sums of atomic additions, whose order would change from run to run.
+        # unique_indices makes the gradient a plain scatter instead of atomic additions, whose order changes from run to run.
         x_MD = jnp.repeat(x_ND, K, axis=0).at[order_M].get(unique_indices=True)
         gate_MF, up_MF = jnp.split(_ragged_linear(x_MD, w13_E2FD.reshape(E, 2 * F, D), rows_E), 2, axis=1)
         out_MD = _ragged_linear(jax.nn.silu(gate_MF) * up_MF, w2_EDF, rows_E)
@@ -138,10 +141,10 @@ class MixtureOfExperts(nnx.Module):
         chosen_BE = jnp.sum(chosen_BSE, axis=1, where=is_real_BS1)
         share_BE = chosen_BE / (at_least_1_B1 * c.num_experts_per_tok)
         score_BE = jnp.sum(scores_BSE, axis=1, where=is_real_BS1) / at_least_1_B1
-        unevenness_B = c.n_routed_experts * jnp.sum(share_BE * score_BE, axis=1)
+        imbalance_B = c.n_routed_experts * jnp.sum(share_BE * score_BE, axis=1)
         entropy_BS = -jnp.sum(jax.scipy.special.xlogy(scores_BSE, scores_BSE), axis=2)
         return Routing(
-            auxiliary_loss=c.aux_loss_alpha * jnp.sum(unevenness_B * count_B1[:, 0]),
+            auxiliary_loss=c.aux_loss_alpha * jnp.sum(imbalance_B * count_B1[:, 0]),
             chosen_E=jnp.sum(chosen_BE, axis=0),
             entropy=jnp.sum(jax.lax.stop_gradient(entropy_BS), where=is_real_BS),
         )
@@ -153,5 +156,5 @@ _ROWS_BY_EXPERT = jax.lax.RaggedDotDimensionNumbers(
 
 
 def _ragged_linear(x_MI, w_EOI, rows_E):
-    """x w_e^T for the rows_E[e] rows of each expert e in turn: (M, I) to (M, O)."""
+    """x w_e^T for each expert e's rows_E[e] consecutive rows: (M, I) to (M, O)."""
     return jax.lax.ragged_dot_general(x_MI, w_EOI, rows_E, _ROWS_BY_EXPERT)

@@ -1,7 +1,7 @@
-"""The Transformer: a LLaMA-style decoder, as PyTorch MateConv's.
+"""The Transformer: a LLaMA-style decoder, equal to PyTorch MateConv's.
 
 Dimensions in names: B batch, S sequence, T cached positions, D model, H query heads, K key/value heads,
-N head_dim, F feed-forward, V vocabulary. Weights are (out, in), as PyTorch keeps them.
+N head_dim, F feed-forward, V vocabulary, L layers. Weights are (out, in), as in PyTorch.
 """
 
 import jax
@@ -17,7 +17,7 @@ from mateconv_jax.model.rope import rope, rope_angles
 
 
 class Attention(nnx.Module):
-    """Grouped-query causal attention. One product makes queries, keys and values: J = H + 2K heads side by side."""
+    """Grouped-query causal attention. Queries, keys and values come from one matmul, with J = H + 2K heads in a row."""
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
@@ -31,7 +31,7 @@ class Attention(nnx.Module):
         c = self.c
         qkv_BSJN = linear(x_BSD, self.wqkv_JND[...].reshape(-1, c.dim), c.platform).reshape(*x_BSD.shape[:2], -1, c.head_dim)
         q_BSHN, k_BSKN, v_BSKN = jnp.split(qkv_BSJN, [c.n_heads, c.n_heads + c.n_kv_heads], axis=2)
-        if self.q_norm is not None and self.k_norm is not None:  # of each head alone, as in Qwen3
+        if self.q_norm is not None and self.k_norm is not None:  # per head, as in Qwen3
             q_BSHN, k_BSKN = self.q_norm(q_BSHN), self.k_norm(k_BSKN)
         q_BSHN, k_BSKN = rope(q_BSHN, angles), rope(k_BSKN, angles)
         if layer_cache is None:
@@ -48,13 +48,13 @@ class Attention(nnx.Module):
 
 
 def _write(cache, new, start_B, axis: int):
-    """Put each row's new positions at its own place on a row's `axis`."""
+    """Write each row's new keys or values into its cache, from its own start along `axis` (of the row)."""
     write_row = jax.vmap(lambda cache, new, start: jax.lax.dynamic_update_slice_in_dim(cache, new, start, axis))
     return write_row(cache, new, start_B)
 
 
 def _split_keys(key_B, n: int):
-    """n independent keys of each row; of None, n times None."""
+    """n lists of independent keys, one key per row each; n times None for None."""
     return [None] * n if key_B is None else list(jax.vmap(lambda key: jax.random.split(key, n), out_axes=1)(key_B))
 
 
@@ -69,10 +69,10 @@ class Block(nnx.Module):
         self.c = c
 
     def __call__(self, x_BSD, positions_BS, angles, layer_cache=None, documents_BS=None, key_B=None, is_real_BS=None):
-        """(output, layer_cache with the new positions, moe.Routing or None)."""
-        weights_key_B, attention_key_B, ffn_key_B = _split_keys(key_B, 3)
+        """Returns (output, layer_cache with the new positions or None, moe.Routing or None)."""
+        scores_key_B, attention_key_B, ffn_key_B = _split_keys(key_B, 3)
         normed_BSD = self.attention_norm(x_BSD)
-        out_BSD, layer_cache = self.attention(normed_BSD, positions_BS, angles, layer_cache, documents_BS, weights_key_B)
+        out_BSD, layer_cache = self.attention(normed_BSD, positions_BS, angles, layer_cache, documents_BS, scores_key_B)
         x_BSD = x_BSD + layers.dropout(out_BSD, self.c.dropout, attention_key_B)
         normed_BSD = self.ffn_norm(x_BSD)
         if isinstance(self.feed_forward, moe.MixtureOfExperts):
@@ -82,19 +82,19 @@ class Block(nnx.Module):
         return x_BSD + layers.dropout(out_BSD, self.c.dropout, ffn_key_B), layer_cache, routing
 
 
-# What the backward pass keeps of a block; the rest it computes again.
+# Activations of a block that are saved for the backward pass; it recomputes the rest.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the products with weights, not attention's
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # matmuls with weights, not attention's
 }
 
 
 @jax.custom_vjp
 def gradients_together(args):
-    """`args`, whose gradients are all computed before any of them is used.
+    """The identity, with a barrier that computes all gradients of `args` before any of them is used.
 
-    On a GPU, XLA would put the weights' off to the end of the backward pass, and keep for them all that was computed again: the
-    base model would take 3.10 GB with full remat, 2.90 without, and now takes 1.15.
+    Without it, XLA on a GPU defers the weight gradients to the end of the backward pass and keeps all recomputed activations
+    for them: the base model took 3.10 GB with full remat and 2.90 without; with the barrier it takes 1.15.
     """
     return args
 
@@ -103,8 +103,8 @@ gradients_together.defvjp(lambda args: (args, None), lambda _, g: (jax.lax.optim
 
 
 class Transformer(nnx.Module):
-    """Parameters are fp32; the computation is in `c.dtype`. Layers are unrolled, each with its own arrays: scanned over
-    stacked weights, cached decoding on the CPU was 1.6 to 4 times slower.
+    """The language model. Parameters are fp32, activations c.dtype. Layers are unrolled, each with its own arrays, because
+    scanning over stacked weights made cached decoding on the CPU 1.6 to 4 times slower.
     """
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
@@ -116,22 +116,21 @@ class Transformer(nnx.Module):
         self.c = c
 
     def __call__(self, tokens_BS, documents_BS=None, dropout_key_B=None, remat: str = "none"):
-        """Next-token logits (B, S, V) in the compute dtype; whoever takes a log-sum-exp does it in fp32.
-
-        fp32 logits out of the product would make XLA run a gradient product in fp32 x fp32.
+        """Next-token logits (B, S, V) in the compute dtype. Cast them to fp32 before a log-sum-exp; if the matmul itself gave
+        fp32, XLA would run one of its gradient matmuls in fp32 x fp32.
 
         Args:
           tokens_BS: int32.
-          documents_BS: int32, rising along a row: attention stays within a document, whose positions start at 0. None: a row
-            is one document.
-          dropout_key_B: a key of each row, which drops a share c.dropout of its embeddings, attention weights and residual
-            branches; None: nothing.
-          remat: "none", or one of REMAT_POLICIES: compute again in the backward pass what it does not keep.
+          documents_BS: int32 document numbers, non-decreasing along a row. Attention stays within a document, and positions
+            restart at 0 in each. None: each row is one document.
+          dropout_key_B: one key per row, for dropout at rate c.dropout on embeddings, attention weights and residual branches;
+            None: no dropout.
+          remat: "none", or a key of REMAT_POLICIES: recompute in the backward pass what that policy does not save.
         """
         return self.logits_and_routing(tokens_BS, documents_BS, dropout_key_B, remat)[0]
 
     def logits_and_routing(self, tokens_BS, documents_BS=None, dropout_key_B=None, remat: str = "none", is_real_BS=None):
-        """(logits as above; moe.Routing of the tokens where is_real_BS, each array (L, ...), or None: no experts)."""
+        """Returns (logits as above, moe.Routing of the tokens where is_real_BS, each array (L, …); None without experts)."""
         positions_BS = None  # 0, 1, 2 …
         if documents_BS is not None:
             positions_BS = jnp.arange(tokens_BS.shape[1])[None]
@@ -159,14 +158,14 @@ class Transformer(nnx.Module):
         """Read S more tokens into the cache: a prefill (S = the prompts' bucket) or a decode step (S = 1).
 
         Args:
-          tokens_BS: int32. What stands after a row's last token is padding: it is written behind the row's end, where
-            no query looks before it is overwritten.
-          start_B: position of each row's first token here; start_B + S must fit the cache.
-          last_B: index in 0 .. S - 1 of each row's last token.
+          tokens_BS: int32. Anything after a row's last token is padding; it lands in cache slots that are overwritten before
+            any query reads them.
+          start_B: int32, position of each row's first token; start_B + S must fit the cache.
+          last_B: int32, index in 0 .. S - 1 of each row's last token.
           kv_cache: see `make_kv_cache`; donate it.
 
         Returns:
-          (logits_BV after each row's last token, in the compute dtype; the cache with the tokens in it)
+          (logits_BV after each row's last token in the compute dtype, the updated cache)
         """
         positions_BS = start_B[:, None] + jnp.arange(tokens_BS.shape[1])
         angles = rope_angles(self.c, kv_cache[0][0].shape[3], positions_BS)
@@ -181,7 +180,7 @@ class Transformer(nnx.Module):
     def _embed(self, tokens_BS):
         if self.c.deterministic and self.c.platform != "cpu":
             return layers.embed_deterministically(self.embedding_VD[...], tokens_BS, self.c.dtype)
-        # fp32 rows: so that the gradients of a frequent token add up in fp32.
+        # Looked up in fp32, so that the gradients of a frequent token accumulate in fp32.
         return self.embedding_VD[...].astype(jnp.float32)[tokens_BS].astype(self.c.dtype)
 
     def _logits(self, x):
@@ -190,12 +189,12 @@ class Transformer(nnx.Module):
 
 
 def abstract_model(c: ModelConfig):
-    """(graph definition, parameters as ShapeDtypeStructs): everything about the model but its numbers."""
+    """(graph definition, parameters as ShapeDtypeStructs), without allocating any array."""
     return nnx.split(nnx.eval_shape(lambda: Transformer(c, nnx.Rngs(0))))
 
 
 def init_params(c: ModelConfig, seed: int) -> nnx.State:
-    """Fresh fp32 parameters: normal(0.02), wo and w3 scaled by 1/sqrt(2 n_layers), norms 1; a gate's: see moe.py. Call it
+    """Initial fp32 parameters: normal(0.02), with wo and w3 scaled by 1/sqrt(2 n_layers); norms 1; gates: see moe.py. Call it
     inside jit.
     """
     return nnx.split(Transformer(c, nnx.Rngs(seed)))[1]

@@ -1,6 +1,6 @@
-"""What a compiled program will do, read from its optimised HLO: kernels, matrix products, attention, exchanges.
+"""Analyse a compiled program's optimised HLO: its kernels, matmuls, fused attention and collectives.
 
-Loops count as often as they turn. Everything here is of one device.
+Everything is per device, and the content of a loop counts once per iteration.
 """
 
 import collections
@@ -19,22 +19,31 @@ _COLLECTIVES = {
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
     "collective-broadcast",
 }  # fmt: skip
-# What is no work of the GPU's: names of memory, and control.
+# Opcodes that launch nothing: names for memory, and control flow.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "copy-done",
     "opt-barrier", "add-dependency",
 }  # fmt: skip
-# Through these an array is the same memory.
+# Opcodes looked through when tracing where an array comes from.
 _SAME = {"bitcast", "reshape", "copy", "convert", "transpose"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
+    """One line of HLO.
+
+    Attributes:
+      shape: as text, such as "bf16[8,512]{1,0}".
+      operands: their names.
+      rest: operands and attributes, as text.
+      is_root: it gives its computation's result.
+    """
+
     name: str
     shape: str
     opcode: str
     operands: list[str]
-    rest: str  # operands and attributes, as text
+    rest: str
     is_root: bool
 
     def attribute(self, pattern: str) -> str | None:
@@ -42,7 +51,7 @@ class Instruction:
         return match[1] if match else None
 
     def required_attribute(self, pattern: str) -> str:
-        """One that every such instruction has."""
+        """An attribute that every instruction of this opcode has. Raises ValueError if it is missing."""
         value = self.attribute(pattern)
         if value is None:
             raise ValueError(f"{self.name}: nothing matches {pattern!r} in {self.rest[:300]!r}")
@@ -51,7 +60,14 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One launch, `times` a run. flops: of matrix products, by the dtype of their operands. bytes: read and written."""
+    """A kernel launch.
+
+    Attributes:
+      kind: its opcode, fusion kind or library call.
+      times: launches per run of the program.
+      flops: of its matmuls, per launch, by operand dtypes such as "bf16 x bf16".
+      bytes: read and written, per launch.
+    """
 
     name: str
     kind: str
@@ -61,8 +77,14 @@ class Kernel:
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
-    """A matrix product `times` a run. dtypes: as "bf16 x bf16 -> f32". flops: of one."""
+class Matmul:
+    """A matrix multiplication.
+
+    Attributes:
+      dtypes: such as "bf16 x bf16 -> f32".
+      times: per run of the program.
+      flops: of one.
+    """
 
     name: str
     dtypes: str
@@ -72,16 +94,30 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """A call of cuDNN's fused attention. flops: of one, half of the square where it is causal."""
+    """A call of cuDNN's fused attention.
 
-    direction: str  # forward | backward
+    Attributes:
+      direction: "forward" or "backward".
+      times: per run of the program.
+      flops: of one; half of the S x T square if causal.
+    """
+
+    direction: str
     times: float
     flops: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """bytes: of its operands, one time. devices: in a group. beside: the kernels between start and end, where asynchronous."""
+    """A collective operation.
+
+    Attributes:
+      bytes: of its operands, per execution.
+      times: per run of the program.
+      devices: in each group.
+      is_async: other kernels may run between its start and its end.
+      overlapping: those kernels.
+    """
 
     opcode: str
     dtypes: tuple[str, ...]
@@ -89,15 +125,19 @@ class Collective:
     times: float
     devices: int
     is_async: bool
-    beside: list[Kernel]
+    overlapping: list[Kernel]
 
 
 @dataclasses.dataclass
 class HloReport:
-    """unknown_loops: loops that do not say how often they turn; they count once."""
+    """Everything one run of a program launches on a device.
+
+    Attributes:
+      unknown_loops: names of loops without a known trip count; they count once.
+    """
 
     kernels: list[Kernel] = dataclasses.field(default_factory=list)
-    products: list[Product] = dataclasses.field(default_factory=list)
+    matmuls: list[Matmul] = dataclasses.field(default_factory=list)
     attention: list[Attention] = dataclasses.field(default_factory=list)
     collectives: list[Collective] = dataclasses.field(default_factory=list)
     unknown_loops: list[str] = dataclasses.field(default_factory=list)
@@ -114,19 +154,20 @@ class HloReport:
         return {kind: round(n) for kind, n in sorted(counts.items(), key=lambda item: -item[1])}
 
     def flops(self) -> float:
-        return sum(p.times * p.flops for p in self.products) + sum(a.times * a.flops for a in self.attention)
+        """Of all matmuls and attention."""
+        return sum(m.times * m.flops for m in self.matmuls) + sum(a.times * a.flops for a in self.attention)
 
-    def products_by_dtype(self) -> dict[str, tuple[int, float]]:
-        """Number and FLOPs of the products of each class."""
-        classes: dict[str, tuple[int, float]] = {}
-        for p in self.products:
-            n, flops = classes.get(p.dtypes, (0, 0.0))
-            classes[p.dtypes] = n + round(p.times), flops + p.times * p.flops
-        return classes
+    def matmuls_by_dtype(self) -> dict[str, tuple[int, float]]:
+        """{dtypes: (number, FLOPs) of the matmuls}."""
+        by_dtype: dict[str, tuple[int, float]] = {}
+        for m in self.matmuls:
+            n, flops = by_dtype.get(m.dtypes, (0, 0.0))
+            by_dtype[m.dtypes] = n + round(m.times), flops + m.times * m.flops
+        return by_dtype
 
 
 def read(text: str) -> HloReport:
-    """The report of a compiled program, from `compiled.as_text()`."""
+    """Analyse a compiled program, given as `compiled.as_text()`."""
     computations, entry = parse(text)
     report = HloReport()
     _walk(computations, entry, 1, report)
@@ -134,7 +175,7 @@ def read(text: str) -> HloReport:
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """The instructions of each computation, in the order in which they run, and the name of the entry."""
+    """The instructions of each computation, in execution order, and the name of the entry computation."""
     computations: dict[str, list[Instruction]] = {}
     current, entry = None, ""
     for line in text.splitlines():
@@ -150,11 +191,12 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def shapes(text: str) -> list[tuple[str, list[int]]]:
-    """Each dtype and its dimensions in a shape, that of a tuple too."""
+    """Each (dtype, dimensions) in a shape, which may be a tuple's."""
     return [(dtype, [int(n) for n in dims.split(",") if n]) for dtype, dims in _SHAPE.findall(text)]
 
 
 def n_bytes(text: str) -> float:
+    """Bytes of a shape, which may be a tuple's."""
     return sum(_BYTES[dtype] * math.prod(dims) for dtype, dims in shapes(text))
 
 
@@ -168,10 +210,10 @@ def _up_to_closing(text: str) -> str:
 
 
 def _walk(computations, name: str, times: float, report: HloReport) -> None:
-    """Add what a computation launches, run `times` times."""
+    """Add to `report` what a computation launches when it runs `times` times."""
     instructions = computations[name]
     shape_of = {i.name: i.shape for i in instructions}
-    running: dict[str, tuple[Instruction, int]] = {}  # asynchronous collectives, and how many kernels there were before
+    running: dict[str, tuple[Instruction, int]] = {}  # started collectives, and the number of kernels before
     for i in instructions:
         base = i.opcode.removesuffix("-start").removesuffix("-done")
         if i.opcode in ("async-start", "async-update", "async-done"):
@@ -195,11 +237,11 @@ def _walk(computations, name: str, times: float, report: HloReport) -> None:
             else:
                 report.collectives.append(_collective(i, shape_of, times, None))
         elif i.opcode == "while":
-            turns = i.attribute(r'"known_trip_count":\{"n":"(\d+)"')
-            if turns is None:
+            trip_count = i.attribute(r'"known_trip_count":\{"n":"(\d+)"')
+            if trip_count is None:
                 report.unknown_loops.append(i.name)
-            _walk(computations, i.attribute(r"condition=%?([\w.\-]+)"), times * int(turns or 1), report)
-            _walk(computations, i.attribute(r"body=%?([\w.\-]+)"), times * int(turns or 1), report)
+            _walk(computations, i.attribute(r"condition=%?([\w.\-]+)"), times * int(trip_count or 1), report)
+            _walk(computations, i.attribute(r"body=%?([\w.\-]+)"), times * int(trip_count or 1), report)
         elif i.opcode == "conditional":
             branches = i.attribute(r"branch_computations=\{([^}]*)\}")
             for branch in re.findall(r"[\w.\-]+", branches) if branches else re.findall(r"_computation=%?([\w.\-]+)", i.rest):
@@ -213,17 +255,17 @@ def _walk(computations, name: str, times: float, report: HloReport) -> None:
 def _kernel(computations, i: Instruction, shape_of, times: float, report: HloReport) -> Kernel:
     flops: dict[str, float] = {}
 
-    def add(product: Product):
-        report.products.append(product)
-        operands = product.dtypes.split(" -> ")[0]
-        flops[operands] = flops.get(operands, 0.0) + product.flops
+    def add(matmul: Matmul):
+        report.matmuls.append(matmul)
+        operands = matmul.dtypes.split(" -> ")[0]
+        flops[operands] = flops.get(operands, 0.0) + matmul.flops
 
     kind, traffic = i.opcode, n_bytes(i.shape) + sum(n_bytes(shape_of.get(o, "")) for o in i.operands)
     if i.opcode == "fusion":
         called = i.required_attribute(r"calls=%?([\w.\-]+)")
         kind = i.attribute(r'"fusion_backend_config":\{"kind":"([^"]+)"') or i.required_attribute(r"kind=k(\w+)")
-        for product in _dots(computations, called, times):
-            add(product)
+        for matmul in _dots(computations, called, times):
+            add(matmul)
         traffic = _fusion_bytes(computations, called, i)
     elif i.opcode == "dot":
         add(_dot(i, shape_of, times))
@@ -240,8 +282,8 @@ def _kernel(computations, i: Instruction, shape_of, times: float, report: HloRep
     return Kernel(i.name, kind, times, flops, traffic)
 
 
-def _dots(computations, name: str, times: float) -> list[Product]:
-    """The products inside a fused computation, and those fused into it."""
+def _dots(computations, name: str, times: float) -> list[Matmul]:
+    """The matmuls in a fused computation and in those nested in it."""
     found = []
     shape_of = {i.name: i.shape for i in computations.get(name, [])}
     for i in computations.get(name, []):
@@ -252,20 +294,20 @@ def _dots(computations, name: str, times: float) -> list[Product]:
     return found
 
 
-def _dot(i: Instruction, shape_of, times: float) -> Product:
+def _dot(i: Instruction, shape_of, times: float) -> Matmul:
     (left, left_dims), (right, _) = (shapes(shape_of[o])[0] for o in i.operands[:2])
     out, out_dims = shapes(i.shape)[0]
     contracted = i.required_attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
     inner = math.prod(left_dims[int(axis)] for axis in contracted.split(",") if axis)
-    return Product(i.name, f"{left} x {right} -> {out}", times, 2.0 * math.prod(out_dims) * inner)
+    return Matmul(i.name, f"{left} x {right} -> {out}", times, 2.0 * math.prod(out_dims) * inner)
 
 
-def _cublas(i: Instruction, shape_of, times: float) -> Product:
+def _cublas(i: Instruction, shape_of, times: float) -> Matmul:
     (left, left_dims), (right, _) = (shapes(shape_of[o])[0] for o in i.operands[:2])
     out, out_dims = shapes(i.shape)[0]
     contracted = i.required_attribute(r'"lhs_contracting_dimensions": ?\[([^\]]*)\]')
     inner = math.prod(left_dims[int(axis)] for axis in re.findall(r"\d+", contracted))
-    return Product(i.name, f"{left} x {right} -> {out}", times, 2.0 * math.prod(out_dims) * inner)
+    return Matmul(i.name, f"{left} x {right} -> {out}", times, 2.0 * math.prod(out_dims) * inner)
 
 
 def _fused_attention(i: Instruction, target: str, times: float) -> Attention:
@@ -274,21 +316,21 @@ def _fused_attention(i: Instruction, target: str, times: float) -> Attention:
     N = shapes(i.shape)[0][1][-1]
     is_causal = "CAUSAL" in (i.attribute(r'"mask_type": ?"([^"]*)"') or "")
     backward = "Backward" in target
-    # Forward two products of S x T x N; backward four, and the scores once more.
+    # Two matmuls of S x T x N forward; four backward, plus recomputing the scores.
     flops = (5 if backward else 2) * 2.0 * B * H * S * T * N * (0.5 if is_causal else 1)
     return Attention("backward" if backward else "forward", times, flops)
 
 
-def _collective(i: Instruction, shape_of, times: float, beside: list[Kernel] | None) -> Collective:
+def _collective(i: Instruction, shape_of, times: float, overlapping: list[Kernel] | None) -> Collective:
     operands = [shape_of.get(o, "") for o in i.operands]
     dtypes = tuple(sorted({dtype for shape in operands for dtype, _ in shapes(shape)}))
-    is_async = beside is not None and '"is_sync":true' not in i.rest
+    is_async = overlapping is not None and '"is_sync":true' not in i.rest
     opcode = i.opcode.removesuffix("-start")
-    return Collective(opcode, dtypes, sum(map(n_bytes, operands)), times, _group(i), is_async, beside or [])
+    return Collective(opcode, dtypes, sum(map(n_bytes, operands)), times, _group(i), is_async, overlapping or [])
 
 
 def _group(i: Instruction) -> int:
-    """How many devices exchange with each other: {{0,1},{2,3}}, or [4,2]<=[8], or mesh['a'=4,'b'=2] {'b'}."""
+    """The size of its device groups, written as {{0,1},{2,3}}, [4,2]<=[8] or mesh['a'=4,'b'=2] {'b'}."""
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", i.rest):
         return len(match[1].split(","))
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]", i.rest):
@@ -297,12 +339,12 @@ def _group(i: Instruction) -> int:
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
         axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match[2])
         return math.prod(int(part) if part else sizes[name] for name, part in axes)
-    return 2  # a permutation: from one to another
+    return 2  # a permutation: one sends to one
 
 
 def _fusion_bytes(computations, name: str, fusion: Instruction) -> float:
-    """Read and written by a fusion: of an operand that is only looked up in, what is looked up; of a result that is another
-    array with a part replaced, the part.
+    """Bytes that a fusion reads and writes. Of an operand that is only sliced or gathered from, the slices count; of a result
+    that updates part of an operand in place, the part.
     """
     instructions = computations.get(name, [])
     by_name = {i.name: i for i in instructions}
@@ -317,7 +359,7 @@ def _fusion_bytes(computations, name: str, fusion: Instruction) -> float:
             if user.opcode in ("slice", "dynamic-slice", "gather") and user.operands[0] == i.name:
                 total += n_bytes(user.shape)
             elif user.opcode in ("dynamic-update-slice", "scatter") and user.operands[0] == i.name:
-                total += 0.0  # stays where it is
+                total += 0.0  # updated in place, not read
             elif user.opcode in _SAME and not user.is_root:
                 total += read(user)
             else:

@@ -1,4 +1,4 @@
-"""The programs of a run, compiled for given devices: the training step, a prefill, decoding."""
+"""A run's programs, compiled for given devices: training step, prefill and decoding."""
 
 import dataclasses
 import time
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.inference.decode import Decoder, DecodeState
-from mateconv_jax.inference.generation_config import GenerationConfig
 from mateconv_jax.inference.sampling import Sampling
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.kv_cache import make_kv_cache
@@ -20,13 +20,17 @@ from mateconv_jax.training import setup
 from mateconv_jax.training.setup import Setup
 from mateconv_jax.training.step import lower
 
-EOS = 2  # the id that decoding is compiled with; which it is changes nothing
+EOS = 2  # any id would do: it is a constant in the compiled program
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled program and what is known of it. arguments: bytes a device of each argument, by name. peak: bytes a device of
-    everything at once, as far as XLA plans it; donated: bytes of the arguments that results take the place of.
+    """A compiled program and its analysis.
+
+    Attributes:
+      arguments: {argument: bytes per device}.
+      peak: bytes per device of arguments, results and temporaries at the worst moment, as planned by XLA.
+      donated: bytes per device of arguments whose memory is reused for results.
     """
 
     compiled: jax.stages.Compiled
@@ -39,36 +43,37 @@ class Program:
     def compile(lowered: jax.stages.Lowered, arguments: dict) -> "Program":
         compiled = lowered.compile()
         memory, text = compiled.memory_analysis(), compiled.as_text()
-        assert memory is not None and text is not None  # CPUs and GPUs have both
-        everything = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        everything += memory.output_size_in_bytes - memory.alias_size_in_bytes
-        # On the CPU it holds the arguments alone.
-        peak = memory.peak_memory_in_bytes if memory.peak_memory_in_bytes > memory.temp_size_in_bytes else everything
-        sizes = {name: _bytes_of_a_device(tree) for name, tree in arguments.items()}
+        assert memory is not None and text is not None  # available on CPUs and GPUs
+        total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        total += memory.output_size_in_bytes - memory.alias_size_in_bytes
+        # On the CPU, peak_memory_in_bytes covers only the arguments.
+        peak = memory.peak_memory_in_bytes if memory.peak_memory_in_bytes > memory.temp_size_in_bytes else total
+        sizes = {name: _bytes_per_device(tree) for name, tree in arguments.items()}
         return Program(compiled, read(text), sizes, peak, memory.alias_size_in_bytes)
 
 
-def _bytes_of_a_device(tree) -> int:
+def _bytes_per_device(tree) -> int:
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def training_step(config: ConfigDict, c: ModelConfig, devices, steps: int) -> Setup:
-    """What `mateconv_jax.train` would run with this (resolved) config on these devices.
+    """What `mateconv_jax.train` would run with this resolved config on these devices.
 
     Raises:
-      UserError: the mesh or the batch does not fit them.
+      UserError: the mesh or the batch size does not fit the devices.
     """
-    return setup.build(config, c, sharding.make_mesh(config.mesh, devices), steps)
+    return setup.build(config, c, sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices), steps)
 
 
 def compile_step(run: Setup) -> Program:
+    """Compile the training step. XLA's and cuDNN's errors are passed on."""
     state, batch = run.abstract_state, run.abstract_batch
     parts = {"parameters": state.params, "EMA": state.ema_params, "optimizer": state.opt_state, "batch": batch}
     return Program.compile(lower(run.train_step, state, batch, run.c.deterministic), parts)
 
 
 def measure(run: Setup, compiled: jax.stages.Compiled, seconds: float = 5.0) -> float:
-    """Seconds a step, run for about so long with random tokens; the mean, after two that do not count."""
+    """Mean seconds per step with random tokens, over about `seconds` seconds, after two warm-up steps."""
     state, shapes = run.fresh_state(), run.abstract_batch
     random = np.random.default_rng(0)
     values = {
@@ -77,19 +82,19 @@ def measure(run: Setup, compiled: jax.stages.Compiled, seconds: float = 5.0) -> 
         "document_starts": random.random(shapes["tokens"].shape) < 0.01,
     }
     batch = {name: jax.device_put(values[name], x.sharding) for name, x in shapes.items()}
-    for warm in (True, False):
+    for is_warmup in (True, False):
         steps, metrics, begin = 0, None, time.perf_counter()
-        while steps < 2 or not warm and steps < 1000 and time.perf_counter() - begin < seconds:
+        while steps < 2 or not is_warmup and steps < 1000 and time.perf_counter() - begin < seconds:
             state, metrics = compiled(state, batch)
             steps += 1
-            if steps % 10 == 0:  # at most so many are under way
+            if steps % 10 == 0:  # bounds the steps in flight
                 jax.block_until_ready(metrics)
         jax.block_until_ready(metrics)
     return (time.perf_counter() - begin) / steps
 
 
 def prefill(c: ModelConfig, device: jax.Device, batch: int) -> Program:
-    """Reading `batch` whole contexts, on one device."""
+    """The prefill of `batch` full contexts on one device."""
     decoder, params, state = _decoder(c, device, batch)
     start = _on(device, jax.ShapeDtypeStruct((), jnp.int32))
     lowered = decoder.prefill.lower(params, state, start, S=c.max_seq_len)
@@ -97,7 +102,7 @@ def prefill(c: ModelConfig, device: jax.Device, batch: int) -> Program:
 
 
 def decode_loop(c: ModelConfig, device: jax.Device, batch: int, config=GenerationConfig()) -> Program:
-    """Decoding `batch` rows over a full cache, tokens chosen as `config` says: a loop, whose turn is a token."""
+    """The decode loop of `batch` rows with a full-size cache, sampling as in `config`. Each iteration decodes a token."""
     decoder, params, state = _decoder(c, device, batch)
     sampling = _on(device, jax.eval_shape(lambda: Sampling.make(config, jnp.zeros(batch, jnp.int32), c.vocab_size)))
     max_steps = _on(device, jax.ShapeDtypeStruct((), jnp.int32))
@@ -106,7 +111,7 @@ def decode_loop(c: ModelConfig, device: jax.Device, batch: int, config=Generatio
 
 
 def _decoder(c: ModelConfig, device: jax.Device, B: int):
-    """A decoder, and shapes of parameters in the dtype of the computation and of a state."""
+    """(a Decoder, abstract parameters in the compute dtype, an abstract DecodeState)."""
     graph, params = abstract_model(c)
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, c.dtype), params)
 
@@ -121,5 +126,5 @@ def _decoder(c: ModelConfig, device: jax.Device, B: int):
 
 
 def _on(device: jax.Device, tree):
-    whole = jax.sharding.SingleDeviceSharding(device)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)
+    on_device = jax.sharding.SingleDeviceSharding(device)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_device), tree)

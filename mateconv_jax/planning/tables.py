@@ -1,4 +1,4 @@
-"""A plan for people."""
+"""Print a plan as tables."""
 
 from rich.console import Console
 from rich.table import Table
@@ -8,8 +8,8 @@ def print_plan(plan: dict, console: Console) -> None:
     training = plan["training"]
     console.print(
         f"[bold]{plan['devices']} x {plan['device']}[/] on {plan['hosts']} host(s): {plan['parameters']:,} parameters, "
-        f"{plan['dtype']}, {plan['attention']} attention; {plan['rows_per_device']} rows a device, "
-        f"{plan['tokens_per_step']:,} tokens a step"
+        f"{plan['dtype']}, {plan['attention']} attention; {plan['rows_per_device']} rows per device, "
+        f"{plan['tokens_per_step']:,} tokens per step"
     )
     for reason in plan["passed_over"]:
         console.print(f"auto did not choose {reason}")
@@ -17,7 +17,7 @@ def print_plan(plan: dict, console: Console) -> None:
     if "largest_rows_per_device" in plan:
         rows = plan["largest_rows_per_device"]
         console.print(
-            f"largest batch that fits: {rows['none'] or 'none'} rows a device ({_times(rows['none'], plan)}), with full remat "
+            f"largest batch that fits: {rows['none'] or 'no'} rows per device ({_times(rows['none'], plan)}), with full remat "
             f"{rows['full'] or 'none'} ({_times(rows['full'], plan)})"
         )
     console.print(_work(training))
@@ -30,57 +30,55 @@ def print_plan(plan: dict, console: Console) -> None:
     if "measured" in plan:
         measured = plan["measured"]
         mfu = f", MFU {measured['mfu']:.1%}" if "mfu" in measured else ""
-        console.print(
-            f"measured: {measured['seconds'] * 1e3:,.2f} ms a step, {measured['tokens_per_second']:,.0f} tokens/s{mfu}"
-        )
+        console.print(f"measured: {measured['seconds'] * 1e3:,.2f} ms/step, {measured['tokens_per_second']:,.0f} tokens/s{mfu}")
     run = plan["run"]
     if "hours" in run:
         cost = f", {run['dollars']:,.2f} dollars" if "dollars" in run else ""
-        word = "" if "measured" in plan else " at best"
+        qualifier = "" if "measured" in plan else " at best"
         console.print(
-            f"the run: {run['steps']:,} steps ({run['length_from']}), {run['tokens']:,} tokens: {run['hours']:,.2f} hours, "
-            f"{run['gpu_hours']:,.2f} GPU hours{cost}{word}"
+            f"run: {run['steps']:,} steps ({run['length_from']}), {run['tokens']:,} tokens: {run['hours']:,.2f} hours, "
+            f"{run['gpu_hours']:,.2f} GPU hours{cost}{qualifier}"
         )
     else:
-        console.print(f"the run: {run['length_from']}")
+        console.print(f"run: {run['length_from']}")
     if plan["unknown"]:
-        console.print("\nNot known without running it:")
+        console.print("\nUnknown without running it:")
         for sentence in plan["unknown"]:
             console.print(f"- {sentence}")
 
 
 def _times(rows: int | None, plan: dict) -> str:
-    return f"{(rows or 0) / plan['rows_per_device']:.3g} times as planned"
+    return f"{(rows or 0) / plan['rows_per_device']:.3g} times the planned batch"
 
 
 def _memory(program: dict) -> Table:
     memory = program["memory"]
-    table = Table(title="memory of a device, as XLA plans it", title_justify="left")
+    table = Table(title="memory per device, as planned by XLA", title_justify="left")
     table.add_column("")
     table.add_column("GB", justify="right")
     for part, size in memory["parts"].items():
         table.add_row(part, f"{size / 1e9:,.3f}")
     table.add_section()
     table.add_row("peak", f"{memory['peak'] / 1e9:,.3f}")
-    table.add_row("there are", f"{memory['available'] / 1e9:,.3f}")
+    table.add_row("available", f"{memory['available'] / 1e9:,.3f}")
     table.add_row("fits", "yes" if memory["fits"] else "[bold red]no[/]")
-    table.add_row("taken over in place", f"{memory['donated'] / 1e9:,.3f}")
-    table.add_row("a checkpoint's copy, where it has room beside the peak", f"{memory['donated'] / 1e9:,.3f}")
+    table.add_row("donated (updated in place)", f"{memory['donated'] / 1e9:,.3f}")
+    table.add_row("checkpoint snapshot, if it fits on top of the peak", f"{memory['donated'] / 1e9:,.3f}")
     return table
 
 
 def _work(program: dict) -> Table:
-    table = Table(title="work of a device in a step", title_justify="left")
+    table = Table(title="work per device and step", title_justify="left")
     table.add_column("")
     table.add_column("number", justify="right")
     table.add_column("TFLOP", justify="right")
     for dtypes, product in program["products"].items():
-        table.add_row(f"products {dtypes}", f"{product['count']:,}", f"{product['flops'] / 1e12:,.3f}")
-    for way, count in program["fused_attention"].items():
-        table.add_row(f"cuDNN attention, {way}", f"{count:,}" if count else "none", "")
+        table.add_row(f"matmuls {dtypes}", f"{product['count']:,}", f"{product['flops'] / 1e12:,.3f}")
+    for direction, count in program["fused_attention"].items():
+        table.add_row(f"cuDNN attention, {direction}", f"{count:,}" if count else "none", "")
     table.add_section()
-    table.add_row("products and attention", "", f"{program['flops'] / 1e12:,.3f}")
-    table.add_row("what the model needs", "", f"{program['flops_of_model'] / 1e12:,.3f}")
+    table.add_row("matmuls and attention", "", f"{program['flops'] / 1e12:,.3f}")
+    table.add_row("model FLOPs", "", f"{program['flops_of_model'] / 1e12:,.3f}")
     table.add_row("ratio", "", f"{program['flops_ratio']:.3f}")
     table.add_section()
     kinds = ", ".join(f"{n} {kind}" for kind, n in list(program["launches_by_kind"].items())[:4])
@@ -89,11 +87,11 @@ def _work(program: dict) -> Table:
 
 
 def _collectives(program: dict) -> Table:
-    table = Table(title="exchanges with other devices in a step", title_justify="left")
+    table = Table(title="collectives per step", title_justify="left")
     for name, justify in (("", "left"), ("dtype", "left"), ("times", "right"), ("MB each", "right"), ("devices", "right")):
         table.add_column(name, justify=justify)
     table.add_column("asynchronous")
-    table.add_column("kernels beside", justify="right")
+    table.add_column("overlapping kernels", justify="right")
     for c in program["collectives"]:
         table.add_row(
             c["what"], c["dtype"], f"{c['times']:g}", f"{c['bytes'] / 1e6:,.3f}", str(c["devices"]),
@@ -105,20 +103,20 @@ def _collectives(program: dict) -> Table:
 def _time(plan: dict) -> Table:
     training = plan["training"]
     bounds = training["roofline"]
-    table = Table(title="a step at best, by the GPU's data sheet", title_justify="left")
+    table = Table(title="lower bound of a step, by the GPU's data sheet", title_justify="left")
     table.add_column("")
     table.add_column("ms", justify="right")
     names = {
-        "arithmetic": "kernels bound by arithmetic",
-        "memory": "kernels bound by memory",
-        "launches": "kernels shorter than their launch",
-        "network": "exchanges that nothing hides",
+        "arithmetic": "compute-bound kernels",
+        "memory": "memory-bound kernels",
+        "launches": "launch-bound kernels",
+        "network": "communication not overlapped",
     }
     for key, name in names.items():
         table.add_row(f"[bold]{name}[/]" if key == bounds["bound"] else name, f"{bounds[key] * 1e3:,.3f}")
     table.add_section()
-    table.add_row("together", f"{bounds['seconds'] * 1e3:,.3f}")
-    table.add_row("exchanges hidden by kernels", f"{bounds['network_hidden'] * 1e3:,.3f}")
+    table.add_row("total", f"{bounds['seconds'] * 1e3:,.3f}")
+    table.add_row("overlapped communication", f"{bounds['network_hidden'] * 1e3:,.3f}")
     table.add_section()
     table.add_row("tokens/s, all devices", f"{training['tokens_per_second']:,.0f}")
     if "mfu" in training:
@@ -129,9 +127,9 @@ def _time(plan: dict) -> Table:
 def _decoding(decoding: dict) -> Table:
     prefill, step, rows = decoding["prefill"], decoding["step"], decoding["rows"]
     table = Table(title=f"decoding on one device, {rows} row(s), full context", title_justify="left")
-    for name in ("", "peak GB", "in place GB", "launches", "ms at best", "tokens/s at best"):
+    for name in ("", "peak GB", "donated GB", "launches", "ms at best", "tokens/s at best"):
         table.add_column(name, justify="right" if name else "left")
-    for name, program in (("a prefill", prefill), ("a token", step)):
+    for name, program in (("prefill", prefill), ("one token", step)):
         seconds = program.get("roofline", {}).get("seconds")
         table.add_row(
             name, f"{program['memory']['peak'] / 1e9:,.3f}", f"{program['memory']['donated'] / 1e9:,.3f}",

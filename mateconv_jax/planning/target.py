@@ -1,4 +1,4 @@
-"""GPUs by name, and devices of that kind to compile for on a machine that has none."""
+"""Data sheets of GPUs, and compiling for GPUs that this machine does not have."""
 
 import contextlib
 import dataclasses
@@ -14,12 +14,20 @@ from mateconv_jax.model.device import Device
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What the vendor's data sheet and tuning guide say of one GPU; peaks are dense, of both directions' traffic one counts.
+    """A GPU, from the vendor's data sheet and tuning guide. Peaks are dense; link speeds are per direction.
 
-    device_kind: as jax names it. compute_capability: also decides what cuDNN offers. cores: streaming multiprocessors.
-    lanes: fp32 units of one. clock: GHz. memory, l2: bytes. bandwidth: of its memory, bytes/s. shared, shared_most: bytes of
-    shared memory a core and at most a block. half, single: FLOP/s of bfloat16 and of float32 products (as TF32). link: bytes/s
-    to the GPUs of its host. network: bytes/s a GPU to other hosts, as the vendor's own servers are built.
+    Attributes:
+      device_kind: JAX's name.
+      compute_capability: (major, minor); also determines what cuDNN supports.
+      cores: streaming multiprocessors.
+      lanes: fp32 units per core.
+      clock: GHz.
+      memory, l2: bytes.
+      bandwidth: of the memory, bytes/s.
+      shared, shared_most: bytes of shared memory per core, and the most a block can use.
+      half, single: FLOP/s of bfloat16 and float32 (TF32) matmuls.
+      link: bytes/s to GPUs of the same host.
+      network: bytes/s per GPU to other hosts, in the vendor's own servers.
     """
 
     device_kind: str
@@ -70,26 +78,26 @@ GPUS = {
     ),
 }  # fmt: skip
 
-CUDA, CUDNN = "major: 12 minor: 8 patch: 0", (9, 10)  # of the imaginary machine
+CUDA, CUDNN = "major: 12 minor: 8 patch: 0", (9, 10)  # assumed for the target
 
 
 def by_name(name: str) -> Gpu:
     """Raises UserError for a name that is not in GPUS."""
     if name not in GPUS:
-        raise UserError(f"--gpu: {name!r} is not known (expected one of {', '.join(GPUS)}, or this)")
+        raise UserError(f"--gpu: {name!r} is unknown (expected one of {', '.join(GPUS)}, or this)")
     return GPUS[name]
 
 
 def by_device_kind(device_kind: str) -> Gpu | None:
-    """The GPU that jax calls so, as "NVIDIA H100 80GB HBM3"; None where we have no figures of it."""
+    """The GPU with this JAX device kind, such as "NVIDIA H100 80GB HBM3"; None if it is not in GPUS."""
     return next((gpu for gpu in GPUS.values() if gpu.device_kind == device_kind), None)
 
 
 def devices(gpu: Gpu, count: int, hosts: int = 1) -> list[jax.Device]:
-    """`count` imaginary GPUs on `hosts` machines: enough to lower and compile for, not to run on.
+    """Descriptions of `count` GPUs on `hosts` machines, to compile for but not to run on.
 
     Raises:
-      UserError: XLA's CUDA compiler is not installed, or count cannot be spread over hosts.
+      UserError: XLA's CUDA compiler is not installed, or count is not a multiple of hosts.
     """
     if count < 1 or hosts < 1 or count % hosts:
         raise UserError(f"--devices: {count} GPUs cannot be spread over {hosts} hosts (expected a multiple of --hosts)")
@@ -102,7 +110,7 @@ def devices(gpu: Gpu, count: int, hosts: int = 1) -> list[jax.Device]:
 
 
 def _target_config(gpu: Gpu) -> str:
-    """XLA's GpuTargetConfigProto, as text."""
+    """XLA's GpuTargetConfigProto in text format."""
     major, minor = gpu.compute_capability
     return f"""
 gpu_device_info {{
@@ -124,10 +132,10 @@ device_description_str: "{gpu.device_kind}"
 
 @contextlib.contextmanager
 def compiling_for(gpu: Gpu) -> Iterator[None]:
-    """Inside, programs for `gpu` can be traced and compiled (jax 0.10 to 0.12).
+    """A context in which programs for `gpu` can be traced and compiled (jax 0.10 to 0.12).
 
-    jax.nn.dot_product_attention(implementation="cudnn") asks this process's own device for its compute capability and cuDNN:
-    here `gpu` answers. And nothing is kept in the compilation cache, which could not read it again.
+    jax.nn.dot_product_attention(implementation="cudnn") queries the local device's compute capability and cuDNN version; here
+    the answers are those of `gpu`. The compilation cache is off, because it cannot read these programs back.
     """
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
@@ -139,14 +147,14 @@ def compiling_for(gpu: Gpu) -> Iterator[None]:
         "check_compute_capability": lambda capability: gpu.compute_capability >= as_tuple(capability),
         "is_cuda_compute_capability_equal": lambda capability: gpu.compute_capability == as_tuple(capability),
     }
-    asked = {name: getattr(fused, name) for name in answers}
-    kept_from = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
+    originals = {name: getattr(fused, name) for name in answers}
+    min_compile_time = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
     for name, answer in answers.items():
         setattr(fused, name, answer)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
     try:
         yield
     finally:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", kept_from)
-        for name, function in asked.items():
-            setattr(fused, name, function)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", min_compile_time)
+        for name, original in originals.items():
+            setattr(fused, name, original)

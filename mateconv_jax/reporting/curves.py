@@ -1,4 +1,4 @@
-"""The curves of one run or several on one page."""
+"""The training curves of one or more runs in one figure."""
 
 import io
 from typing import Literal
@@ -18,20 +18,24 @@ from mateconv_jax.plotting import BLUE, DARK, GREEN, RED, drawable, log_ticks, s
 from mateconv_jax.reporting.history import Curve, Run, smoothed, thinned
 
 PALETTE = [BLUE, RED, GREEN, "#b08a3e", "#8569a8", "#4c9fae", "#c47fa6", "#777777"]
-POINTS = 30  # up to here a curve shows them
-BUCKETS = 600  # of a curve, two points each: more than a panel of the page has pixels ...
-ALL_BUCKETS = 4000  # ... and of the curves of a panel together, so that many runs make no huge page
-WIDE = 10  # the largest value over the median, from which on the axis is logarithmic
-LONGEST_NAME = 40  # characters of a run in the legend
+POINTS = 30  # curves of at most this many points get markers
+BUCKETS = 600  # per curve, two points each: more than a panel has pixels ...
+ALL_BUCKETS = 4000  # ... and per panel, so that many runs do not make the page huge
+WIDE = 10  # ratio of the largest value to the median above which an axis is logarithmic
+LONGEST_NAME = 40  # characters of a run's name in the legend
 
 
 def draw(runs: list[Run], smooth: int, file_format: str) -> bytes:
-    """Loss, validation loss, learning rate, gradient norm and tokens/s over the steps, as "svg" or "png".
+    """Draw loss, validation loss, learning rate, gradient norm and tokens/s over the steps.
+
+    The same runs give the same bytes: the user's matplotlib settings are neither used nor changed.
 
     Args:
-      smooth: steps over which thick lines are averaged, see `history.smoothed`; 0: no thick lines.
+      smooth: averaging length of the thick lines in steps, see `history.smoothed`; 0: no thick lines.
+      file_format: "svg" or "png".
 
-    Equal runs give equal bytes: nothing comes from the user's matplotlib settings, and none of them is changed.
+    Returns:
+      The image file's content.
     """
     ours = {
         "axes.titlepad": 8,
@@ -63,7 +67,7 @@ def draw(runs: list[Run], smooth: int, file_format: str) -> bytes:
 
 
 def colors(n: int) -> list[str]:
-    """One for each of n runs."""
+    """A color for each of n runs."""
     if n <= len(PALETTE):
         return PALETTE[:n]
     return [to_hex(color) for color in matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, n))]
@@ -96,7 +100,7 @@ def _draw_validation(axes: Axes, runs: list[Run]) -> None:
                 _plot(axes, thinned(run.curve(key), _buckets(runs)), color=color, linestyle=line, linewidth=1.6)
                 drawn[label] = Line2D([], [], color=DARK, linestyle=line, linewidth=1.6)
     if not drawn:
-        return _draw_none(axes)
+        return _draw_empty(axes)
     if len(drawn) > 1:
         axes.legend(drawn.values(), drawn.keys())
     _linear_ticks(axes)
@@ -123,15 +127,17 @@ def _draw_speed(axes: Axes, runs: list[Run], smooth: int) -> None:
 
 
 def _draw_metric(axes: Axes, runs: list[Run], key: str, smooth: int) -> bool:
-    """Each run's points as a thin line and their average as a thick one; without smoothing one line. False: there are none."""
+    """Draw each run's values as a thin line and their average as a thick one, or one line without smoothing. False: no run has
+    the metric.
+    """
     for run, color in zip(runs, colors(len(runs)), strict=True):
         curve, average = (thinned(c, _buckets(runs)) for c in (run.curve(key), smoothed(run.curve(key), smooth)))
         if smooth:
             _plot(axes, curve, color=color, linewidth=0.7, alpha=0.35)
-        _plot(axes, average, color=color, linewidth=1.8, zorder=3)  # above every thin one
+        _plot(axes, average, color=color, linewidth=1.8, zorder=3)  # above all thin lines
     _linear_ticks(axes)
     if not any(len(run.curve(key)) for run in runs):
-        _draw_none(axes)
+        _draw_empty(axes)
         return False
     return True
 
@@ -140,8 +146,8 @@ def _plot(axes: Axes, curve: Curve, **style) -> None:
     axes.plot(curve.steps, curve.values, marker="o" if len(curve) <= POINTS else "", markersize=3.5, **style)
 
 
-def _draw_none(axes: Axes) -> None:
-    axes.text(0.5, 0.5, "none 无", transform=axes.transAxes, ha="center", va="center", color=DARK, fontsize=12)
+def _draw_empty(axes: Axes) -> None:
+    axes.text(0.5, 0.5, "no data 无数据", transform=axes.transAxes, ha="center", va="center", color=DARK, fontsize=12)
     axes.set_yticks([])
 
 
@@ -167,7 +173,7 @@ def _step_axis(axes: Axes, runs: list[Run]) -> None:
 
 
 def _token_axis(axes: Axes, runs: list[Run]) -> None:
-    """On top, where a step is as many tokens in every run."""
+    """An axis of tokens on top, if all runs have equally many tokens per step."""
     sizes = {run.tokens_per_step for run in runs}
     tokens = sizes.pop()
     if sizes or not tokens:
@@ -190,7 +196,7 @@ def _from_zero(axes: Axes, runs: list[Run], key: str) -> None:
 
 
 def _log_if_wide(axes: Axes, runs: list[Run], key: str) -> None:
-    """Spikes and a steep start are visible on a logarithmic axis, and so is what lies below them."""
+    """Make the axis logarithmic if spikes or a steep start would hide the rest of the curve on a linear one."""
     values = np.concatenate([run.curve(key).values for run in runs])
     if values.max() > WIDE * max(np.median(values), 0) and (values > 0).any():
         axes.set_yscale("log", nonpositive="mask")

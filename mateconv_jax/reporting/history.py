@@ -1,4 +1,4 @@
-"""What finished and running trainings wrote: config.json and metrics.jsonl, read without JAX."""
+"""Read the config.json and metrics.jsonl of finished and running trainings, without JAX."""
 
 import dataclasses
 import json
@@ -15,7 +15,12 @@ from mateconv_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Finite values of one metric in the order of their steps."""
+    """The finite values of one metric.
+
+    Attributes:
+      steps: int64, ascending.
+      values: float64.
+    """
 
     steps: np.ndarray
     values: np.ndarray
@@ -26,11 +31,15 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run folder's numbers.
+    """A run's configuration and metrics.
 
-    name: as short as tells it from the other runs. config: {"section.key": value}, as config.json has it. last_step: the
-    highest of any line. last_written: metrics.jsonl's modification time, seconds since the epoch. not_finite: steps logged with
-    a training loss or gradient norm of NaN or infinity.
+    Attributes:
+      name: the shortest path that distinguishes it from the other runs.
+      config: {"section.key": value} from config.json.
+      curves: {metric: Curve}.
+      last_step: the highest step in metrics.jsonl.
+      last_written: modification time of metrics.jsonl, seconds since the epoch.
+      not_finite: logged steps whose training loss or gradient norm is NaN or infinite.
     """
 
     name: str
@@ -41,19 +50,19 @@ class Run:
     not_finite: list[int]
 
     def curve(self, key: str) -> Curve:
-        """An empty one where the run has no such metric."""
+        """The metric's curve; empty if the run does not have it."""
         return self.curves.get(key, Curve(np.empty(0, np.int64), np.empty(0)))
 
     @property
     def tokens_per_step(self) -> int | None:
-        """None where the config does not say."""
+        """None if the config does not determine it."""
         sizes = [self.config.get(key) for key in ("training.batch_size", "data.seq_len")]
-        sizes.append(self.config.get("training.accumulation_steps", 1))  # runs older than the key
+        sizes.append(self.config.get("training.accumulation_steps", 1))  # older runs do not have the key
         known = [size for size in sizes if isinstance(size, int)]
         return math.prod(known) if len(known) == len(sizes) else None
 
     def training_seconds(self) -> float | None:
-        """Steps times their measured time, where it was measured: not the first (compilation), validation and saving."""
+        """Time of the measured steps, excluding the first (compilation), validation and saving; None: not measured."""
         measured, logged = self.curve("step_time_s"), self.curve("train/loss").steps
         if not len(measured):
             return None
@@ -89,12 +98,12 @@ def _read_run(folder: str, name: str) -> Run:
         raise UserError(f"RUN: no metrics yet in {folder!r} (expected metrics.jsonl; train a little longer)") from error
     lines = [_parse(line) for line in finished if line.strip()]
     if unreadable := lines.count(None):
-        print(f"warning: {path}: {unreadable:,} lines are not a JSON object with a step; left out", file=sys.stderr)
-    lines = [line for line in [*lines, _parse(last)] if line is not None]  # the last one may be half written
+        print(f"warning: {path}: skipped {unreadable:,} lines that are not a JSON object with a step", file=sys.stderr)
+    lines = [line for line in [*lines, _parse(last)] if line is not None]  # the last line may be incomplete
     if not lines:
-        raise UserError(f"RUN: no metrics yet in {folder!r} (metrics.jsonl has no finished line; train a little longer)")
+        raise UserError(f"RUN: no metrics yet in {folder!r} (metrics.jsonl has no complete line; train a little longer)")
 
-    points = defaultdict(dict)  # metric -> {step: value}; a step done again after a resume replaces the first one
+    points = defaultdict(dict)  # metric -> {step: value}; a step repeated after a resume replaces the earlier one
     for line in lines:
         for key, value in line.items():
             if isinstance(value, int | float):
@@ -115,16 +124,16 @@ def _read_config(folder: str) -> dict[str, object]:
     try:
         sections = json.loads(path.read_bytes())
     except OSError as error:
-        raise UserError(f"RUN: no run at {folder!r} (expected a folder with config.json, made by training)") from error
+        raise UserError(f"RUN: no run at {folder!r} (expected a run folder, which has a config.json)") from error
     except ValueError as error:
-        raise UserError(f"RUN: {str(path)!r} is not JSON ({error})") from error
+        raise UserError(f"RUN: {str(path)!r} is not valid JSON ({error})") from error
     if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
-        raise UserError(f"RUN: {str(path)!r} is not a run's configuration (expected sections of keys, made by training)")
+        raise UserError(f"RUN: {str(path)!r} is not a run's configuration (expected sections of keys)")
     return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
 
 
 def _parse(line: bytes) -> dict | None:
-    """None: not a JSON object with a step."""
+    """The line's metrics; None if it is not a JSON object with a step."""
     try:
         metrics = json.loads(line)
     except ValueError:
@@ -132,13 +141,14 @@ def _parse(line: bytes) -> dict | None:
     return metrics if isinstance(metrics, dict) and isinstance(metrics.get("step"), int) else None
 
 
-# ---- for drawing --------------------------------------------------------------------------------------------------
+# ---- curves -------------------------------------------------------------------------------------------------------
 
 
 def smoothed(curve: Curve, over: float) -> Curve:
-    """An exponential moving average in which a point `over` steps back weighs 1/e, whatever the log interval is; 0: the curve.
+    """An exponential moving average: a point `over` steps back has weight 1/e, independent of the log interval. 0 returns the
+    curve unchanged.
 
-    Debiased: a weighted mean of the points so far, so that it starts at the first value and not at 0.
+    Debiased: it is a weighted mean of the points so far, so it starts at the first value instead of 0.
     """
     if not over or not len(curve):
         return curve
@@ -152,7 +162,7 @@ def smoothed(curve: Curve, over: float) -> Curve:
 
 
 def thinned(curve: Curve, buckets: int) -> Curve:
-    """The smallest and the largest point of each bucket of neighbours, the first and the last: spikes stay."""
+    """Keep the minimum and maximum of each bucket of neighbouring points, and both end points, so that spikes survive."""
     if len(curve) <= 2 * buckets:
         return curve
     kept = {0, len(curve) - 1}

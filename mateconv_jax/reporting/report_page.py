@@ -1,4 +1,4 @@
-"""report.html: what runs are, what came out of them, and their curves; one file that needs no other."""
+"""report.html: the runs' results, settings and curves in one self-contained file."""
 
 import base64
 import time
@@ -74,7 +74,7 @@ img { width: 100%; height: auto; margin-top: .5rem; }
 
 
 def html(runs: list[Run], smooth: int) -> str:
-    """The page of these runs, their curves averaged over `smooth` steps."""
+    """The HTML page of these runs, with curves smoothed over `smooth` steps."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     every_setting = settings(runs)
     return environment.from_string(PAGE).render(
@@ -88,19 +88,20 @@ def html(runs: list[Run], smooth: int) -> str:
 
 
 def settings(runs: list[Run]) -> list[tuple[str, str, list]]:
-    """Rows of the table of all keys that a run's config has, with a cell (value, "") for each run."""
+    """Table rows (key, "", cells) of all config keys; one cell (value, "") per run."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
     return [(key, "", [(str(run.config.get(key, ABSENT)), "") for run in runs]) for key in keys]
 
 
 def results(runs: list[Run], smooth: int) -> list[tuple[str, str, list]]:
-    """Rows of the table of results: (English, Chinese, a cell for each run); a cell is (value, note), and a row in which no run
-    has anything is left out."""
+    """Table rows (English label, Chinese label, cells) of the results; one cell (value, note) per run. Rows without any value
+    are omitted.
+    """
     rows = [
-        ("Steps done", "完成步数", [_steps(run) for run in runs]),
+        ("Steps completed", "完成步数", [_steps(run) for run in runs]),
         ("Tokens seen", "已训练 token 数", [_tokens(run) for run in runs]),
     ]
-    average = (f", average of about {smooth:,} steps", "（平滑）") if smooth else (", last", "（最后）")
+    average = (f", averaged over about {smooth:,} steps", "（平滑）") if smooth else (", last", "（最后）")
     rows.append((f"Training loss{average[0]}", f"训练损失{average[1]}", [_last(run, "train/loss", smooth) for run in runs]))
     for key, label, chinese in (
         ("val/loss", "Validation loss", "验证损失"),
@@ -113,10 +114,10 @@ def results(runs: list[Run], smooth: int) -> list[tuple[str, str, list]]:
     rows += [
         ("Bits per byte, last", "每字节比特数（最后）", [_last(run, "val/bits_per_byte", 0) for run in runs]),
         ("Median tokens/s", "每秒 token 数（中位数）", [_median_speed(run) for run in runs]),
-        ("Training time, steps alone", "训练用时（仅训练步）", [_training_time(run) for run in runs]),
-        ("Steps not finite", "非有限步数", [_not_finite(run) for run in runs]),
+        ("Training time, steps only", "训练用时（仅训练步）", [_training_time(run) for run in runs]),
+        ("Non-finite steps", "非有限步数", [_not_finite(run) for run in runs]),
         (
-            "Last line written",
+            "Last updated",
             "最后写入",
             [(time.strftime("%Y-%m-%d %H:%M", time.localtime(r.last_written)), "") for r in runs],
         ),
@@ -135,7 +136,7 @@ def _steps(run: Run) -> tuple[str, str]:
 def _tokens(run: Run) -> tuple[str, str]:
     if run.tokens_per_step is None:
         return ABSENT, ""
-    return f"{run.last_step * run.tokens_per_step:,}", f"{run.tokens_per_step:,} a step"
+    return f"{run.last_step * run.tokens_per_step:,}", f"{run.tokens_per_step:,} per step"
 
 
 def _last(run: Run, key: str, smooth: int) -> tuple[str, str]:
@@ -144,12 +145,12 @@ def _last(run: Run, key: str, smooth: int) -> tuple[str, str]:
 
 
 def _loss_at(run: Run, key: str, index: int | None) -> tuple[str, str]:
-    """`index` of the curve; None: where it is lowest."""
+    """The loss at `index` of the curve; None: at its minimum."""
     curve = run.curve(key)
     if not len(curve):
         return ABSENT, ""
     index = int(np.argmin(curve.values)) if index is None else index
-    with np.errstate(over="ignore"):  # of a diverged run: inf
+    with np.errstate(over="ignore"):  # inf if the run diverged
         perplexity = np.exp(curve.values[index])
     return f"{curve.values[index]:.4f}", f"perplexity {perplexity:,.5g}, at step {curve.steps[index]:,}"
 
@@ -169,4 +170,4 @@ def _training_time(run: Run) -> tuple[str, str]:
 
 def _not_finite(run: Run) -> tuple[str, str]:
     steps = run.not_finite
-    return (f"{len(steps):,}", f"of those logged, the first at {steps[0]:,}") if steps else (ABSENT, "")
+    return (f"{len(steps):,}", f"of the logged steps, first at {steps[0]:,}") if steps else (ABSENT, "")

@@ -1,4 +1,4 @@
-"""Several processes: one a node or one a GPU, joined by jax.distributed."""
+"""Multi-process runs, one process per node or per GPU, connected by jax.distributed."""
 
 import os
 
@@ -8,13 +8,13 @@ from mateconv_jax.errors import UserError
 
 
 def initialize() -> None:
-    """Join the other processes, where the environment says that there are some; must be called before any other use of jax.
+    """Connect to the other processes, if the environment describes any. Call it before any other use of JAX.
 
-    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID say so by hand (launch/multihost.sh);
-    srun and mpirun say it themselves.
+    Set JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID by hand (launch/multihost.sh);
+    under srun and mpirun nothing needs to be set.
 
     Raises:
-      UserError: the address alone is given.
+      UserError: the address is set without the other two.
     """
     environment = os.environ
     if address := environment.get("JAX_COORDINATOR_ADDRESS"):
@@ -22,7 +22,7 @@ def initialize() -> None:
             count, index = int(environment["JAX_NUM_PROCESSES"]), int(environment["JAX_PROCESS_ID"])
         except (KeyError, ValueError) as error:
             raise UserError(
-                f"JAX_COORDINATOR_ADDRESS: {address!r} needs JAX_NUM_PROCESSES and JAX_PROCESS_ID, two numbers, beside it"
+                f"JAX_COORDINATOR_ADDRESS: {address!r} requires JAX_NUM_PROCESSES and JAX_PROCESS_ID (expected two integers)"
             ) from error
         jax.distributed.initialize(address, count, index)
     elif "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:

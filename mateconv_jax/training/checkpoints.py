@@ -24,9 +24,12 @@ from mateconv_jax.training.train_state import TrainState
 
 @dataclasses.dataclass
 class Progress:
-    """What a run knows besides its TrainState. Its place in the data is no part of it: a batch follows from the step.
+    """What a run knows besides its TrainState. The position in the data is not part of it: a batch follows from the step.
 
-    best_loss, best_step: of all evaluations. bad_evaluations: since the best one. evaluated_step: the last one.
+    Attributes:
+      best_loss, best_step: of all evaluations.
+      bad_evaluations: since the best one.
+      evaluated_step: of the last evaluation.
     """
 
     best_loss: float | None = None
@@ -35,7 +38,7 @@ class Progress:
     evaluated_step: int | None = None
 
     def evaluated(self, step: int, loss: float) -> bool:
-        """Take the loss of an evaluation; whether it is the best so far."""
+        """Record the loss of an evaluation. Returns whether it is the best so far."""
         self.evaluated_step = step
         if self.best_loss is None or loss < self.best_loss:
             self.best_loss, self.best_step, self.bad_evaluations = loss, step, 0
@@ -45,16 +48,15 @@ class Progress:
 
 
 class Checkpoints:
-    """Asynchronous saves into a run folder. Leaving the block waits for the last one: an exception during an asynchronous save
-    would lose it otherwise.
+    """Asynchronous saves into a run folder. Leaving the block waits for the last save, which an exception would lose otherwise.
 
-    The loop waits for a copy of the state on its devices to be dispatched; Orbax is called by a thread. Called by the loop it
-    took 45 to 115 ms of the 0.45 to 0.8 s of writing 430 MB, most of it Python.
+    The loop only dispatches a copy of the state on its devices; a thread calls Orbax. Called by the loop, Orbax blocked it for
+    45 to 115 ms of the 0.45 to 0.8 s that writing 430 MB takes, most of it in Python.
     """
 
     def __init__(self, run: Path, keep_latest: int, keep_every: int | None, keep_best: bool):
         self._folder = Path(os.path.abspath(run))
-        self._thread = ThreadPoolExecutor(1, "checkpoints")  # one: all processes meet at Orbax's barriers in the same order
+        self._thread = ThreadPoolExecutor(1, "checkpoints")  # one: all processes reach Orbax's barriers in the same order
         self._latest = _Saves(self._thread, run_folder.checkpoints(run), max_to_keep=keep_latest, keep_period=keep_every)
         self._best = _Saves(self._thread, run_folder.best(run), max_to_keep=1) if keep_best else None
 
@@ -62,7 +64,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_):
-        with contextlib.ExitStack() as stack:  # each is closed, whatever another raises
+        with contextlib.ExitStack() as stack:  # all are closed, whatever one raises
             stack.callback(self._thread.shutdown)
             for saves in (self._latest, self._best):
                 if saves is not None:
@@ -72,7 +74,7 @@ class Checkpoints:
         return self._latest.last_step
 
     def save(self, step: int, state: TrainState, progress: Progress) -> None:
-        """Copies the state and returns; writing goes on beside training. Saved already: nothing happens.
+        """Copy the state and return; it is written while training continues. A step that is saved already is not saved again.
 
         Raises:
           UserError: an earlier save could not be written.
@@ -80,13 +82,13 @@ class Checkpoints:
         self._latest.save(step, state, progress)
 
     def save_best(self, step: int, state: TrainState, progress: Progress) -> None:
-        """The same into `best`, which holds one checkpoint."""
+        """Save into `best`, which holds one checkpoint."""
         if self._best is not None:
             self._best.save(step, state, progress)
 
     def restore(self, abstract_state: TrainState) -> tuple[TrainState, Progress]:
-        """The newest checkpoint that can be read, onto the shardings of `abstract_state`; they need not be those it was saved
-        from. What cannot be read is said, and moved to RUN/unreadable.
+        """The newest readable checkpoint, placed as `abstract_state` is sharded, which need not be as it was saved. Unreadable
+        ones are logged and moved to RUN/unreadable.
 
         Raises:
           UserError: none can be read.
@@ -96,7 +98,7 @@ class Checkpoints:
         for step in steps:
             try:
                 state, progress = restore(self._latest.folder / str(step), abstract_state)
-            except Exception as error:  # whatever the libraries raise for a file that is broken
+            except Exception as error:  # the libraries raise anything for a broken file
                 reasons.append(f"step {step}: {' '.join(str(error).split())[:200] or type(error).__name__}")
                 continue
             break
@@ -119,12 +121,12 @@ class _Saves:
     """Orbax's manager of one folder, called by `thread`."""
 
     def __init__(self, thread: ThreadPoolExecutor, folder: Path, **keep):
-        # Barriers that do not go through the devices, where another thread trains, and whose names are this folder's: saves of
-        # one step into two folders would meet at one.
+        # Active processes: barriers that do not go through the devices, where another thread trains. Key prefix: saves of one
+        # step into two folders would share a barrier.
         processes = ocp.options.MultiprocessingOptions(
             active_processes=set(range(jax.process_count())), barrier_sync_key_prefix=folder.name
         )
-        folder.mkdir(parents=True, exist_ok=True)  # Orbax does not for `active_processes`
+        folder.mkdir(parents=True, exist_ok=True)  # Orbax does not with `active_processes`
         options = ocp.CheckpointManagerOptions(
             create=False, cleanup_tmp_directories=True, multiprocessing_options=processes, **keep
         )
@@ -137,7 +139,7 @@ class _Saves:
         if step == self.last_step:
             return
         with _clear_errors(self.folder.parent):
-            self._wait_for_the_last()
+            self._wait_for_last_save()
             self._manager.check_for_errors()
             copy_fits = _copy_fits(state)
             if copy_fits:  # the next step overwrites the state
@@ -147,7 +149,7 @@ class _Saves:
             )
             self._handed_over = self._thread.submit(self._manager.save, step, args=args)
             if not copy_fits:  # Orbax returns when the state is on the host
-                self._wait_for_the_last()
+                self._wait_for_last_save()
         self.last_step = step
 
     def all_steps(self) -> list[int]:
@@ -161,19 +163,19 @@ class _Saves:
     def close(self) -> None:
         with _clear_errors(self.folder.parent):
             try:
-                self._wait_for_the_last()
+                self._wait_for_last_save()
             finally:
                 self._manager.close()
 
-    def _wait_for_the_last(self) -> None:
+    def _wait_for_last_save(self) -> None:
         last, self._handed_over = self._handed_over, None
         if last is not None:
             last.result()
 
 
 def _copy_fits(state: TrainState) -> bool:
-    """Whether a second state has room beside what the devices of this process held at most. Only GPUs say; others have the
-    host's memory.
+    """Whether the devices of this process have room for a second state on top of their peak usage. Only GPUs report that; other
+    devices use the host's memory.
     """
     device_bytes = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
     return all(s is None or s["bytes_limit"] - s["peak_bytes_in_use"] > device_bytes for s in _memory_stats())
@@ -184,7 +186,7 @@ def _memory_stats() -> list[dict | None]:
 
 
 def restore(folder: Path, abstract_state: TrainState) -> tuple[TrainState, Progress]:
-    """A checkpoint from its own folder. Raises whatever Orbax does for what it cannot read."""
+    """A checkpoint from its own folder. Raises whatever Orbax raises for what it cannot read."""
     handler = ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), progress=ocp.JsonCheckpointHandler())
     with ocp.Checkpointer(handler) as checkpointer:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), progress=ocp.args.JsonRestore())
@@ -194,15 +196,15 @@ def restore(folder: Path, abstract_state: TrainState) -> tuple[TrainState, Progr
 
 @contextlib.contextmanager
 def _clear_errors(folder: Path):
-    """A save that failed, at once or since the last call, as a UserError."""
+    """Turns the error of a save, this one or an earlier one, into a UserError."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # whatever Orbax and its storage raise
+    except Exception as error:  # Orbax and its storage raise anything
         full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
         reason = os.strerror(errno.ENOSPC) if full else " ".join(str(error).split())[:300]
         raise UserError(
-            f"training.out_dir: a checkpoint could not be written to {folder} ({reason}; earlier ones stay, and the same "
-            "command goes on from the newest)"
+            f"training.out_dir: cannot write a checkpoint to {folder} ({reason}; earlier ones stay, and the same command "
+            "continues from the newest)"
         ) from error

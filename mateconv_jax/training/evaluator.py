@@ -1,4 +1,4 @@
-"""The loss on rows that are not trained on."""
+"""The loss on held-out rows."""
 
 import collections
 import dataclasses
@@ -17,16 +17,18 @@ from mateconv_jax.data.dataset import Rows
 from mateconv_jax.data.tokenizer.token_bytes import target_bytes
 from mateconv_jax.runtime import sharding
 
-LAG = 4  # batches dispatched and not yet read: the device always has work, and holds few batches
+LAG = 4  # batches dispatched but not yet read: the device always has work, but holds few batches
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Attributes:
-    rows: how many were read.
-    tokens: targets.
-    bytes: of text, that the targets write.
-    nats: {name of the weights: summed cross-entropy}.
+    """What was scored.
+
+    Attributes:
+      rows: number of rows.
+      tokens: number of targets.
+      bytes: of the text that the targets encode.
+      nats: {name of the weights: summed cross-entropy}.
     """
 
     rows: int
@@ -35,16 +37,16 @@ class Evaluation:
     nats: dict[str, float]
 
     def loss(self, name: str) -> float:
-        """Nats a token."""
+        """Nats per token."""
         return self.nats[name] / self.tokens if self.tokens else math.nan
 
     def bits_per_byte(self, name: str) -> float:
-        """The nats of all targets, control tokens included, in bits, over the bytes; NaN where they write none."""
+        """Nats of all targets including control tokens, in bits, per byte of text; NaN without text."""
         return self.nats[name] / math.log(2) / self.bytes if self.bytes else math.nan
 
 
 class Evaluator:
-    """Scores weights of one model on the same rows, read in order; the last batch is filled up with rows of length 0."""
+    """Scores weights of one model on the same rows, in order; the last batch is padded with rows of length 0."""
 
     def __init__(
         self,
@@ -55,8 +57,13 @@ class Evaluator:
         max_batches: int | None,
         mesh: Mesh,
     ):
-        """eval_step: see step.make_eval_step. bytes_per_token_V: see token_bytes. batch_size: divisible by the mesh's devices.
-        max_batches: None: all rows.
+        """Of one model and one set of rows.
+
+        Args:
+          eval_step: see step.make_eval_step.
+          bytes_per_token_V: see token_bytes.
+          batch_size: divisible by the number of devices.
+          max_batches: None: all rows.
         """
         self._eval_step, self._rows, self._bytes_per_token_V, self._mesh = eval_step, rows, bytes_per_token_V, mesh
         self._batch_size = batch_size
@@ -68,10 +75,10 @@ class Evaluator:
         should_stop: Callable[[], bool] = lambda: False,
         progress: Callable[[Iterable, int], Iterable] = lambda batches, n: batches,
     ) -> Evaluation | None:
-        """Score {name: parameters}, which are on the mesh. None where `should_stop` came before the end.
+        """Score {name: parameters}, which are on the mesh. None if `should_stop` became true before the end.
 
         Args:
-          progress: wraps the iteration over n batches, to show it.
+          progress: wraps the iteration over n batches, to show its progress.
         """
         totals = {name: np.zeros(2) for name in weights}  # nats and tokens, float64
         n_bytes = 0

@@ -1,7 +1,7 @@
-"""Gradients of a batch that is spread over devices: each computes those of its own rows, then they are added up.
+"""Gradients of a batch that is split over devices: each device computes those of its rows, then they are summed.
 
-By hand (shard_map) and not by XLA's partitioner, which would add them up one array at a time in the dtype of the computation,
-and of accumulated micro-batches each anew.
+With shard_map and not by XLA's partitioner, which sums one array at a time, in the dtype of the computation, and once per
+accumulated micro-batch.
 """
 
 import functools
@@ -13,36 +13,36 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-# Bytes after which an all-reduce is sent off while the backward pass goes on, as in PyTorch's DistributedDataParallel. Two of
-# them are more than XLA combines by itself (30 MiB).
+# Bytes per all-reduce, which then overlaps with the rest of the backward pass, as in PyTorch's DistributedDataParallel. Two of
+# them exceed what XLA would combine again (30 MiB).
 BUCKET_BYTES = 25 * 10**6
 
-_WHOLE = PartitionSpec()
+_REPLICATED = PartitionSpec()
 
 
 def over_devices(sums: Callable, abstract_params: nnx.State, dtype: str, compute_dtype: jnp.dtype) -> Callable:
-    """`sums` of all devices' rows.
+    """`sums` over the rows of all devices.
 
     Args:
       sums: (params, batch, step, scale, device, gather) -> (totals, gradients, factor) of the rows in `batch`; totals, a tree,
-        and gradients are added up. `sums` calls gather(params) for full parameters; gradients are with respect to the shards.
-      abstract_params: their shapes with their shardings, over a mesh with the axes data and fsdp.
-      dtype: in which gradients are added up.
-      compute_dtype: in which parameters that FSDP has split are gathered.
+        and gradients are summed. `sums` calls gather(params) for full parameters; gradients are with respect to the shards.
+      abstract_params: shapes and shardings, over a mesh with the axes data and fsdp.
+      dtype: in which gradients are summed.
+      compute_dtype: in which sharded parameters are gathered.
 
     Returns:
-      (params, batch, step, scale) -> the same three of the whole batch; gradients are fp32 and split as the parameters are.
+      (params, batch, step, scale) -> the same three for the global batch; gradients are fp32 and sharded as the parameters are.
     """
     mesh = jax.tree.leaves(abstract_params)[0].sharding.mesh
     specs = jax.tree.map(lambda p: p.sharding.spec, abstract_params)
 
     def gather(params):
-        def whole(path, p, spec):
-            is_gate = any(getattr(key, "key", None) == "gate_ED" for key in path)  # of a mixture: it computes in fp32
+        def gather_leaf(path, p, spec):
+            is_gate = any(getattr(key, "key", None) == "gate_ED" for key in path)  # a mixture's gate computes in fp32
             gathered = p.dtype if is_gate else compute_dtype
-            return p if spec == _WHOLE else _gather(p, spec.index("fsdp"), dtype, gathered)
+            return p if spec == _REPLICATED else _gather(p, spec.index("fsdp"), dtype, gathered)
 
-        return jax.tree.map_with_path(whole, params, specs)
+        return jax.tree.map_with_path(gather_leaf, params, specs)
 
     def of_this_device(params, batch, step, scale):
         device = jax.lax.axis_index(("data", "fsdp"))
@@ -53,15 +53,15 @@ def over_devices(sums: Callable, abstract_params: nnx.State, dtype: str, compute
     return jax.shard_map(
         of_this_device,
         mesh=mesh,
-        in_specs=(specs, rows, _WHOLE, _WHOLE),
-        out_specs=(_WHOLE, specs, _WHOLE),
-        check_vma=False,  # would add a sum of its own to every gradient
+        in_specs=(specs, rows, _REPLICATED, _REPLICATED),
+        out_specs=(_REPLICATED, specs, _REPLICATED),
+        check_vma=False,  # would add another sum to every gradient
     )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather(p, axis: int, dtype: str, compute_dtype: jnp.dtype):
-    """The whole of a parameter that is split along `axis`; of its gradient, summed in `dtype`, this device's part."""
+    """The full parameter of a shard along `axis`; backward, the shard of the gradient, summed in `dtype`."""
     return jax.lax.all_gather(p.astype(compute_dtype), "fsdp", axis=axis, tiled=True)
 
 
@@ -73,15 +73,17 @@ _gather.defvjp(lambda p, *static: (_gather(p, *static), None), _gather_backward)
 
 
 def _all_reduce(grads, specs, dtype: str, mesh):
-    """Sum what is whole over all devices, what FSDP has split (and added up within its group) over `data`; fp32 again."""
+    """Sum gradients of replicated parameters over all devices, and those of shards, already summed within the fsdp group, over
+    `data`; the result is fp32.
+    """
     paths, structure = jax.tree.flatten_with_path(grads)
     leaves = [g for _, g in paths]
-    split = [spec != _WHOLE for spec in jax.tree.leaves(specs, is_leaf=lambda spec: isinstance(spec, PartitionSpec))]
-    # In the order in which the backward pass has them: the last block's first; the (tied) embedding's last.
+    is_shard = [spec != _REPLICATED for spec in jax.tree.leaves(specs, is_leaf=lambda spec: isinstance(spec, PartitionSpec))]
+    # In the order in which the backward pass finishes them: the last block first, the (tied) embedding last.
     order = sorted(range(len(leaves)), key=lambda i: (paths[i][0][0].key != "blocks", -i))
     for axes, members in (
-        (("data", "fsdp"), [i for i in order if not split[i]]),
-        (("data",), [i for i in order if split[i]]),
+        (("data", "fsdp"), [i for i in order if not is_shard[i]]),
+        (("data",), [i for i in order if is_shard[i]]),
     ):
         if all(mesh.shape[axis] == 1 for axis in axes):
             continue
@@ -95,7 +97,7 @@ def _all_reduce(grads, specs, dtype: str, mesh):
 
 
 def buckets(members: list, sizes: list[int]) -> list[list]:
-    """`members` in order, cut where BUCKET_BYTES are reached."""
+    """`members` in order, split where BUCKET_BYTES are reached."""
     cut, filled = [], BUCKET_BYTES
     for member, size in zip(members, sizes, strict=True):
         if filled >= BUCKET_BYTES:

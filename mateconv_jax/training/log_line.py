@@ -1,11 +1,11 @@
-"""A step's line in the log: what an eye follows, aligned, with units. Everything else is in metrics.jsonl and TensorBoard."""
+"""The log line of a step: what people watch, aligned, with units. Everything else is in metrics.jsonl and TensorBoard."""
 
 from collections.abc import Mapping
 
 
 def step_line(step: int, total_steps: int, scalars: Mapping[str, float]) -> str:
     """A step, `step 340/500  loss 0.7301  lr 1.07e-3  grad 0.24  7.0k tok/s  eta 1:02`, or an evaluation,
-    `step 340/500  val loss 0.8127  ema 0.8011  1.204 bits/byte`, as far as `scalars` has the numbers.
+    `step 340/500  val loss 0.8127  ema 0.8011  1.204 bits/byte`. Numbers that `scalars` lacks are left out.
     """
     fields = [f"step {step:{len(str(total_steps))}}/{total_steps}"]
     for name, text in (("train/loss", "loss {}"), ("val/loss", "val loss {}"), ("val/ema_loss", "ema {}")):
@@ -24,7 +24,7 @@ def step_line(step: int, total_steps: int, scalars: Mapping[str, float]) -> str:
 
 
 def _fixed(value: float, width: int) -> str:
-    """As many decimals as fit: 0.7301, 10.433, 217.28 in six characters; what is larger takes more room."""
+    """As many decimals as fit `width`: 0.7301, 10.433, 217.28 in six characters. Large numbers exceed it."""
     for decimals in range(width - 2, 0, -1):
         if len(text := f"{value:{width}.{decimals}f}") <= width:
             return text

@@ -17,10 +17,10 @@ _PACKAGE = str(Path(mateconv_jax.__file__).parent) + "/"
 
 @contextlib.contextmanager
 def logging_to(path: Path) -> Iterator[None]:
-    """Inside, this package's INFO lines go to standard error and to `path`; other libraries' only from WARNING on.
+    """Within the block, this package logs from INFO on to standard error and to `path`, other libraries from WARNING on.
 
-    On a terminal the progress bar shows the metrics already, and their lines go to the file alone. Of several processes only
-    the first writes the file; the others show their warnings.
+    On a terminal the progress bar already shows the metrics, so their lines go only to the file. Only the first process writes
+    the file; the others show warnings.
     """
     logger = absl_logging.get_absl_logger()
     on_terminal = sys.stderr.isatty()

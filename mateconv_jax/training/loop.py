@@ -1,4 +1,4 @@
-"""The life of a training run, top to bottom."""
+"""A training run from top to bottom."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,36 +8,38 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from mateconv_jax import run_folder
+from mateconv_jax import config as config_lib, run_folder
 from mateconv_jax.data.tokenizer import token_bytes
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
 from mateconv_jax.runtime import distributed, sharding
 from mateconv_jax.training import out_of_memory, resume, setup
+from mateconv_jax.training.batch_shape import BatchShape
 from mateconv_jax.training.batches import RowBatches
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
 from mateconv_jax.training.evaluator import Evaluator
 from mateconv_jax.training.header import log_header, log_memory
 from mateconv_jax.training.logging_setup import logging_to
 from mateconv_jax.training.metrics import Metrics
-from mateconv_jax.training.open_data import open_data
+from mateconv_jax.training.open_data import DataOptions, open_data
 from mateconv_jax.training.preemption import RESUMABLE, Signals
 from mateconv_jax.training.samples import Samples
 from mateconv_jax.training.setup import Length
 from mateconv_jax.training.skipped_steps import SkippedSteps
 from mateconv_jax.training.step import lower
 from mateconv_jax.training.train_state import TrainState
+from mateconv_jax.training.writers import WandbOptions
 
 
 def train(config: ConfigDict) -> int:
     """Train as `config` (resolved) says.
 
     Returns:
-      0, or preemption.RESUMABLE where SIGTERM or SIGINT ended it early; a checkpoint of that step is finished then.
+      0, or preemption.RESUMABLE if SIGTERM or SIGINT ended it early, with a finished checkpoint of that step.
 
     Raises:
-      UserError: a path, a size or an option that does not fit; the message names the key. Nothing was written then. Or a
-        file that cannot be read or written; or gradients that are not finite for training.max_bad_steps.
+      UserError: a path, a size or an option that does not fit, before anything is written; a file that cannot be read or
+        written; out of memory; training.max_bad_steps skipped updates in a row.
     """
     try:
         with Signals() as signals:
@@ -45,7 +47,7 @@ def train(config: ConfigDict) -> int:
     except OSError as error:  # the log, the metrics
         raise UserError(
             f"training.out_dir: cannot write {error.filename or config.training.out_dir!r}: {error.strerror or error} "
-            "(finished checkpoints stay, and the same command goes on from the newest)"
+            "(finished checkpoints stay; the same command continues from the newest)"
         ) from error
     except jax.errors.JaxRuntimeError as error:
         if not out_of_memory.is_cause_of(error):
@@ -56,16 +58,21 @@ def train(config: ConfigDict) -> int:
 def _train(config: ConfigDict, signals: Signals) -> int:
     training = config.training
 
-    # ---- where: devices, mesh, partition rules ----------------------------------------------------------------------
-    mesh = sharding.make_mesh(config.mesh)
+    # ---- where: devices and mesh ------------------------------------------------------------------------------------
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_batch_size(training.batch_size, mesh)
     c = setup.model_config(config)
 
     # ---- what: data, model, optimizer, loss -------------------------------------------------------------------------
-    train_rows, val_rows, tokenizer = open_data(config)
+    train_rows, val_rows, tokenizer = open_data(
+        config_lib.options(DataOptions, config.data), c.vocab_size, training.document_mask
+    )
+    if training.early_stopping and val_rows is None:
+        raise UserError("training.early_stopping: there are no validation rows (expected data.val_data_path)")
     length = Length.of(training, len(train_rows))
     programs = setup.build(config, c, mesh, length.total_steps)
-    source = RowBatches(config, train_rows, mesh)
+    shape = setup.batch_shape(config)
+    source = RowBatches(train_rows, shape, training.seed, config.data.shuffle, config.data.num_workers, mesh)
     evaluator = None
     if val_rows is not None:
         bytes_per_token_V = token_bytes.bytes_per_token(tokenizer)
@@ -83,22 +90,31 @@ def _train(config: ConfigDict, signals: Signals) -> int:
         logging_to(folder / "train.log"),
         Checkpoints(folder, training.keep_latest, training.keep_every, training.keep_best) as checkpoints,
     ):
-        state, progress, start = resume.start(origin, config, checkpoints, programs.init, programs.abstract_state)
+        state, progress, start = resume.start(origin, checkpoints, programs.init, programs.abstract_state)
         if distributed.is_first():
             run_folder.write_config(folder, config)
             tokenizer.save_pretrained(folder / "tokenizer")
             run_folder.keep_data_statistics(folder, config.data.train_data_path)
-        log_header(config, c, programs.abstract_params, train_rows, length.total_steps, start, differences, val_rows)
-        with _metrics(config, programs, length, int(state.step), progress) as metrics:
-            run = Run(training, length, programs.train_step, source, evaluator, samples, checkpoints, metrics, signals)
+        log_header(c, programs.abstract_params, train_rows, val_rows, shape, length.total_steps, start, differences)
+        with _metrics(config, programs, shape, length, int(state.step), progress) as metrics:
+            run = Run(
+                folder, length, programs.train_step, source, evaluator, samples, checkpoints, metrics, signals,
+                training.max_bad_steps, training.patience if training.early_stopping else None, training.deterministic,
+            )  # fmt: skip
             return run.steps(state, progress)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the loop works with."""
+    """What the loop works with.
 
-    training: ConfigDict
+    Attributes:
+      source: see batches.py.
+      evaluator, samples: None: the run has none.
+      patience: evaluations without a lower loss after which it stops early; None: never.
+    """
+
+    folder: Path
     length: Length
     train_step: Callable
     source: RowBatches
@@ -107,29 +123,32 @@ class Run:
     checkpoints: Checkpoints
     metrics: Metrics
     signals: Signals
+    max_bad_steps: int
+    patience: int | None
+    deterministic: bool
 
     def steps(self, state: TrainState, progress: Progress) -> int:
-        """From the state's step to the end, or until the run is asked to stop."""
+        """From the state's step to the end, or until the run is asked to stop. Returns the exit code."""
         length, metrics, step = self.length, self.metrics, int(state.step)
-        skipped = SkippedSteps(self.source.describe, self.training.max_bad_steps)
+        skipped = SkippedSteps(self.source.describe, self.max_bad_steps)
 
         def save():
             self.checkpoints.save(step, state, progress)
 
-        if self.evaluation_due(step, progress):  # the run was stopped in its middle
+        if self.evaluation_due(step, progress):  # the run was stopped during it
             self.evaluate(step, state, progress)
         done = step >= length.total_steps or self.out_of_patience(progress)
         if done:
-            logging.info("nothing to do: step %d of %d is in %s", step, length.total_steps, self.training.out_dir)
+            logging.info("nothing to do: %s is at step %d of %d", self.folder, step, length.total_steps)
             return 0
-        train_step = compile_step(self.train_step, state, self.source(step, state.params), self.training.deterministic)
+        train_step = compile_step(self.train_step, state, self.source(step, state.params), self.deterministic)
 
         while not (done or self.signals.poll(step)):
             with metrics.waiting_for_input():
                 batch = self.source(step, state.params)
             step += 1
             state, step_metrics = train_step(state, batch)  # dispatched, not waited for
-            skipped.check(metrics.push(step, step_metrics), step, save)  # reads the step before while this one runs
+            skipped.check(metrics.push(step, step_metrics), step, save)  # reads the previous step while this one runs
 
             done = step == length.total_steps
             if self.evaluation_due(step, progress):
@@ -147,17 +166,17 @@ class Run:
             return 0
         skipped.check(metrics.flush(), step, save)
         save()
-        logging.info("stopped at step %d of %d; the same command goes on from there", step, length.total_steps)
+        logging.info("stopped at step %d of %d; the same command continues from there", step, length.total_steps)
         return RESUMABLE
 
-    # ---- what is due now and then -----------------------------------------------------------------------------------
+    # ---- what happens every so often --------------------------------------------------------------------------------
 
     def evaluation_due(self, step: int, progress: Progress) -> bool:
         regular = step % self.length.eval_interval == 0 or step == self.length.total_steps
         return self.evaluator is not None and step > 0 and regular and progress.evaluated_step != step
 
     def evaluate(self, step: int, state: TrainState, progress: Progress) -> None:
-        """Write the validation loss, and keep the best checkpoint. A run that is asked to stop does it when it is resumed."""
+        """Write the validation loss and keep the best checkpoint. When the run is asked to stop, its resumption does this."""
         assert self.evaluator is not None  # evaluation_due
         with self.metrics.not_training():
             last = step == self.length.total_steps
@@ -169,26 +188,26 @@ class Run:
                 self.checkpoints.save_best(step, state, progress)
 
     def out_of_patience(self, progress: Progress) -> bool:
-        return self.training.early_stopping and progress.bad_evaluations >= self.training.patience
+        return self.patience is not None and progress.bad_evaluations >= self.patience
 
     def stops_early(self, progress: Progress) -> bool:
         if self.out_of_patience(progress):
             logging.info(
-                "early stopping: no lower loss than %.4f, of step %d, in %d evaluations",
-                progress.best_loss, progress.best_step, progress.bad_evaluations,
+                "early stopping: %d evaluations without a lower loss than %.4f, of step %d",
+                progress.bad_evaluations, progress.best_loss, progress.best_step,
             )  # fmt: skip
         return self.out_of_patience(progress)
 
     def write_samples(self, step: int, state: TrainState) -> None:
-        assert self.samples is not None  # as samples_interval is given
+        assert self.samples is not None  # samples_interval is given
         with self.metrics.not_training():
             params = state.params if state.ema_params is None else state.ema_params
             self.metrics.write_samples(step, self.samples.write(params))
 
 
 def validation_losses(evaluator: Evaluator, state: TrainState, should_stop: Callable[[], bool]) -> dict[str, float] | None:
-    """val/loss, and with EMA val/ema_loss, in nats a token; and val/bits_per_byte, of the EMA where there is one. None where
-    `should_stop` came before the end.
+    """val/loss and, with EMA, val/ema_loss, in nats per token; and val/bits_per_byte, of the EMA if there is one. None if
+    `should_stop` became true before the end.
     """
     weights = {"val/loss": state.params}
     if state.ema_params is not None:
@@ -202,23 +221,24 @@ def validation_losses(evaluator: Evaluator, state: TrainState, should_stop: Call
     return losses
 
 
-def _metrics(config: ConfigDict, programs: setup.Setup, length: Length, start_step: int, progress: Progress) -> Metrics:
+def _metrics(
+    config: ConfigDict, programs: setup.Setup, shape: BatchShape, length: Length, start_step: int, progress: Progress
+) -> Metrics:
     training, c = config.training, programs.c
     peak_flops = flops.peak_flops(jax.devices()[0].device_kind, c.dtype)
-    flops_per_token = flops.training_flops_per_token(c, config.data.seq_len)
+    flops_per_token = flops.training_flops_per_token(c, shape.seq_len)
     mfu_per_token = flops_per_token / (peak_flops * jax.device_count()) if peak_flops else None
     paths = jax.tree.leaves_with_path(programs.abstract_params)
     leaf_names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
     return Metrics(
         Path(training.out_dir), leaf_names, start_step, progress.evaluated_step == start_step, length.total_steps,
-        setup.rows_per_step(training) * config.data.seq_len, length.log_interval, mfu_per_token, config.wandb,
-        training.profile_step,
+        shape.tokens, length.log_interval, mfu_per_token, config_lib.options(WandbOptions, config.wandb), training.profile_step,
     )  # fmt: skip
 
 
 def compile_step(train_step, state: TrainState, batch, deterministic: bool) -> jax.stages.Compiled:
-    """Ahead of the loop, so that its memory is known before the first step and nothing can compile in the loop: arrays of
-    other shapes are an error.
+    """Compile before the loop, so that the memory is known before the first step and nothing compiles inside: arrays of other
+    shapes are an error.
     """
     compiled = lower(train_step, state, batch, deterministic).compile()
     log_memory(compiled)

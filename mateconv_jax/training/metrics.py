@@ -1,22 +1,29 @@
-"""A step's metrics: read from the device once a later step was dispatched, and handed to the writers."""
+"""Step metrics: read from the device once a later step was dispatched, then handed to the writers."""
 
 import contextlib
 from pathlib import Path
 
 import jax
 from absl import logging
-from ml_collections import ConfigDict
 
 from mateconv_jax.runtime import distributed
 from mateconv_jax.training.profiler import Profiler
 from mateconv_jax.training.skipped_steps import BadStep
 from mateconv_jax.training.throughput import Throughput
-from mateconv_jax.training.writers import JsonlWriter, LogWriter, MetricWriter, ProgressBar, TensorBoardWriter, WandbWriter
+from mateconv_jax.training.writers import (
+    JsonlWriter,
+    LogWriter,
+    MetricWriter,
+    ProgressBar,
+    TensorBoardWriter,
+    WandbOptions,
+    WandbWriter,
+)
 
 
 class Metrics:
-    """Takes a step's metrics as they are on the device and reads them when a later step has been dispatched, so that the
-    device never waits for the host. Use as a context manager.
+    """Takes the metrics of a step while they are on the device and reads them once a later step was dispatched, so that the
+    device never waits for the host. A context manager: leaving the block closes the writers.
     """
 
     def __init__(
@@ -29,11 +36,15 @@ class Metrics:
         tokens_per_step: int,
         log_interval: int,
         mfu_per_token: float | None = None,
-        wandb: ConfigDict | None = None,
+        wandb: WandbOptions | None = None,
         profile_step: int | None = None,
     ):
-        """leaf_names: of leaf_norms. evaluated: whether the checkpoint knows of an evaluation at start_step. mfu_per_token: as
-        `Throughput` has it. Of several processes only the first writes.
+        """Only the first process writes.
+
+        Args:
+          leaf_names: names of the entries of leaf_norms.
+          evaluated: whether the checkpoint includes the evaluation at start_step.
+          mfu_per_token: see Throughput.
         """
         self._leaf_names = leaf_names
         self._log_interval = log_interval
@@ -56,14 +67,14 @@ class Metrics:
         return self
 
     def __exit__(self, *_):
-        with contextlib.ExitStack() as closing:  # all of them, even where the disk is full
+        with contextlib.ExitStack() as closing:  # all of them, even if the disk is full
             for writer in self._writers:
                 closing.callback(writer.close)
             if self._profiler is not None:
                 closing.callback(self._profiler.close)
 
     def push(self, step: int, metrics: dict[str, jax.Array]) -> BadStep | None:
-        """Metrics of the step just dispatched. They are read at the next push; every log_interval steps they are written."""
+        """Take the metrics of the step just dispatched, to be read at the next push, and return what the last ones showed."""
         bad_step = self.flush()
         if self._bar is not None:
             self._bar.advance()
@@ -74,10 +85,10 @@ class Metrics:
         return bad_step
 
     def flush(self) -> BadStep | None:
-        """Read what waits, blocking until that step is done, and write it where it is its turn.
+        """Read the pending metrics, blocking until their step is done; every log_interval steps they are written.
 
         Returns:
-          The step, where its update was left out.
+          The step if its update was skipped.
         """
         if self._pending is None:
             return None
@@ -103,7 +114,7 @@ class Metrics:
             writer.write_scalars(step, scalars)
 
     def write_samples(self, step: int, samples: list[tuple[str, str]]) -> None:
-        """Prompts and how they go on: to the log and to TensorBoard."""
+        """Prompts and their continuations, to the log and TensorBoard."""
         for prompt, text in samples:
             logging.info("sample of step %d: %s|%s", step, prompt, text)
         if self._board is not None:

@@ -1,11 +1,11 @@
-"""Norms of trees that launch few kernels on a GPU: one of each leaf, as optax.tree.norm takes it, is two kernels a leaf."""
+"""Norms of trees with few kernel launches on a GPU: optax.tree.norm takes two kernels per leaf."""
 
 import jax
 import jax.numpy as jnp
 
 
 def squares_by_leaf(tree) -> jax.Array:
-    """The sum of squares of each leaf, in the order of jax.tree.leaves, fp32 (leaves,); leaves of one shape at once."""
+    """Sum of squares of each leaf, in the order of jax.tree.leaves, fp32 (leaves,). Leaves of the same shape go together."""
     leaves = jax.tree.leaves(tree)
     of_shape: dict[tuple[int, ...], list[int]] = {}
     for i, x in enumerate(leaves):
@@ -17,17 +17,17 @@ def squares_by_leaf(tree) -> jax.Array:
 
 
 def global_norm(tree) -> jax.Array:
-    """The norm of all leaves together."""
+    """Norm of all leaves as one vector, fp32."""
     return jnp.sqrt(jnp.sum(squares_by_leaf(tree)))
 
 
 def norm_beside(tree) -> jax.Array:
-    """The same of what is just being computed: rows are summed in the kernels that compute it."""
+    """global_norm of a tree that is being computed: rows are summed in the kernels that compute them."""
 
     def rows(x):
-        # Not along axes on which a kernel can work in parallel, but along short ones: FSDP may have split the axis after them.
+        # Along short axes (FSDP may have sharded the axis after them) and the last, not along those that a kernel parallelises.
         summed = [axis for axis in range(x.ndim - 1) if x.shape[axis] < 16] + [x.ndim - 1] * (x.ndim > 1)
         return jnp.sum(jnp.square(x), axis=summed).ravel()
 
-    # Without the barrier XLA would sum each leaf to its end.
+    # Without the barrier XLA would reduce each leaf to a scalar.
     return jnp.sqrt(jnp.sum(jax.lax.optimization_barrier(jnp.concatenate([rows(x) for x in jax.tree.leaves(tree)]))))

@@ -1,62 +1,92 @@
 """Learning-rate schedules and optimizers, all of them optax's."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers, muon
 
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.training import norms
 
 
-def make_schedule(training: ConfigDict, total_steps: int) -> optax.Schedule:
+@dataclasses.dataclass(frozen=True)
+class ScheduleOptions:
+    """The learning rate over a run: keys of config.training."""
+
+    learning_rate: float
+    min_lr: float
+    lr_scheduler: str
+    warmup_ratio: float
+    warmup_steps: int | None
+    lr_power: float
+    decay_ratio: float
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+    """What an update is computed with: keys of config.training."""
+
+    optimizer_type: str
+    beta1: float
+    beta2: float
+    muon_momentum: float
+    weight_decay: float
+    grad_clip: float
+
+
+def make_schedule(options: ScheduleOptions, total_steps: int) -> optax.Schedule:
     """Learning rate of the update made at a step (0 for the first): linear from 0 over the warm-up, then as lr_scheduler says.
 
-    Each equals transformers' schedule of that kind over the same steps: cosine, get_cosine_with_min_lr_schedule_with_warmup;
-    polynomial, get_polynomial_decay_schedule_with_warmup with lr_power; linear, the same with power 1; constant,
-    get_constant_schedule_with_warmup; wsd, get_wsd_schedule with linear decay over the last decay_ratio of all steps (but for
-    its warm-up, which there begins at min_lr).
+    Each equals a schedule of transformers over the same steps: cosine, get_cosine_with_min_lr_schedule_with_warmup; polynomial,
+    get_polynomial_decay_schedule_with_warmup with lr_power; linear, the same with power 1; constant,
+    get_constant_schedule_with_warmup; wsd, get_wsd_schedule with linear decay over the last decay_ratio of all steps (except
+    for the warm-up, which starts at min_lr there).
     """
-    peak, end = training.learning_rate, training.min_lr
-    warmup_steps = warmup_steps_of(training, total_steps)
+    peak, end = options.learning_rate, options.min_lr
+    warmup_steps = n_warmup_steps(options, total_steps)
     rest = max(1, total_steps - warmup_steps)
-    match training.lr_scheduler:
+    match options.lr_scheduler:
         case "cosine":
             after = optax.cosine_decay_schedule(peak, rest, alpha=end / peak)
         case "linear":
             after = optax.linear_schedule(peak, end, rest)
         case "polynomial":
-            after = optax.polynomial_schedule(peak, end, training.lr_power, rest)
+            after = optax.polynomial_schedule(peak, end, options.lr_power, rest)
         case "constant":
             after = optax.constant_schedule(peak)
         case "wsd":
-            decay_steps = int(training.decay_ratio * total_steps)
+            decay_steps = n_decay_steps(options, total_steps)
             after = optax.linear_schedule(peak, end, max(1, decay_steps), transition_begin=rest - decay_steps)
         case other:
             raise ValueError(other)  # config.resolve has checked it
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup_steps)), after], [warmup_steps])
 
 
-def warmup_steps_of(training: ConfigDict, total_steps: int) -> int:
-    """warmup_steps when given, else warmup_ratio of all steps."""
-    return int(training.warmup_ratio * total_steps) if training.warmup_steps is None else training.warmup_steps
+def n_warmup_steps(options: ScheduleOptions, total_steps: int) -> int:
+    """warmup_steps where given, else warmup_ratio of all steps."""
+    return int(options.warmup_ratio * total_steps) if options.warmup_steps is None else options.warmup_steps
 
 
-def make_optimizer(training: ConfigDict, c: ModelConfig) -> optax.GradientTransformation:
-    """Clipping by global norm, then the optimizer at a learning rate of 1: the step multiplies its updates by the schedule, so
-    that a step whose update is left out still moves the schedule on.
+def n_decay_steps(options: ScheduleOptions, total_steps: int) -> int:
+    """Of wsd: the last steps, in which the learning rate falls."""
+    return int(options.decay_ratio * total_steps)
 
-    Weight decay is on matrices only, decoupled, but for adam, where it is added to the gradient as in torch.optim.Adam.
-    adamw, adam, adafactor (Shazeer & Stern, 2018) equal torch.optim's; lion: Chen et al., 2023; muon: Jordan, 2024, with
-    Moonshot's factor 0.2 sqrt(max(fan)), on the hidden matrices, each expert's its own, and AdamW on embedding, output layer,
-    norms and the experts' gates (which are output layers of E classes).
+
+def make_optimizer(options: OptimizerOptions, c: ModelConfig) -> optax.GradientTransformation:
+    """Clipping by global norm, then the optimizer at a learning rate of 1: the step multiplies the updates by the schedule, so
+    that a skipped update still advances the schedule.
+
+    Weight decay applies to matrices only. It is decoupled, except for adam, which adds it to the gradient as torch.optim.Adam
+    does. adamw, adam, adafactor (Shazeer & Stern, 2018) equal torch.optim's; lion: Chen et al., 2023; muon: Jordan, 2024, with
+    Moonshot's factor 0.2 sqrt(max(fan)), on the hidden matrices, one per expert, and AdamW on embedding, output layer, norms
+    and the experts' gates (which are output layers of E classes).
     """
-    b1, b2, weight_decay = training.beta1, training.beta2, training.weight_decay
-    match training.optimizer_type:
+    b1, b2, weight_decay = options.beta1, options.beta2, options.weight_decay
+    match options.optimizer_type:
         case "adamw":
             tx = optax.adamw(1.0, b1, b2, weight_decay=weight_decay, mask=is_matrix)
         case "adam":
@@ -75,7 +105,7 @@ def make_optimizer(training: ConfigDict, c: ModelConfig) -> optax.GradientTransf
             adamw = optax.adamw(1.0, b1, b2, weight_decay=weight_decay, mask=is_matrix)
             hidden = muon(
                 1.0,
-                beta=training.muon_momentum,
+                beta=options.muon_momentum,
                 weight_decay=weight_decay,
                 muon_weight_dimension_numbers=muon_dimensions,
                 consistent_rms=0.2,
@@ -83,11 +113,11 @@ def make_optimizer(training: ConfigDict, c: ModelConfig) -> optax.GradientTransf
             tx = on_parts(optax.partition({"muon": hidden, "adamw": adamw}, muon_labels), c)
         case other:
             raise ValueError(other)  # config.resolve has checked it
-    return optax.chain(clip(training.grad_clip), tx) if training.grad_clip else tx
+    return optax.chain(clip(options.grad_clip), tx) if options.grad_clip else tx
 
 
 def clip(max_norm: float) -> optax.GradientTransformation:
-    """optax.clip_by_global_norm, with the norm that the step has computed already."""
+    """optax.clip_by_global_norm, with the norm as the step computes it, so that XLA computes it once."""
 
     def update(grads, _):
         factor = jnp.minimum(1, max_norm / norms.global_norm(grads))
@@ -102,7 +132,7 @@ def is_matrix(params):
 
 # ---- Muon ---------------------------------------------------------------------------------------------------------
 
-# Which axes of a part are rows and which columns of its matrix.
+# Which axes of a part form the rows and which the columns of its matrix.
 _MUON_DIMENSIONS = {
     **{name: MuonDimensionNumbers(2, (0, 1)) for name in ("wq_HND", "wk_KND", "wv_KND")},
     "wo_DHN": MuonDimensionNumbers((1, 2), 0),
@@ -121,7 +151,7 @@ def muon_dimensions(parts):
 
 
 def to_parts(params: Any, c: ModelConfig) -> dict:
-    """As a plain dict, the matrices that are kept as one taken apart: wqkv into wq, wk, wv and w13 into w1, w3."""
+    """A plain dict in which fused matrices are split: wqkv into wq, wk, wv and w13 into w1, w3."""
 
     def split(tree: Any) -> Any:
         if not isinstance(tree, dict):
@@ -160,7 +190,7 @@ def from_parts(parts: Any, like: nnx.State) -> nnx.State:
 
 
 def on_parts(tx: optax.GradientTransformation, c: ModelConfig) -> optax.GradientTransformation:
-    """`tx` as it would be were the parts matrices of their own."""
+    """`tx` applied to split matrices (see to_parts), as if the model stored them separately."""
 
     def update(updates: Any, state: Any, params: Any = None):
         parts, state = tx.update(to_parts(updates, c), state, to_parts(params, c))

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM from a scheduler, SIGINT from Ctrl-C."""
+"""Requests to stop: SIGTERM from a scheduler, SIGINT from Ctrl-C."""
 
 import os
 import signal
@@ -7,17 +7,17 @@ import jax
 from absl import logging
 from jax.experimental import multihost_utils
 
-RESUMABLE = 75  # exit code: stopped before the end, give the same command to go on (EX_TEMPFAIL; schedulers requeue on it)
+RESUMABLE = 75  # exit code: stopped early, the same command continues (EX_TEMPFAIL; schedulers requeue on it)
 
 
 class Signals:
-    """Inside the block the first SIGTERM or SIGINT sets `stop` and no more; a second one ends the process at once.
+    """Within the block the first SIGTERM or SIGINT only sets `stop`; a second one ends the process at once.
 
-    Python runs the handler between two of its instructions: at once in the loop, within 0.3 s of a compilation, and after a
-    call into the device's runtime returns.
+    Python runs the handler between two bytecode instructions: immediately in the loop, within 0.3 s during a compilation, and
+    after the call returns during one into the device's runtime.
 
-    Where there are several processes a SIGTERM of any of them goes through jax's coordinator, which installed its own handler
-    and lets all of them stop after the same step.
+    With several processes jax's coordinator, which has a handler of its own, relays a SIGTERM of any of them, so that all stop
+    after the same step.
     """
 
     def __init__(self):
@@ -34,7 +34,7 @@ class Signals:
             signal.signal(number, handler)
 
     def poll(self, step: int) -> bool:
-        """`stop`, after asking the other processes, if there are any. Every process has to ask at every step."""
+        """`stop`, after asking the other processes, if any. Every process must call it at every step."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.stop = True
         return self.stop
@@ -44,4 +44,4 @@ class Signals:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.stop = True
-        logging.info("%s: saving a checkpoint, then stopping (once more stops at once, without)", signal.Signals(number).name)
+        logging.info("%s: saving a checkpoint, then stopping (repeat to stop at once)", signal.Signals(number).name)

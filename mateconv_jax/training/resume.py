@@ -1,4 +1,4 @@
-"""Where a run starts: its own run folder's newest checkpoint > resume_from > init_from > scratch."""
+"""Where a run starts: the newest checkpoint in its own folder > resume_from > init_from > scratch."""
 
 import dataclasses
 import errno
@@ -9,10 +9,11 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from mateconv_jax import run_folder
+from mateconv_jax.config_keys import KEYS, OnResume
 from mateconv_jax.data.tokenizer.tokenizer import fingerprint
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop.formats import open_model
-from mateconv_jax.interop.stored_model import Model
+from mateconv_jax.interop.stored_model import StoredModel
 from mateconv_jax.run_folder import Checkpoint
 from mateconv_jax.training import checkpoints as checkpoints_lib
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
@@ -20,45 +21,34 @@ from mateconv_jax.training.train_state import TrainState
 
 FROM_SCRATCH = "from scratch"
 
-# Keys that may change while a run goes on exactly as it would have.
-_FREE = {
-    "model.attention", "model.experts", "data.num_workers", "data.tokenizer_path", "data.val_data_path", "training.out_dir",
-    "training.eval_interval", "training.eval_iters", "training.save_interval", "training.log_interval",
-    "training.early_stopping", "training.patience", "training.keep_latest", "training.keep_every", "training.keep_best",
-    "training.samples_interval", "training.sample_prompts", "training.max_bad_steps", "training.profile_step",
-    "training.resume", "training.resume_from", "training.init_from", "training.compilation_cache_dir",
-}  # fmt: skip
-# Keys that decide which arrays there are: a checkpoint of another value cannot be used.
-_SHAPES = {"training.use_ema", "training.optimizer_type"}
-
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
     """Where a run starts.
 
     Attributes:
-      key: the configuration key that decided: training.out_dir, training.resume_from or training.init_from; None: from scratch.
-      checkpoint: of the first two.
-      model: of training.init_from.
+      key: the configuration key that decided: training.out_dir, training.resume_from or training.init_from; None: scratch.
+      checkpoint: for the first two.
+      model: for training.init_from.
     """
 
     key: str | None = None
     checkpoint: Checkpoint | None = None
-    model: Model | None = None
+    model: StoredModel | None = None
 
 
 def find_origin(config: ConfigDict) -> Origin:
-    """The first that is there: the newest checkpoint in out_dir > resume_from > init_from > scratch.
+    """The first that exists: the newest checkpoint in out_dir > resume_from > init_from > scratch.
 
     Raises:
-      UserError: what a key names cannot be used, or there is a run and training.resume forbids to go on with it.
+      UserError: what a key names cannot be used, or out_dir holds a run and training.resume forbids continuing it.
     """
     training = config.training
     if run_folder.latest_step(training.out_dir) is not None:
         if training.resume == "never":
             raise UserError(
-                f"training.resume: never, but there is a run in {str(training.out_dir)!r} (choose another training.out_dir, or "
-                "auto)"
+                f"training.resume: never, but there is a run in {str(training.out_dir)!r} (expected auto, or another "
+                "training.out_dir)"
             )
         key, path = "training.out_dir", training.out_dir
     elif training.resume_from:
@@ -71,20 +61,20 @@ def find_origin(config: ConfigDict) -> Origin:
     checkpoint = run_folder.find_checkpoint(path, key)
     if not checkpoint.can_be_resumed:
         raise UserError(
-            f"{key}: {str(checkpoint.run)!r} holds weights alone, and no training that could go on (start a new one with "
+            f"{key}: {str(checkpoint.run)!r} holds only weights, not a training state to resume (start a new run with "
             f"training.init_from={checkpoint.run})"
         )
     return Origin(key, checkpoint)
 
 
 def check_compatible(origin: Origin, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Compare `config` with that of the run that it resumes, or of the model whose weights it starts with.
+    """Compare `config` with that of the run that it resumes, or with the model whose weights it starts from.
 
     Returns:
-      "KEY was theirs, now ours" for each changed key that makes the resumed run diverge.
+      A line for the log for every changed key that makes the resumed run diverge.
 
     Raises:
-      UserError: the run is of another model or optimizer.
+      UserError: a key was changed that a resumed run must keep.
     """
     if origin.model is not None:
         return _check_weights(origin.model, config, tokenizer)
@@ -92,38 +82,30 @@ def check_compatible(origin: Origin, config: ConfigDict, tokenizer: PreTrainedTo
         return []
     theirs = run_folder.read_config(origin.checkpoint.run, origin.key)
     differences = []
-    for section in ("model", "data", "training"):  # how it is spread over devices may change
-        for name, value in config[section].items():
-            path, there = f"{section}.{name}", theirs[section][name]
-            if there == value or path in _FREE:
-                continue
-            if _changes_arrays(path, there, value):
-                raise UserError(
-                    f"{path}: {value}, but the run in {str(origin.checkpoint.run)!r} has {there} (expected the same, or "
-                    "another training.out_dir)"
-                )
-            differences.append(f"{path} was {there}, now {value}")
+    for key in KEYS:
+        section, name = key.path.split(".")
+        was, now = theirs[section][name], config[section][name]
+        if was == now or key.on_resume is OnResume.FREE:
+            continue
+        only_one_has_loss_scale = key.path == "training.dtype" and "float16" in (was, now)
+        if key.on_resume is OnResume.FIXED or only_one_has_loss_scale:
+            raise UserError(
+                f"{key.path}: {now}, but the run in {str(origin.checkpoint.run)!r} has {was} (expected the same, or another "
+                "training.out_dir)"
+            )
+        differences.append(f"the resumed run diverges: {key.path} was {was}, now {now}")
     return differences
 
 
-def _changes_arrays(path: str, there, value) -> bool:
-    """Whether a checkpoint of `there` cannot be used with `value`."""
-    if path == "training.dtype":
-        return "float16" in (there, value)  # which alone has a loss scale
-    return path in _SHAPES or path.startswith("model.") and path not in ("model.dropout", "model.aux_loss_alpha")
-
-
-def start(
-    origin: Origin, config: ConfigDict, checkpoints: Checkpoints, init, abstract: TrainState
-) -> tuple[TrainState, Progress, str]:
-    """The state to train from, what is known about the run so far, and in words where they come from.
+def start(origin: Origin, checkpoints: Checkpoints, init, abstract: TrainState) -> tuple[TrainState, Progress, str]:
+    """The state to train from, the run's progress so far, and where they come from, in words.
 
     Args:
       init: makes a fresh TrainState; called inside jit.
       abstract: its shapes with their shardings.
 
     Raises:
-      UserError: a checkpoint that is named cannot be read.
+      UserError: the checkpoint cannot be read.
     """
     if origin.key == "training.out_dir":
         state, progress = checkpoints.restore(abstract)
@@ -132,7 +114,7 @@ def start(
         path = origin.checkpoint.path
         try:
             state, progress = checkpoints_lib.restore(path, abstract)
-        except Exception as error:  # whatever the libraries raise for a file that is broken
+        except Exception as error:  # the libraries raise anything for a broken file
             raise UserError(
                 f"training.resume_from: {str(path)!r} cannot be read ({' '.join(str(error).split())[:300]})"
             ) from error
@@ -142,25 +124,28 @@ def start(
         return state, Progress(), FROM_SCRATCH
     params = origin.model.params(abstract.params)
     ema_params = None if state.ema_params is None else jax.tree.map(lambda x: x.copy(), params)
-    return state.replace(params=params, ema_params=ema_params), Progress(), f"the weights of {config.training.init_from}"
+    return state.replace(params=params, ema_params=ema_params), Progress(), f"the weights of {origin.model.path}"
 
 
-def _check_weights(model: Model, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+def _check_weights(model: StoredModel, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     differences = []
-    for name, value in config.model.items():
-        path, there = f"model.{name}", model.config.model[name]
-        if there == value or path in _FREE or name in ("dropout", "multiple_of", "max_seq_len"):
+    for key in KEYS:
+        section, name = key.path.split(".")
+        if section != "model" or key.on_resume is not OnResume.FIXED:
             continue
-        if name != "norm_eps" and not name.startswith("rope_"):
-            raise UserError(f"{path}: {value}, but the weights in {str(model.path)!r} have {there} (expected the same)")
-        differences.append(f"{path} was {there}, now {value}")
+        was, now = model.config.model[name], config.model[name]
+        if was == now:
+            continue
+        if name != "norm_eps" and not name.startswith("rope_"):  # those shape no array: fine-tuning may change them
+            raise UserError(f"{key.path}: {now}, but the weights in {str(model.path)!r} have {was} (expected the same)")
+        differences.append(f"the model differs from the weights' own: {key.path} was {was}, now {now}")
     if model.tokenizer is not None and fingerprint(model.tokenizer) != fingerprint(tokenizer):
-        differences.append(f"the tokenizer of {model.path} is another than the data's: ids mean other texts")
+        differences.append(f"the tokenizer of {model.path} is not the dataset's: token ids stand for other text")
     return differences
 
 
 def make_folder(folder: Path) -> None:
-    """Raises UserError where it cannot be written to."""
+    """Create the run folder. Raises UserError where it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable-{jax.process_index()}"

@@ -1,35 +1,35 @@
-"""What the model writes while it is trained."""
+"""Texts that the model writes during training."""
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from mateconv_jax.inference.generation_config import GenerationConfig
+from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.inference.text_generator import TextGenerator
 from mateconv_jax.runtime import distributed, sharding
 
 
 class Samples:
-    """Continues the same prompts with the same draws at every call: what differs is the model."""
+    """Continues the same prompts with the same random draws at every call: only the model differs."""
 
     def __init__(
         self, graph: nnx.GraphDef, params: nnx.State, tokenizer: PreTrainedTokenizerFast, prompts: tuple[str, ...], mesh: Mesh
     ):
-        """params: shapes are enough. Raises UserError where a prompt does not fit the context."""
+        """params: shapes suffice. Raises UserError if a prompt does not fit the context."""
         self._prompts = list(prompts)
-        # One device of the first process decodes; where parameters are split over devices, all have to take part in this.
+        # One device of the first process decodes; gathering shards takes part of every process.
         self._gather = jax.jit(lambda params: params, out_shardings=sharding.replicated(mesh))
         self._generator = TextGenerator(nnx.merge(graph, params), tokenizer)
         for prompt in prompts:
             self._generator.check_prompt(prompt, "training.sample_prompts")
 
     def write(self, params: nnx.State) -> list[tuple[str, str]]:
-        """Each prompt and how it goes on; every process has to call it, and only the first gets them."""
-        whole = self._gather(params)
+        """Each prompt and its continuation, in the first process; every process must call it."""
+        replicated = self._gather(params)
         if not distributed.is_first():
             return []
-        self._generator.params = jax.tree.map(lambda p: p.addressable_data(0), whole)
+        self._generator.params = jax.tree.map(lambda p: p.addressable_data(0), replicated)
         texts = self._generator.batch_generate(self._prompts, GenerationConfig(max_new_tokens=64))
-        self._generator.params = nnx.State({})  # a second copy of the weights, which training needs the room of
+        self._generator.params = nnx.State({})  # training needs the room of this second copy of the weights
         return list(zip(self._prompts, texts, strict=True))

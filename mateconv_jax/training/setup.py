@@ -1,4 +1,7 @@
-"""What a run computes with: programs and shapes from a config and a mesh. Training, planning and benchmarks build them here."""
+"""A run's programs and shapes, from a config and a mesh: training, planning and benchmarks build them here.
+
+Nothing below this takes a ConfigDict: functions take plain values or the dataclasses of options that they declare.
+"""
 
 import dataclasses
 import functools
@@ -11,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mateconv_jax import intervals
+from mateconv_jax import config as config_lib, intervals
 from mateconv_jax.errors import UserError
 from mateconv_jax.losses.next_token import next_token_loss
 from mateconv_jax.model.config import ModelConfig
@@ -19,19 +22,23 @@ from mateconv_jax.model.device import Device
 from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.runtime import sharding
 from mateconv_jax.training import optimizer, train_state
-from mateconv_jax.training.step import LossFn, make_eval_step, make_train_step
+from mateconv_jax.training.batch_shape import BatchShape
+from mateconv_jax.training.optimizer import OptimizerOptions, ScheduleOptions
+from mateconv_jax.training.step import LossFn, StepOptions, make_eval_step, make_train_step
 from mateconv_jax.training.train_state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """Attributes:
-    c: the model's configuration, for the mesh's devices.
-    graph, abstract_params: the model but for its numbers.
-    init: makes a fresh TrainState; called inside jit.
-    abstract_state, abstract_batch: shapes with their shardings.
-    train_step: jitted, (state, batch) -> (state, metrics); see step.make_train_step.
-    eval_step: jitted, (params, batch) -> (sum, weight); see step.make_eval_step.
+    """What a run computes with.
+
+    Attributes:
+      c: the model's configuration for the devices of the mesh.
+      graph, abstract_params: the model without its numbers.
+      init: makes a fresh TrainState; called inside jit.
+      abstract_state, abstract_batch: shapes with their shardings.
+      train_step: jitted, (state, batch) -> (state, metrics); see step.make_train_step.
+      eval_step: jitted, (params, batch) -> (sum, weight); see step.make_eval_step.
     """
 
     c: ModelConfig
@@ -50,7 +57,7 @@ class Setup:
 
 
 def model_config(config: ConfigDict, device: Device | None = None) -> ModelConfig:
-    """How a (resolved) config's model is trained on `device`; None: on this process's.
+    """The model of a (resolved) config, as trained on `device`; None: on this process's.
 
     Raises:
       UserError: see ModelConfig.make.
@@ -64,7 +71,7 @@ def build(config: ConfigDict, c: ModelConfig, mesh: Mesh, total_steps: int) -> S
     Args:
       config: resolved.
       c: made for the mesh's devices.
-      total_steps: over which the learning rate's schedule goes.
+      total_steps: of the learning-rate schedule.
 
     Raises:
       UserError: the batch cannot be split over the mesh.
@@ -73,7 +80,8 @@ def build(config: ConfigDict, c: ModelConfig, mesh: Mesh, total_steps: int) -> S
     sharding.check_batch_size(training.batch_size, mesh)
     graph, abstract_params = abstract_model(c)
     loss_fn = make_loss(training)
-    tx, schedule = optimizer.make_optimizer(training, c), optimizer.make_schedule(training, total_steps)
+    tx = optimizer.make_optimizer(config_lib.options(OptimizerOptions, training), c)
+    schedule = optimizer.make_schedule(config_lib.options(ScheduleOptions, training), total_steps)
     init = functools.partial(train_state.init, c, tx, training.seed, training.use_ema)
     abstract_state = sharding.with_shardings(mesh, jax.eval_shape(init))
     return Setup(
@@ -83,8 +91,8 @@ def build(config: ConfigDict, c: ModelConfig, mesh: Mesh, total_steps: int) -> S
         abstract_params=abstract_params,
         init=init,
         abstract_state=abstract_state,
-        abstract_batch=abstract_batch(config, mesh),
-        train_step=make_train_step(graph, loss_fn, tx, schedule, training, abstract_state),
+        abstract_batch=abstract_batch(batch_shape(config), training.document_mask, mesh),
+        train_step=make_train_step(graph, loss_fn, tx, schedule, config_lib.options(StepOptions, training), abstract_state),
         eval_step=make_eval_step(graph, loss_fn),
     )
 
@@ -93,13 +101,17 @@ def make_loss(training: ConfigDict) -> LossFn:
     return functools.partial(next_token_loss, z_loss=training.z_loss, remat=training.remat)
 
 
-def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A step's batch: micro-batches of rows (see data/rows.py), in the fields that the config has use for."""
-    rows = config.training.accumulation_steps, config.training.batch_size
+def batch_shape(config: ConfigDict) -> BatchShape:
+    return BatchShape(config.training.batch_size, config.training.accumulation_steps, config.data.seq_len)
+
+
+def abstract_batch(shape: BatchShape, document_mask: bool, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """A step's batch: micro-batches of rows (see data/rows.py), with the fields that the loss needs."""
+    rows = shape.accumulation_steps, shape.batch_size
     spread = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.batch(mesh, 1))
-    tokens = spread((*rows, config.data.seq_len + 1), jnp.uint16)
+    tokens = spread((*rows, shape.seq_len + 1), jnp.uint16)
     batch = {"tokens": tokens, "length": spread(rows, jnp.int32)}
-    if config.training.document_mask:
+    if document_mask:
         batch["document_starts"] = spread(tokens.shape, jnp.bool)
     return batch
 
@@ -109,7 +121,13 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
 
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """Optimizer steps of a run, and between two evaluations, saves, log lines and samples (None: no samples)."""
+    """How long a run is, in optimizer steps.
+
+    Attributes:
+      total_steps: from the first to the last.
+      eval_interval, save_interval, log_interval: between two evaluations, checkpoints, log lines.
+      samples_interval: between two samples; None: no samples.
+    """
 
     total_steps: int
     eval_interval: int
@@ -119,27 +137,49 @@ class Length:
 
     @staticmethod
     def of(training: ConfigDict, n_rows: int) -> "Length":
-        """Of a run over a dataset of n_rows. Raises UserError where not one step comes of it."""
+        """Of a run over a dataset of n_rows.
+
+        Raises:
+          UserError: the run is shorter than one step, or keys contradict its length.
+        """
         steps = total_steps(training, n_rows)
+        rows_per_step = training.batch_size * training.accumulation_steps
         if steps == 0:
             raise UserError(
-                f"training.batch_size: {rows_per_step(training)} rows of a step are more than the dataset's {n_rows} rows x "
-                f"{training.epochs} epochs (expected a smaller batch or more epochs)"
+                f"training.batch_size: a step takes {rows_per_step} rows, more than {training.epochs} epochs of the dataset's "
+                f"{n_rows} rows (expected a smaller batch or more epochs)"
             )
-        steps_per_epoch = n_rows / rows_per_step(training)
+        steps_per_epoch = n_rows / rows_per_step
 
         def interval(key: str) -> int:
             return intervals.steps(training[key], steps, steps_per_epoch)
 
         samples = None if training.samples_interval is None else interval("samples_interval")
+        if samples is not None and not training.sample_prompts:
+            raise UserError(
+                "training.sample_prompts: empty, but training.samples_interval asks for samples (expected a prompt)"
+            )
+        _check_schedule(training, steps)
         return Length(steps, interval("eval_interval"), interval("save_interval"), interval("log_interval"), samples)
 
 
-def rows_per_step(training: ConfigDict) -> int:
-    """Over all devices and micro-batches."""
-    return training.batch_size * training.accumulation_steps
+def _check_schedule(training: ConfigDict, steps: int) -> None:
+    """Raises UserError for keys that mean steps beyond the end of the run."""
+    schedule = config_lib.options(ScheduleOptions, training)
+    warmup_steps = optimizer.n_warmup_steps(schedule, steps)
+    decay_steps = optimizer.n_decay_steps(schedule, steps) if schedule.lr_scheduler == "wsd" else 0
+    if warmup_steps >= steps:
+        raise UserError(f"training.warmup_steps: {warmup_steps}, but the run has {steps} steps (expected fewer)")
+    if warmup_steps + decay_steps > steps:
+        key = "warmup_ratio" if schedule.warmup_steps is None else "warmup_steps"
+        raise UserError(
+            f"training.decay_ratio: {training.decay_ratio} are {decay_steps} of the run's {steps} steps, but the warm-up takes "
+            f"{warmup_steps} of them (expected a smaller decay_ratio or training.{key})"
+        )
+    if training.profile_step is not None and training.profile_step > steps:
+        raise UserError(f"training.profile_step: {training.profile_step}, but the run has {steps} steps (expected fewer)")
 
 
 def total_steps(training: ConfigDict, n_rows: int) -> int:
-    """training.max_steps, or what training.epochs over n_rows make."""
-    return training.max_steps or math.floor(training.epochs * n_rows / rows_per_step(training))
+    """training.max_steps, else what training.epochs over n_rows amount to."""
+    return training.max_steps or math.floor(training.epochs * n_rows / (training.batch_size * training.accumulation_steps))

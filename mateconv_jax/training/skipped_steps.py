@@ -1,4 +1,4 @@
-"""Steps whose update was skipped."""
+"""Steps whose update is skipped: their gradient is not finite, or their loss a spike."""
 
 import dataclasses
 import math
@@ -11,7 +11,12 @@ from mateconv_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class BadStep:
-    """A step whose update was skipped: how many there are now in a row, and the gradient's norm by leaf."""
+    """A step whose update was skipped.
+
+    Attributes:
+      in_a_row: consecutive skipped updates, this one included.
+      leaf_norms: {name of the parameter: norm of its gradient}.
+    """
 
     step: int
     in_a_row: int
@@ -23,27 +28,27 @@ class BadStep:
         return f"the loss {self.loss:.4f} is a spike" if finite else "the gradient is not finite"
 
     def largest(self, n: int = 5) -> str:
-        """The leaves with the largest norms, those that are not finite first."""
+        """The n parameters with the largest gradient norms, non-finite ones first."""
         order = sorted(self.leaf_norms.items(), key=lambda item: (math.isfinite(item[1]), -item[1]))
         return ", ".join(f"{name} {norm:.3g}" for name, norm in order[:n])
 
 
 class SkippedSteps:
-    """Says which they were, and ends a run in which too many follow each other."""
+    """Logs skipped updates and ends a run with too many in a row."""
 
     def __init__(self, describe: Callable[[int], str], max_bad_steps: int):
-        """describe: says of a step, counted from 0, what its batch was made of."""
+        """describe: says what the batch of a step, counted from 0, was made of."""
         self._describe, self._max_bad_steps = describe, max_bad_steps
 
     def check(self, bad_step: BadStep | None, step: int, save: Callable[[], None]) -> None:
-        """Take what Metrics found; None: the update was made.
+        """Log a skipped update; None: the update was applied.
 
         Args:
-          step: the one that the run has come to since.
+          step: the run's current step.
           save: writes a checkpoint of it.
 
         Raises:
-          UserError: training.max_bad_steps in a row were skipped. A checkpoint is saved then.
+          UserError: training.max_bad_steps updates in a row were skipped. A checkpoint is saved first.
         """
         if bad_step is None:
             return
@@ -54,7 +59,7 @@ class SkippedSteps:
         if bad_step.in_a_row >= self._max_bad_steps:
             save()
             raise UserError(
-                f"training.max_bad_steps: {bad_step.in_a_row} steps in a row were skipped, the last because "
-                f"{bad_step.reason()}; the parameters of step {bad_step.step - bad_step.in_a_row} are kept, in the "
-                f"checkpoint of step {step} (expected a lower training.learning_rate, a longer warm-up, or other data)"
+                f"training.max_bad_steps: {bad_step.in_a_row} updates in a row were skipped, the last because "
+                f"{bad_step.reason()}; the checkpoint of step {step} holds the parameters of step "
+                f"{bad_step.step - bad_step.in_a_row} (try a lower training.learning_rate, a longer warm-up, or other data)"
             )

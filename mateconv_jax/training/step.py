@@ -1,10 +1,11 @@
 """The training step and the evaluation step: pure functions under jit, of any loss and any batch.
 
-A batch is a tree of arrays whose first dimensions are A micro-batches and B rows; in evaluation B rows alone. The rest is the
-loss's business.
+A batch is a tree of arrays whose leading dimensions are A micro-batches and B rows, in evaluation only B rows. Only the loss
+knows more about it.
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -13,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from ml_collections import ConfigDict
 
 from mateconv_jax.losses.loss_output import LossOutput
 from mateconv_jax.model.attention.deterministic import deterministic_attention
@@ -24,37 +24,48 @@ from mateconv_jax.training.train_state import TrainState
 LossFn = Callable[..., LossOutput]  # (model, batch, key_B): see LossOutput
 
 
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """How a step turns a batch into an update: keys of config.training."""
+
+    seed: int
+    skip_spikes: float
+    grad_allreduce_dtype: str
+    ema_decay: float
+    ema_warmup: bool
+
+
 def make_train_step(
     graph: nnx.GraphDef,
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
-    training: ConfigDict,
+    options: StepOptions,
     abstract_state: TrainState | None = None,
 ):
     """The jitted step `(state, batch) -> (state, metrics)`; the state is donated.
 
-    The gradient is that of the objective summed over all A micro-batches and devices, divided by their summed weight. Where it
-    is not finite, or the loss a spike (training.skip_spikes), the update is skipped: parameters, EMA and optimizer state stay,
-    the step counts on.
+    The gradient is that of the objective summed over all A micro-batches and devices, divided by their summed weight. If it is
+    not finite, or the loss is a spike (skip_spikes), the update is skipped: parameters, EMA and optimizer state stay, the step
+    is counted.
 
     Args:
-      abstract_state: shapes with the shardings that the state keeps; None: of one device.
+      abstract_state: shapes with the shardings that the state keeps; None: everything is on one device.
 
     Returns:
       metrics, fp32 scalars on the device: LossOutput.means before the update, grad_norm (before clipping), lr,
-      update_to_weight (ratio of norms), bad_steps (skipped in a row), loss_scale in float16; and leaf_norms, the gradient's
-      norm of each leaf, in the order of jax.tree.leaves.
+      update_to_weight (ratio of norms), bad_steps (consecutive skipped updates), loss_scale in float16; and leaf_norms, the
+      gradient norm of each leaf, in the order of jax.tree.leaves.
     """
-    sums = functools.partial(gradients_of_sums, graph, loss_fn, training.seed)
+    sums = functools.partial(gradients_of_sums, graph, loss_fn, options.seed)
     if abstract_state is None:
-        return jax.jit(functools.partial(_train_step, sums, tx, schedule, training), donate_argnums=0)
+        return jax.jit(functools.partial(_train_step, sums, tx, schedule, options), donate_argnums=0)
     c = nnx.merge(graph, abstract_state.params).c
     if abstract_state.step.sharding.num_devices > 1:
-        sums = gradient_sums.over_devices(sums, abstract_state.params, training.grad_allreduce_dtype, c.dtype)
+        sums = gradient_sums.over_devices(sums, abstract_state.params, options.grad_allreduce_dtype, c.dtype)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
     return jax.jit(
-        functools.partial(_train_step, sums, tx, schedule, training),
+        functools.partial(_train_step, sums, tx, schedule, options),
         donate_argnums=0,
         out_shardings=(shardings, None),
         compiler_options=xla_flags.compiler_options(c.platform, c.deterministic),
@@ -62,7 +73,7 @@ def make_train_step(
 
 
 def lower(train_step, state: TrainState, batch, deterministic: bool) -> jax.stages.Lowered:
-    """The step of `make_train_step`, lowered for arrays like these, or shapes with shardings."""
+    """The step of `make_train_step`, lowered for arrays like these, or for shapes with shardings."""
     with deterministic_attention() if deterministic else contextlib.nullcontext():
         return train_step.lower(state, batch)
 
@@ -76,21 +87,21 @@ def gradients_of_sums(graph, loss_fn: LossFn, seed: int, params, batch, step, sc
     """Sums over all rows of `batch`.
 
     Args:
-      device: number of the device whose rows they are. A row's key belongs to (seed, step, its place in the global batch).
-      gather: makes full parameters of `params`; gradients are with respect to `params`.
+      device: index of the device that holds these rows. A row's key follows from seed, step and its place in the global batch.
+      gather: returns full parameters; gradients are with respect to `params`, which may be shards.
 
     Returns:
-      (LossOutput without its objective, the gradient of that times factor, factor).
+      (LossOutput without its objective, the gradient of the objective times factor, factor).
     """
     A, B = jax.tree.leaves(batch)[0].shape[:2]
-    # Divided by a constant first, so that a sum over many tokens cannot overflow in float16; a power of two rounds nothing.
+    # Divided by a constant first, so that a sum over many tokens cannot overflow in float16; a power of two is exact.
     factor = scale / 2 ** math.floor(math.log2(max(x.size for x in jax.tree.leaves(batch))))
     step_key = jax.random.fold_in(jax.random.key(seed), step)
 
     def scaled(params, micro_batch, i):
         key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(step_key, i), device * B + jnp.arange(B))
         output = loss_fn(nnx.merge(graph, gather(params)), micro_batch, key_B)
-        # Of the objective the gradient alone is wanted: None is an empty tree.
+        # Only the gradient of the objective is needed, not its value: None is an empty tree.
         return output.objective * factor, output._replace(objective=None)  # pyrefly: ignore[bad-argument-type]
 
     def accumulate(sums, micro_batch_and_i):
@@ -107,7 +118,7 @@ def gradients_of_sums(graph, loss_fn: LossFn, seed: int, params, batch, step, sc
     return output, grads, factor
 
 
-def _train_step(sums, tx, schedule, training: ConfigDict, state: TrainState, batch):
+def _train_step(sums, tx, schedule, options: StepOptions, state: TrainState, batch):
     scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.scale
     output, grads, factor = sums(state.params, batch, state.step, scale)
     weight = jnp.maximum(output.weight, 1)
@@ -118,8 +129,8 @@ def _train_step(sums, tx, schedule, training: ConfigDict, state: TrainState, bat
     squares = norms.squares_by_leaf(grads)
     grad_norm = jnp.sqrt(jnp.sum(squares))
     finite = good = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
-    if training.skip_spikes:
-        good &= ~state.loss_average.is_spike(loss, training.skip_spikes)
+    if options.skip_spikes:
+        good &= ~state.loss_average.is_spike(loss, options.skip_spikes)
 
     lr = schedule(state.step)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -127,7 +138,7 @@ def _train_step(sums, tx, schedule, training: ConfigDict, state: TrainState, bat
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
     if ema_params is not None:  # ema <- decay * ema + (1 - decay) * params
-        ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay_at(training, state.step))
+        ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay_at(options, state.step))
 
     metrics |= {
         "grad_norm": grad_norm,
@@ -146,10 +157,10 @@ def _train_step(sums, tx, schedule, training: ConfigDict, state: TrainState, bat
     return TrainState(state.step + 1, params, ema_params, opt_state, loss_scale, loss_average, bad_steps), metrics
 
 
-def ema_decay_at(training: ConfigDict, step: jax.Array) -> jax.Array:
-    """ema_decay, and with ema_warmup at most (1 + step) / (10 + step), so that the first steps are forgotten (TensorFlow's
+def ema_decay_at(options: StepOptions, step: jax.Array) -> jax.Array:
+    """ema_decay, with ema_warmup capped at (1 + step) / (10 + step) so that the first steps are forgotten (as TensorFlow's
     ExponentialMovingAverage with num_updates).
     """
-    if not training.ema_warmup:
-        return jnp.float32(training.ema_decay)
-    return jnp.minimum(training.ema_decay, (1.0 + step) / (10.0 + step))
+    if not options.ema_warmup:
+        return jnp.float32(options.ema_decay)
+    return jnp.minimum(options.ema_decay, (1.0 + step) / (10.0 + step))

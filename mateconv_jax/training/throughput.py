@@ -1,4 +1,4 @@
-"""How fast training runs: tokens a second, the share spent waiting for input, peak memory."""
+"""Training speed: tokens per second, share of time spent waiting for input, peak memory."""
 
 import contextlib
 import resource
@@ -9,23 +9,23 @@ import jax
 
 
 class Throughput:
-    """Measures from one logged step to the next, leaving out what is not training.
+    """Measures from one logged step to the next, without what is not training.
 
     Args:
       tokens_per_step: over all devices.
-      mfu_per_token: the share of all devices' peak FLOP/s that one token a second takes; None: the peak is not known.
+      mfu_per_token: the share of all devices' peak FLOP/s that one token per second uses; None: the peak is unknown.
     """
 
     def __init__(self, tokens_per_step: int, mfu_per_token: float | None):
         self._tokens_per_step = tokens_per_step
         self._mfu_per_token = mfu_per_token
-        self._step: int | None = None  # the window begins at the end of this step ...
-        self._start = 0.0  # ... which was then, moved on by what was not training
+        self._step: int | None = None  # the window starts at the end of this step,
+        self._start = 0.0  # at this time, moved forward by what was not training
         self._waited = 0.0  # seconds in the window
 
     def measure(self, step: int) -> dict[str, float]:
-        """At the end of `step`: tokens/s, step_time_s, input_wait (share of the time), memory_gb, and mfu where the peak is
-        known, since the call before. Empty at the first call, which has none before it.
+        """Call at the end of `step`. Since the last call: tokens/s, step_time_s, input_wait (share of the time), memory_gb and,
+        if the peak is known, mfu. Empty at the first call.
         """
         now = time.perf_counter()
         scalars = {}
@@ -41,7 +41,7 @@ class Throughput:
 
     @contextlib.contextmanager
     def waiting_for_input(self) -> Iterator[None]:
-        """The time inside is the step's wait for data."""
+        """The time inside counts as waiting for data."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
@@ -55,7 +55,7 @@ class Throughput:
 
 
 def _peak_memory() -> int:
-    """Bytes: the most that this process's fullest device has held; on the CPU, that the process has."""
+    """Peak bytes in use on the fullest device of this process; on the CPU, of the process."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     if all(stats):
         return max(device_stats["peak_bytes_in_use"] for device_stats in stats)

@@ -11,17 +11,21 @@ from mateconv_jax.model import transformer
 
 @flax.struct.dataclass
 class LossScale:
-    """What float16 gradients are multiplied by so that small ones do not vanish. Equals torch.amp.GradScaler's: halved by an
+    """Factor of float16 gradients that keeps small ones from vanishing. Behaves like torch.amp.GradScaler: halved by an
     overflow, doubled after 2,000 steps without one.
+
+    Attributes:
+      scale: float32.
+      good_steps: int32, steps since the scale last changed.
     """
 
-    scale: jax.Array  # float32
-    good_steps: jax.Array  # int32, since it last changed
+    scale: jax.Array
+    good_steps: jax.Array
 
     GROW_AFTER = 2000
 
     def update(self, finite: jax.Array) -> "LossScale":
-        """After a step whose gradients were finite, or not."""
+        """After a step; `finite`: whether its gradients were."""
         grow = finite & (self.good_steps + 1 >= self.GROW_AFTER)
         scale = jnp.where(finite, jnp.where(grow, 2 * self.scale, self.scale), jnp.maximum(self.scale / 2, 1.0))
         return LossScale(scale, jnp.where(finite & ~grow, self.good_steps + 1, 0))
@@ -29,7 +33,12 @@ class LossScale:
 
 @flax.struct.dataclass
 class LossAverage:
-    """Mean and variance of the training loss over about the last 100 steps, fp32; steps: how many there were, int32."""
+    """Running statistics of the training loss over about the last 100 steps.
+
+    Attributes:
+      mean, variance: float32.
+      steps: int32, losses seen so far.
+    """
 
     mean: jax.Array
     variance: jax.Array
@@ -38,8 +47,8 @@ class LossAverage:
     OVER = 100
 
     def update(self, loss: jax.Array) -> "LossAverage":
-        """With the loss of another step; one that is not finite changes nothing. Up to OVER steps they count equally (Welford,
-        1962), from then on the last one 1 / OVER.
+        """Include the loss of another step; a non-finite one is ignored. The first OVER losses count equally (Welford, 1962);
+        from then on the newest has weight 1 / OVER.
         """
         share = 1 / jnp.minimum(self.steps + 1, self.OVER)
         difference = loss - self.mean
@@ -48,14 +57,22 @@ class LossAverage:
         return jax.tree.map(lambda a, b: jnp.where(jnp.isfinite(loss), a, b), new, self)
 
     def is_spike(self, loss: jax.Array, deviations: float) -> jax.Array:
-        """Whether `loss` is that many standard deviations above the mean; not in the first 100 steps."""
+        """Whether `loss` is that many standard deviations above the mean; never in the first OVER steps."""
         return (self.steps >= self.OVER) & (loss > self.mean + deviations * jnp.sqrt(self.variance))
 
 
 @flax.struct.dataclass
 class TrainState:
-    """step: optimizer steps done, int32, left out ones too. params: fp32 masters. ema_params: fp32, or None when EMA is off.
-    loss_scale: None but in float16. bad_steps: how many of the last steps in a row were left out, int32.
+    """The state of training.
+
+    Attributes:
+      step: int32, optimizer steps done, skipped updates included.
+      params: fp32 masters.
+      ema_params: fp32; None without EMA.
+      opt_state: of the optimizer.
+      loss_scale: None except in float16.
+      loss_average: for finding spikes.
+      bad_steps: int32, consecutive skipped updates up to now.
     """
 
     step: jax.Array
@@ -68,7 +85,7 @@ class TrainState:
 
 
 def init(c: transformer.ModelConfig, tx: optax.GradientTransformation, seed: int, use_ema: bool) -> TrainState:
-    """A fresh state; the EMA starts at the parameters. Call it inside jit, with the shardings it shall have."""
+    """A fresh state; the EMA starts at the parameters. Call it inside jit with the shardings that the state shall have."""
     params = transformer.init_params(c, seed)
     return TrainState(
         step=jnp.int32(0),

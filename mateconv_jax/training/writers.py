@@ -1,9 +1,10 @@
 """Where a run's numbers go: TensorBoard, metrics.jsonl, Weights & Biases, the log and the progress bar.
 
-Each writer has the methods of clu's metric writers that it needs: write_scalars, write_texts, flush, close. clu's own cannot be
-imported without TensorFlow, 1.3 GB that write nothing but TensorBoard's files.
+Each writer has those methods of clu's metric writers that it needs: write_scalars, write_texts, flush, close. clu's own cannot
+be imported without TensorFlow: 1.3 GB only to write TensorBoard files.
 """
 
+import dataclasses
 import json
 import secrets
 import socket
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Protocol
 
 from absl import logging
-from ml_collections import ConfigDict
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore[missing-module-attribute]  (no stubs)
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyrefly: ignore[missing-module-attribute]
 from tensorboard.plugins.text.summary_v2 import text_pb
@@ -33,17 +33,17 @@ class MetricWriter(Protocol):
 
 
 class TensorBoardWriter:
-    """One event file in `folder`. Every write is flushed: curves can be watched as they grow, and a kill loses nothing.
+    """One event file in `folder`. Every write is flushed: curves grow live, and a kill loses nothing.
 
-    The file says that the run restarted at `first_step`, so that TensorBoard drops what an earlier process wrote from there on.
+    The file records a restart at `first_step`, so that TensorBoard drops what an earlier process wrote from there on.
 
     Raises:
-      OSError: the file cannot be written, at once and not at the end.
+      OSError: the file cannot be written; raised by each write, not only by close.
     """
 
     def __init__(self, folder: Path, first_step: int):
         folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads the files of a folder in the order of their names.
+        # TensorBoard reads the files of a folder in alphabetical order.
         path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
         # Not tensorboard's EventFileWriter, which imports TensorFlow where it is installed.
         self._records = RecordWriter(path.open("xb"))
@@ -51,7 +51,7 @@ class TensorBoardWriter:
         self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        # simple_value, not a tensor: EventAccumulator, which scripts read curves with, forgets no tensors at a restart.
+        # simple_value, not a tensor: EventAccumulator, with which scripts read curves, keeps tensors over a restart.
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
         self._write(Event(step=step, summary=Summary(value=values)))
 
@@ -72,10 +72,10 @@ class TensorBoardWriter:
 
 
 class JsonlWriter:
-    """A JSON object a line, {"step": 340, "train/loss": 0.7301, …}.
+    """One JSON object per line, {"step": 340, "train/loss": 0.7301, …}.
 
-    Lines past `start_step` are dropped first: a run that got past its last checkpoint does those steps again. So is the
-    evaluation of `start_step` unless the checkpoint knows of it (`evaluated`), and a line cut short by a kill.
+    Lines after `start_step` are dropped first: a run that was killed after its last checkpoint repeats those steps. So is the
+    evaluation at `start_step` unless the checkpoint includes it (`evaluated`), and a line cut short by a kill.
     """
 
     def __init__(self, path: Path, start_step: int, evaluated: bool):
@@ -97,6 +97,15 @@ class JsonlWriter:
         self._file.close()
 
 
+@dataclasses.dataclass(frozen=True)
+class WandbOptions:
+    """config.wandb."""
+
+    enable: bool
+    project: str
+    run_name: str | None
+
+
 class WandbWriter:
     """Weights & Biases. A resumed run continues there as well: its id is in RUN/wandb_id.
 
@@ -104,7 +113,7 @@ class WandbWriter:
       UserError: the package is not installed.
     """
 
-    def __init__(self, folder: Path, wandb_config: ConfigDict):
+    def __init__(self, folder: Path, options: WandbOptions):
         try:
             import wandb
         except ImportError as error:
@@ -114,8 +123,8 @@ class WandbWriter:
             files.write_text(id_file, secrets.token_hex(4))
         self._run = wandb.init(
             dir=folder,
-            project=wandb_config.project,
-            name=wandb_config.run_name or folder.absolute().name,
+            project=options.project,
+            name=options.run_name or folder.absolute().name,
             id=id_file.read_text(),
             resume="allow",
             config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
@@ -129,13 +138,13 @@ class WandbWriter:
 
 
 class LogWriter:
-    """One line of the log, for eyes; `log_line` says what is in it."""
+    """A line of the log for people to read, see log_line."""
 
     def __init__(self, total_steps: int):
         self._total_steps = total_steps
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        # Marked, because on a terminal the progress bar shows the numbers already.
+        # Marked, because on a terminal the progress bar already shows the numbers.
         logging.info("%s", log_line.step_line(step, self._total_steps, scalars), extra={"metrics": True})
 
     def close(self) -> None:
@@ -143,7 +152,7 @@ class LogWriter:
 
 
 class ProgressBar:
-    """On a terminal, the newest numbers beside a bar of steps; elsewhere nothing."""
+    """On a terminal, a progress bar over steps with the newest numbers; elsewhere nothing."""
 
     def __init__(self, start_step: int, total_steps: int):
         self._postfix: dict[str, str] = {}

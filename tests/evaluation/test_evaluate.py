@@ -190,7 +190,7 @@ def test_four_devices_give_the_numbers_of_one(run, dataset_folder):
         assert theirs["scores"][name] == pytest.approx(ours["scores"][name], rel=2e-6)
     assert theirs | {"scores": 0} == ours | {"scores": 0}
     wrong = command(f"--model_path={run}", f"--data={dataset_folder}", "--batch_size=6", devices=4)
-    assert wrong.returncode == 2 and "--batch_size: 6 is not possible (expected a multiple of 4" in wrong.stderr
+    assert wrong.returncode == 2 and "--batch_size: 6 is invalid (expected a multiple of 4" in wrong.stderr
 
 
 def test_the_table(run, dataset_folder, capsys):
@@ -198,7 +198,7 @@ def test_the_table(run, dataset_folder, capsys):
     output = capsys.readouterr().out
     result = held_out.evaluate_run(run, [str(dataset_folder)])
     assert f"{run}, step 12, on {dataset_folder}, validation\n" in output
-    assert f"{result['tokens']:,} targets write {result['bytes']:,} bytes" in output
+    assert f"{result['tokens']:,} targets, {result['bytes']:,} bytes of text" in output
     rows = [line.split() for line in output.splitlines()]
     for name, score in result["scores"].items():
         assert [name, *(f"{figure:,.4f}" for figure in score.values())] in rows
@@ -207,7 +207,7 @@ def test_the_table(run, dataset_folder, capsys):
 def test_a_model_that_diverged_has_no_figures():
     def figures(nats, tokens, n_bytes):
         result = evaluator.Evaluation(1, tokens, n_bytes, {"raw": nats})
-        return held_out._figures(result.loss("raw"), result.bits_per_byte("raw"))
+        return held_out._score(result.loss("raw"), result.bits_per_byte("raw"))
 
     assert figures(math.nan, 3, 3) == {"loss": None, "perplexity": None, "bits_per_byte": None}
     assert figures(3000.0, 3, 0) == {"loss": 1000.0, "perplexity": None, "bits_per_byte": None}
@@ -240,10 +240,10 @@ def test_data_that_do_not_fit(run, dataset_folder, demo_jsonl, tmp_path):
     fails("--data: no file at 'none.bin'", ["none.bin"])
     fails("--data: no dataset at", [tmp_path])
     fails("--data: .* is a folder", [tmp_path, demo_jsonl])
-    fails(r"--split: .* has no split 'test' \(there are: train, validation\)", [dataset_folder], split="test")
+    fails(r"--split: .* has no split 'test' \(available: train, validation\)", [dataset_folder], split="test")
     fails("--split: .* has no splits", [demo_jsonl], split="train")
-    fails("--batch_size: 0 is not possible", [dataset_folder], batch_size=0)
-    fails("--max_batches: 0 is not possible", [dataset_folder], max_batches=0)
+    fails("--batch_size: 0 is invalid", [dataset_folder], batch_size=0)
+    fails("--max_batches: 0 is invalid", [dataset_folder], max_batches=0)
     (tmp_path / "bad.jsonl").write_text("no JSON\n")
     fails(r"--data: .*bad\.jsonl' is mostly unusable: .* line 1: not JSON.*leave it out$", [tmp_path / "bad.jsonl"])
     np.array([1, 5, 400, 2], np.uint16).tofile(tmp_path / "bad.bin")
@@ -251,11 +251,11 @@ def test_data_that_do_not_fit(run, dataset_folder, demo_jsonl, tmp_path):
     arguments = ["--input", str(demo_jsonl), "--num_workers=1", "--output"]
     prepare(prepare_args([*arguments, str(tmp_path / "other"), "--train_tokenizer", "--vocab_size=300", "--seq_len=32"]))
     fails(
-        r"--data: .* another tokenizer than the model's \(give the raw text, or prepare it with --tokenizer .*out/tokenizer\)",
+        r"--data: .* was not tokenised with the model's tokenizer \(give the raw text, or prepare it with --tokenizer .*out/tokenizer\)",
         [tmp_path / "other"],
     )
     prepare(prepare_args([*arguments, str(tmp_path / "long"), "--tokenizer", str(run / "tokenizer"), "--seq_len=65"]))
-    fails("--data: .* has rows of 65 tokens, the model reads 64", [tmp_path / "long"])
+    fails("--data: .* has rows of 65 tokens, longer than the model's context of 64", [tmp_path / "long"])
 
 
 def test_a_run_without_ema_has_raw_scores_only(run, dataset_folder, tiny_config):

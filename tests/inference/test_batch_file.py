@@ -58,7 +58,7 @@ def test_the_batch_size_changes_only_how_many_are_written_at_once(generator, wri
     expected = write("\n".join(PROMPTS), output="2", batch_size=2)
     assert write("\n".join(PROMPTS), output="3", batch_size=3) == expected
     assert sizes == [2, 2, 2, 1, 3, 3, 1]
-    with pytest.raises(UserError, match=r"--batch_size: 0 is not possible \(expected at least 1\)"):
+    with pytest.raises(UserError, match=r"--batch_size: 0 is invalid \(expected at least 1\)"):
         write("\n".join(PROMPTS), output="0", batch_size=0)
 
 
@@ -108,7 +108,7 @@ def test_a_log_shows_progress_in_lines_and_a_terminal_a_bar(write, monkeypatch):
     write("\n".join(PROMPTS), output="3")
     assert "100%" in log.getvalue() and "7/7" in log.getvalue() and "results" not in log.getvalue()
     write("\n".join(PROMPTS), output="3")
-    assert "7 of 7 results are in" in log.getvalue()
+    assert "already holds 7 of 7 results" in log.getvalue()
 
 
 def test_no_bar_is_drawn_between_results_on_a_terminal(generator, monkeypatch, tmp_path):
@@ -156,7 +156,7 @@ def test_ctrl_c_leaves_what_is_done(generator, write, tmp_path, monkeypatch, cap
         write("\n".join(PROMPTS))
     assert parsed((tmp_path / "results.jsonl").read_bytes()) == parsed(whole)[:4]
     assert written == [0, 2, 4]  # a batch is in the file before the next one begins
-    assert "4 of 7 results are in" in capsys.readouterr().err
+    assert "holds 4 of 7 results; run the same command again" in capsys.readouterr().err
     assert write("\n".join(PROMPTS)) == whole
 
 
@@ -180,8 +180,8 @@ def test_results_of_other_prompts_are_an_error_and_stay(write, refused):
         message = refused(whole, "\n".join(other))
         wrong = next(i for i, (a, b) in enumerate(zip(PROMPTS, other, strict=False), 1) if a != b)
         assert f"results.jsonl:{wrong} is not the result of" in message and f"prompts.txt:{wrong} " in message
-    assert "has more lines than there are prompts, 6" in refused(whole, "\n".join(PROMPTS[:6]))
-    assert "has more lines than there are prompts, 7" in refused(whole + b"{")
+    assert "has more lines than there are prompts (6;" in refused(whole, "\n".join(PROMPTS[:6]))
+    assert "has more lines than there are prompts (7;" in refused(whole + b"{")
     records = [{"prompt": prompt, "id": i} for i, prompt in enumerate(PROMPTS)]
     assert "results.jsonl:1 is not the result of" in refused(whole, jsonl(*records), name="prompts.jsonl")
 
@@ -193,15 +193,15 @@ def test_results_with_another_setting_are_an_error_and_stay(write, refused, fiel
     first = write("小明\n法").splitlines(keepends=True)[0]
     message = refused(first, "小明\n法", dataclasses.replace(CONFIG, **{field: value}))
     shown = list(value) if isinstance(value, str) else value
-    assert f"results.jsonl:1 was written with {{'{field}': " in message and f"now it is {{'{field}': {shown!r}" in message
+    assert f"results.jsonl:1 was written with {{'{field}': " in message and f"not {{'{field}': {shown!r}" in message
 
 
 def test_results_of_another_model_or_as_a_chat_are_an_error(generator, write, refused, monkeypatch):
     first = write("小明\n法").splitlines(keepends=True)[0]
-    assert "was written with {'chat': False}, now it is {'chat': True}" in refused(first, "小明\n法", chat=True)
+    assert "was written with {'chat': False}, not {'chat': True}" in refused(first, "小明\n法", chat=True)
     params = jax.tree.map(lambda p: p.astype("bfloat16"), generator.params)
     monkeypatch.setattr(generator, "params", params)
-    assert "results.jsonl:1 was written by another model, or in another dtype" in refused(first, "小明\n法")
+    assert "results.jsonl:1 was written by another model or in another dtype" in refused(first, "小明\n法")
 
 
 def test_the_fingerprint_is_of_weights_and_tokenizer(generator, monkeypatch):
@@ -228,12 +228,12 @@ def test_the_fingerprint_is_of_weights_and_tokenizer(generator, monkeypatch):
 )  # fmt: skip
 def test_a_file_of_something_else_is_an_error_and_stays(refused, before, line):
     content = "法\n小明"
-    assert f"results.jsonl:{line} is no result (choose another file)" in refused(before, content)
+    assert f"results.jsonl:{line} is not a result line (choose another file)" in refused(before, content)
 
 
 def test_a_torn_line_of_something_else_after_results_is_an_error(write, refused):
     lines = write("小明\n法").splitlines(keepends=True)
-    assert "results.jsonl:2 is no result" in refused(lines[0] + b'{"prompt": "x', "小明\n法")
+    assert "results.jsonl:2 is not a result line" in refused(lines[0] + b'{"prompt": "x', "小明\n法")
 
 
 def test_outputs_that_cannot_be_written(write, tmp_path):
@@ -242,7 +242,7 @@ def test_outputs_that_cannot_be_written(write, tmp_path):
     for output in ("folder", "prompts.txt/results.jsonl"):
         with pytest.raises(UserError, match="--output: cannot write"):
             write("小明", output=output)
-    with pytest.raises(UserError, match="prompts.txt:1 is no result"):  # not its own prompts
+    with pytest.raises(UserError, match="prompts.txt:1 is not a result line"):  # not its own prompts
         write("小明", output="prompts.txt")
     assert (tmp_path / "prompts.txt").read_text() == "小明"
 
@@ -267,16 +267,16 @@ def test_a_dialogue_that_does_not_fit_loses_its_oldest_turns_when_told(generator
     turn = [{"role": "user", "content": "熊猫最爱吃什么？"}, {"role": "assistant", "content": "熊猫最爱吃竹子。"}]
     dialogue = turn * 12 + turn[:1]
     content = jsonl({"prompt": "小明"}, {"messages": dialogue})
-    with pytest.raises(UserError, match=r"prompts\.jsonl:2: \d+ tokens leave no room .* \(expected fewer, or --truncate\)"):
+    with pytest.raises(
+        UserError, match=r"prompts\.jsonl:2: \d+ tokens leave no room .* \(shorten the dialogue, or pass --truncate\)"
+    ):
         write(content, name="prompts.jsonl")
     truncating = dataclasses.replace(CONFIG, truncate_prompt=True)
     result = parsed(write(content, truncating, name="prompts.jsonl"))[1]
     read = chat.fit(generator, dialogue, truncating)
     assert 1 < len(read) < len(dialogue) and result["messages"] == dialogue
     assert result["text"] == generator.chat(read, truncating)
-    with pytest.raises(
-        UserError, match=r"prompts\.jsonl:1: the last turn alone is too long, \d+ tokens, of which 88 would fit"
-    ):
+    with pytest.raises(UserError, match=r"prompts\.jsonl:1: the last turn alone is too long: \d+ tokens, and at most 88 fit"):
         write(jsonl({"messages": [{"role": "user", "content": "熊" * 200}]}), truncating, name="prompts.jsonl")
 
 
@@ -286,19 +286,19 @@ def test_a_dialogue_that_does_not_fit_loses_its_oldest_turns_when_told(generator
 @pytest.mark.parametrize(
     "line, message",
     [
-        (b"{", "is not JSON"),
-        (b'{"prompt": "\\ud800"}', "is not JSON"),
-        (b'{"prompt": "x", "score": NaN}', "is not JSON"),
-        (b"[" * 100_000, "is not JSON"),
+        (b"{", "is not valid JSON"),
+        (b'{"prompt": "\\ud800"}', "is not valid JSON"),
+        (b'{"prompt": "x", "score": NaN}', "is not valid JSON"),
+        (b"[" * 100_000, "is not valid JSON"),
         (b'{"prompt": "\xff"}', "is not UTF-8"),
         (b"3", "holds no prompt"),
-        (b'{"id": 3}', "holds no prompt (expected an object with one of ('prompt', 'history', 'messages')"),
+        (b'{"id": 3}', "holds no prompt (expected an object with exactly one of ('prompt', 'history', 'messages')"),
         (b'{"prompt": "x", "messages": []}', "holds ['prompt', 'messages']"),
-        (b'{"prompt": 3}', "'prompt' is 3 (expected a text)"),
-        (b'{"messages": []}', "'messages' is no dialogue"),
-        (b'{"history": [{"role": "user"}]}', "'history' is no dialogue"),
-        (b'{"messages": [{"role": "assistant", "content": "x"}]}', "ends with an assistant's turn"),
-        (b'{"prompt": "x", "seed": 3}', "has the field 'seed', which a result has, too"),
+        (b'{"prompt": 3}', "'prompt' is 3 (expected a string)"),
+        (b'{"messages": []}', "'messages' is not a dialogue"),
+        (b'{"history": [{"role": "user"}]}', "'history' is not a dialogue"),
+        (b'{"messages": [{"role": "assistant", "content": "x"}]}', "ends with an assistant turn"),
+        (b'{"prompt": "x", "seed": 3}', "uses 'seed', a field of the results"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, line, message):

@@ -346,7 +346,7 @@ def test_no_run_no_checkpoint_or_a_foreign_config_is_an_error(run, tmp_path):
     with pytest.raises(UserError, match="n_experts"):
         TextGenerator.from_pretrained(run)
     path.write_text("{")
-    with pytest.raises(UserError, match="not JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         TextGenerator.from_pretrained(run)
     path.write_text(json.dumps(values))
     (Path(run) / "checkpoints").rename(tmp_path / "gone")

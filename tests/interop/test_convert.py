@@ -116,8 +116,8 @@ def test_the_model_card_says_what_the_run_knows(run, exported, dataset_folder):
     bits = [metrics["val/bits_per_byte"] for metrics in metrics_of(run) if "val/bits_per_byte" in metrics]
     statistics = json.loads((dataset_folder / "stats.json").read_text())
     for said in (
-        "LlamaForCausalLM", "2 layers of width 32", "4 query and 2 key/value heads of 8", "base 50000", "400 tokens",
-        f"{6 * 8 * 32:,} tokens seen: 6 steps of 8 rows of 32 tokens", f"{bits[-1]:.4f} bits per byte",
+        "LlamaForCausalLM", "2 layers of width 32", "4 query and 2 key/value heads of size 8", "base 50000", "400 tokens",
+        f"{6 * 8 * 32:,} tokens: 6 steps of 8 rows of 32 tokens", f"{bits[-1]:.4f} bits per byte",
         f"{statistics['documents']:,} documents", "apply_chat_template", "vllm serve model", "sglang.launch_server",
     ):  # fmt: skip
         assert said in card
@@ -172,8 +172,8 @@ def test_a_run_comes_back_from_pytorch_bit_for_bit(base_tiny_config, run, tmp_pa
 def test_what_a_pth_file_does_not_say_is_said(run, tmp_path, capsys):
     convert.main(convert.parse_args(["--from", str(run), "--to", str(tmp_path / "model.pth")]))
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"{tmp_path / 'model.pth'}: a .pth file, from {run}"
-    assert said[1] == "a .pth file does not say: n_heads 4, rope_theta 50000.0, norm_eps 1e-06, max_seq_len 64"
+    assert said[0] == f"{tmp_path / 'model.pth'}: a .pth file, converted from {run}"
+    assert said[1] == "not stored in a .pth file: n_heads 4, rope_theta 50000.0, norm_eps 1e-06, max_seq_len 64"
 
 
 def test_a_run_comes_back_from_gguf_bit_for_bit(run, tmp_path):
@@ -210,7 +210,7 @@ def test_weights_alone_are_nothing_to_resume(base_tiny_config, exported, tmp_pat
     config = copy.deepcopy(base_tiny_config)
     config.model.update(dict(rope_theta=5e4, norm_eps=1e-6))
     for changes in (dict(out_dir=str(tmp_path / "run")), dict(out_dir=str(tmp_path / "x"), resume_from=str(tmp_path / "run"))):
-        with pytest.raises(UserError, match="holds weights alone.*training.init_from="):
+        with pytest.raises(UserError, match="holds only weights.*training.init_from="):
             train(config, **changes)
     assert not (tmp_path / "x").exists()
 
@@ -321,15 +321,15 @@ def test_special_tokens_of_ones_own_are_written_as_transformers_4_reads_them(bar
     [
         (["--from", "none", "--to", "x"], "--from: no model at 'none' (expected a run folder, a Hugging Face folder, a .pth file or a .gguf file)"),
         (["--from", "EXPORTED", "--to", "RUN"], "exists (expected a new name)"),
-        (["--from", "RUN", "--to", "x.pth", "--to_kind", "hf"], "--to: 'x.pth' is not the name of a Hugging Face folder"),
-        (["--from", "RUN", "--to", "x", "--to_kind", "pth"], "--to: 'x' is not the name of a .pth file (expected one that ends in .pth)"),
-        (["--from", "RUN", "--to", "x", "--to_kind", "run", "--dtype", "bfloat16"], "--dtype: bfloat16 is not possible with a run folder"),
-        (["--from", "RUN", "--to", "x", "--dtype", "q8_0"], "--dtype: q8_0 is not possible with a Hugging Face folder (expected float32"),
-        (["--from", "RUN", "--to", "x", "--to_kind", "gguf"], "--to: 'x' is not the name of a .gguf file (expected one that ends in .gguf)"),
+        (["--from", "RUN", "--to", "x.pth", "--to_kind", "hf"], "--to: 'x.pth' cannot name a Hugging Face folder"),
+        (["--from", "RUN", "--to", "x", "--to_kind", "pth"], "--to: 'x' cannot name a .pth file (expected a name that ends in .pth)"),
+        (["--from", "RUN", "--to", "x", "--to_kind", "run", "--dtype", "bfloat16"], "--dtype: bfloat16 is invalid for a run folder"),
+        (["--from", "RUN", "--to", "x", "--dtype", "q8_0"], "--dtype: q8_0 is invalid for a Hugging Face folder (expected float32"),
+        (["--from", "RUN", "--to", "x", "--to_kind", "gguf"], "--to: 'x' cannot name a .gguf file (expected a name that ends in .gguf)"),
         (["--from", "BARE", "--to", "x.gguf"], "--tokenizer: missing"),
-        (["--from", "RUN", "--to", "x", "--n_heads", "3"], "--n_heads: not possible with --from"),
-        (["--from", "RUN", "--to", "x.pth", "--tokenizer", "DIR"], "--tokenizer: not possible with a .pth file"),
-        (["--from", "BARE", "--to", "x"], "--to_kind: missing (expected run or hf: 'x' could be a folder of either)"),
+        (["--from", "RUN", "--to", "x", "--n_heads", "3"], "already specifies it (expected only with a .pth file)"),
+        (["--from", "RUN", "--to", "x.pth", "--tokenizer", "DIR"], "--tokenizer: a .pth file cannot hold one"),
+        (["--from", "BARE", "--to", "x"], "--to_kind: missing (expected run or hf: the folder 'x' could become either)"),
         (["--from", "BARE", "--to", "x", "--to_kind", "hf"], "--tokenizer: missing"),
         (["--from", "BARE", "--to", "x", "--to_kind", "hf", "--ema", "--tokenizer", "DIR"], "has no EMA weights"),
         (["--from", "BARE", "--to", "x", "--to_kind", "run", "--tokenizer", "none"], "--tokenizer: no tokenizer at 'none'"),
@@ -359,9 +359,9 @@ def test_a_weight_too_large_for_float16_is_said(dataset_folder, tmp_path):
     with torch.no_grad():
         model.tok_embeddings.weight[0, 3] = 1e6
     torch.save(model.state_dict(), tmp_path / "large.pth")
-    with pytest.raises(UserError, match="--dtype: float16"):
+    with pytest.raises(UserError, match="--dtype: some weights overflow float16"):
         formats.convert(tmp_path / "large.pth", tmp_path / "half.pth", dtype="float16")
-    with pytest.raises(UserError, match="--dtype: float16"):  # half-written
+    with pytest.raises(UserError, match="--dtype: some weights overflow float16"):  # half-written
         formats.convert(tmp_path / "large.pth", tmp_path / "half.gguf", None, "float16", None, dataset_folder / "tokenizer")
     assert files_in(tmp_path) == ["large.pth"]
 
@@ -385,7 +385,7 @@ def test_nothing_is_left_of_a_conversion_that_fails_or_was_killed(run, tmp_path,
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("config.json", b"{", "config.json is not JSON"),
+        ("config.json", b"{", "config.json is not valid JSON"),
         ("config.json", b'{"architectures": ["GPT2LMHeadModel"]}', "architectures is 'GPT2LMHeadModel'"),
         ("model.safetensors", b"xx", "cannot read the weights in"),
         ("tokenizer.json", b"{}", "cannot read the tokenizer"),
@@ -456,10 +456,10 @@ from mateconv_jax.runtime import sharding
 from mateconv_jax.interop import formats
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.transformer import abstract_model
-sharding.SMALLEST_SPLIT = 64
+sharding.MIN_SHARDED_SIZE = 64
 config = config_lib.default_config()
 config.mesh.fsdp = 8
-mesh = sharding.make_mesh(config.mesh)
+mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
 model = formats.open_model({str(exported)!r}, "x")
 _, abstract_params = abstract_model(ModelConfig.make(model.config.model, "float32"))
 params = model.params(sharding.with_shardings(mesh, abstract_params))

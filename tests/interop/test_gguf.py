@@ -23,7 +23,7 @@ from mateconv_jax.data.tokenizer import bpe, tokenizer as tokenizer_lib
 from mateconv_jax.data.tokenizer.chat import encode_chat
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop import formats, gguf_file, hf_config
-from mateconv_jax.interop.stored_model import Model
+from mateconv_jax.interop.stored_model import StoredModel
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.transformer import Transformer, abstract_model
 from tests import llama
@@ -80,7 +80,7 @@ def config_of(c: ModelConfig):
 
 
 def write(path: Path, c: ModelConfig, params, tokenizer, dtype="float32") -> Path:
-    gguf_file.write_gguf(path, Model(path, config_of(c), tokenizer, False, None, None), params, dtype)
+    gguf_file.write_gguf(path, StoredModel(path, config_of(c), tokenizer, False, None, None), params, dtype)
     return path
 
 
@@ -256,11 +256,11 @@ def add(name: str, tensor: np.ndarray):
         (put("split.count", 2), "split.count is 2 (expected 1"),
         (put("llama.attention.head_count", [8, 4]), "llama.attention.head_count is [8, 4] (expected a number)"),
         (put("llama.attention.head_count", 0), "model.n_heads: 0"),
-        (put("llama.embedding_length", 32), "the shape"),
+        (put("llama.embedding_length", 32), "has shape"),
         (drop("llama.context_length"), "llama.context_length is missing"),
         (drop("token_embd.weight"), "the tensor token_embd.weight is missing"),
         (drop("output_norm.weight"), "the tensor model.norm.weight is missing"),
-        (add("blk.0.attn_q.bias", np.ones(64, np.float32)), "the tensor blk.0.attn_q.bias is not known"),
+        (add("blk.0.attn_q.bias", np.ones(64, np.float32)), "the tensor blk.0.attn_q.bias is unknown"),
         (add("x", np.ones((2, 32), np.int32)), "the tensor x is quantised as I32"),
         (add("rope_freqs.weight", np.full(4, 2, np.float32)), "rope_freqs.weight is not Llama 3's scaling"),
         (put("tokenizer.ggml.merges", ["长 江"]), "cannot read the tokenizer"),
@@ -290,9 +290,9 @@ def test_of_a_foreign_tokenizer_only_the_weights_are_read(old, new, small, datas
     length = bytes([len(old)]) + bytes(7)
     path.write_bytes(small.read_bytes().replace(length + old.encode(), length + new.encode()))
     generator = TextGenerator.from_pretrained(path)
-    assert re.search(f"x.gguf: its tokenizer is not read, .*{new!r}.*give another with --tokenizer", capsys.readouterr().err)
+    assert re.search(f"x.gguf: unsupported tokenizer, .*{new!r}.*give another with --tokenizer", capsys.readouterr().err)
     assert generator.logits([[1, 2, 3]]).shape == (1, 3, 400)
-    with pytest.raises(UserError, match="--tokenizer: the model has none"):
+    with pytest.raises(UserError, match="--tokenizer: required, because the model has none"):
         generator.generate("长江")
     generator = TextGenerator.from_pretrained(path, dataset_folder / "tokenizer")
     assert generator.generate("长江", GenerationConfig(max_new_tokens=2)).token_ids
@@ -302,7 +302,7 @@ def test_of_a_foreign_tokenizer_only_the_weights_are_read(old, new, small, datas
 def test_a_file_that_breaks_off_is_an_error(share, small, tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(small.read_bytes()[: int(share * small.stat().st_size)])
-    with pytest.raises(UserError, match=r"--model_path: .*x\.gguf is not read \(.*; expected a whole GGUF file\)"):
+    with pytest.raises(UserError, match=r"--model_path: cannot read .*x\.gguf \(.*; expected a complete GGUF file\)"):
         gguf_file.open_gguf(path, "--model_path", None, None)
 
 
@@ -314,13 +314,15 @@ def test_what_llama_cpp_has_not_is_not_written(tokenizer, dataset_folder, tmp_pa
         assert not (tmp_path / "x.gguf").exists()
         return str(caught.value)
 
-    assert "model.rope_factor is 8.0" in error(dict(qk_norm=True, rope_factor=8.0, rope_original_max_seq_len=64))
-    assert "model.use_moe is True" in error(dict(use_moe=True))
-    assert "q8_0 takes rows of 32 numbers; those of blk.0.ffn_down.weight have 200" in error(dict(hidden_dim=200), "q8_0")
-    assert "the tokenizer merges nothing" in error({}, tokenizer=bpe.train(["中国"], 260))
+    assert "model.rope_factor 8.0" in error(dict(qk_norm=True, rope_factor=8.0, rope_original_max_seq_len=64))
+    assert "model.use_moe True" in error(dict(use_moe=True))
+    assert "q8_0 needs rows of a multiple of 32 numbers; those of blk.0.ffn_down.weight have 200" in error(
+        dict(hidden_dim=200), "q8_0"
+    )
+    assert "the tokenizer has no merges" in error({}, tokenizer=bpe.train(["中国"], 260))
     other = tokenizer_lib.load(dataset_folder / "tokenizer", "")
     other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    assert "llama.cpp has no name for how this tokenizer splits text" in error({}, tokenizer=other)
+    assert "llama.cpp does not know this tokenizer's pre-tokenizer" in error({}, tokenizer=other)
 
 
 # ---- a pretrained one ---------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from mateconv_jax import TextGenerator, config as config_lib
 from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop import formats, hf_config, hugging_face, weight_mapping
-from mateconv_jax.interop.stored_model import Model
+from mateconv_jax.interop.stored_model import StoredModel
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.transformer import init_params
 
@@ -39,7 +39,7 @@ def write(folder, tokenizer, **changes):
     keys = iter(jax.random.split(jax.random.key(1), 1000))
     params = jax.tree.map(lambda p: 4 * p if p.ndim > 1 else p + 0.3 * jax.random.normal(next(keys), p.shape), params)
     folder.mkdir()
-    hugging_face.write_folder(folder, Model(folder, config, tokenizer, False, None, None), params)
+    hugging_face.write_folder(folder, StoredModel(folder, config, tokenizer, False, None, None), params)
     return config, params
 
 

@@ -127,9 +127,9 @@ def test_the_host_holds_one_tensor_of_the_file_at_a_time():
     [
         (lambda t: t.pop("model.layers.0.self_attn.k_proj.weight"), "x: the tensor model.layers.0.self_attn.k_proj.weight is missing"),
         (lambda t: [t.pop(f"model.layers.0.mlp.{p}_proj.weight") for p in ("up", "gate")], "2 tensors .* are missing"),
-        (lambda t: t.update({"model.layers.9.mlp.up_proj.weight": Tensor((2,), None)}), "model.layers.9.mlp.up_proj.weight is not known"),
-        (lambda t: t.update({"model.norm.weight": Tensor((7,), None)}), r"model.norm.weight has the shape \(7,\) \(expected \(64,\)"),
-        (lambda t: t.update({"lm_head.weight": Tensor((96, 64), lambda: np.ones((96, 64)))}), "lm_head.weight is not the embedding"),
+        (lambda t: t.update({"model.layers.9.mlp.up_proj.weight": Tensor((2,), None)}), "model.layers.9.mlp.up_proj.weight is unknown"),
+        (lambda t: t.update({"model.norm.weight": Tensor((7,), None)}), r"model.norm.weight has shape \(7,\) \(expected \(64,\)"),
+        (lambda t: t.update({"lm_head.weight": Tensor((96, 64), lambda: np.ones((96, 64)))}), "lm_head.weight differs from the embedding"),
     ],
 )  # fmt: skip
 def test_tensors_that_do_not_fit_are_one_clear_error(change, message):

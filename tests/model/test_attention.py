@@ -58,10 +58,10 @@ BF16, FP16, FP32 = map(jnp.dtype, ("bfloat16", "float16", "float32"))
     "device, dtype, head_dim, length, dropout, expected, reason",
     [
         (CPU, FP32, 32, 512, 0.0, "blocked", None),
-        (CPU, FP32, 32, 512, 0.1, "xla", "blocked: it cannot drop weights, and model.dropout is 0.1"),
+        (CPU, FP32, 32, 512, 0.1, "xla", "blocked: has no dropout on attention weights, and model.dropout is 0.1"),
         (A100, BF16, 32, 512, 0.0, "cudnn", None),
         (A100, FP16, 128, None, 0.0, "cudnn", None),
-        (A100, FP32, 32, 512, 0.0, "xla", "cudnn: it computes in bfloat16 or float16, and this is float32"),
+        (A100, FP32, 32, 512, 0.0, "xla", "cudnn: needs bfloat16 or float16, and the dtype is float32"),
         (
             A100,
             BF16,
@@ -69,7 +69,7 @@ BF16, FP16, FP32 = map(jnp.dtype, ("bfloat16", "float16", "float32"))
             512,
             0.0,
             "xla",
-            "cudnn: it needs a model.head_dim that is a multiple of 8 up to 128, and this is 136",
+            "cudnn: needs model.head_dim to be a multiple of 8 up to 128, and it is 136",
         ),
         (H100, BF16, 256, 512, 0.0, "cudnn", None),
         (
@@ -79,13 +79,13 @@ BF16, FP16, FP32 = map(jnp.dtype, ("bfloat16", "float16", "float32"))
             512,
             0.0,
             "xla",
-            "cudnn: it needs a model.head_dim that is a multiple of 8 up to 256, and this is 264",
+            "cudnn: needs model.head_dim to be a multiple of 8 up to 256, and it is 264",
         ),
-        (H100, BF16, 20, 512, 0.0, "xla", "cudnn: it needs a model.head_dim that is a multiple of 8 up to 256, and this is 20"),
-        (H100, BF16, 32, 511, 0.0, "xla", "cudnn: it needs an even length, and data.seq_len is 511"),
-        (H100, BF16, 32, 512, 0.1, "xla", "cudnn: it cannot drop weights, and model.dropout is 0.1"),
-        (T4, FP16, 32, 512, 0.0, "xla", "cudnn: it needs compute capability 8.0, and this GPU has 7.5"),
-        (AMD, BF16, 32, 512, 0.0, "xla", "cudnn: it needs an NVIDIA GPU, and this is a gpu of another kind"),
+        (H100, BF16, 20, 512, 0.0, "xla", "cudnn: needs model.head_dim to be a multiple of 8 up to 256, and it is 20"),
+        (H100, BF16, 32, 511, 0.0, "xla", "cudnn: needs an even length, and data.seq_len is 511"),
+        (H100, BF16, 32, 512, 0.1, "xla", "cudnn: has no dropout on attention weights, and model.dropout is 0.1"),
+        (T4, FP16, 32, 512, 0.0, "xla", "cudnn: needs compute capability 8.0, and this GPU has 7.5"),
+        (AMD, BF16, 32, 512, 0.0, "xla", "cudnn: needs an NVIDIA GPU, and this device is a GPU of another vendor"),
         (Device("tpu"), BF16, 32, 512, 0.0, "xla", None),
     ],
 )
@@ -94,7 +94,7 @@ def test_auto_takes_the_fastest_backend_that_can_serve(device, dtype, head_dim, 
     assert backends.choose("auto", request) == (expected, [reason] if reason else [])
     if reason:
         name, why = reason.split(": ", 1)
-        with pytest.raises(UserError, match=f"model.attention: {name} cannot serve: {why}"):
+        with pytest.raises(UserError, match=f"model.attention: {name} is unavailable: it {why}"):
             backends.choose(name, request)
     assert backends.choose("xla", request) == ("xla", [])
 
@@ -106,7 +106,7 @@ def test_auto_computes_in_what_the_device_has():
     assert not made[CPU].passed_over and not made[A100].passed_over
     bfloat16, attention = made[T4].passed_over
     assert "compute capability 8.0, and this GPU has 7.5" in bfloat16 and "float16 is faster" in bfloat16
-    assert attention.startswith("cudnn: it needs compute capability 8.0")
+    assert attention.startswith("cudnn: needs compute capability 8.0")
     assert ModelConfig.make(model, "float16", T4).dtype == FP16
 
 

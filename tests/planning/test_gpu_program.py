@@ -30,7 +30,7 @@ def test_attention_is_cudnns_in_every_layer(base_step):
 
 def test_every_product_is_of_bfloat16(base_step):
     """fp32 results are parts of sums over tokens (split-K), which are added up in fp32."""
-    assert set(base_step.report.products_by_dtype()) == {"bf16 x bf16 -> bf16", "bf16 x bf16 -> f32"}
+    assert set(base_step.report.matmuls_by_dtype()) == {"bf16 x bf16 -> bf16", "bf16 x bf16 -> f32"}
 
 
 def test_hardly_more_arithmetic_than_the_model_needs(base_step):
@@ -145,4 +145,4 @@ def test_accumulated_micro_batches_are_exchanged_once(base_step):
 def test_it_compiles_for_every_gpu(gpu):
     step = compile_step(base_config(model=dict(n_layers=1), batch_size=8), gpu, devices=2, hosts=2)
     assert [a.direction for a in step.report.attention] == ["forward", "backward"]
-    assert set(step.report.products_by_dtype()) <= {"bf16 x bf16 -> bf16", "bf16 x bf16 -> f32"}
+    assert set(step.report.matmuls_by_dtype()) <= {"bf16 x bf16 -> bf16", "bf16 x bf16 -> f32"}

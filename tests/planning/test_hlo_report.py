@@ -82,7 +82,7 @@ def report():
 
 def test_products_count_as_often_as_their_loop_turns(report):
     one = 2 * 4096 * 1024 * 512
-    assert report.products_by_dtype() == {"bf16 x bf16 -> f32": (5, 5 * one), "bf16 x bf16 -> bf16": (1, one)}
+    assert report.matmuls_by_dtype() == {"bf16 x bf16 -> f32": (5, 5 * one), "bf16 x bf16 -> bf16": (1, one)}
 
 
 def test_causal_attention_is_half_of_the_square_and_backward_five_products(report):
@@ -108,8 +108,8 @@ def test_only_what_is_touched_is_read_and_written(report):
 def test_exchanges(report):
     first, second = report.collectives
     assert (first.opcode, first.dtypes, first.bytes, first.devices, first.is_async) == ("all-reduce", ("f32",), 4e6, 4, True)
-    assert [kernel.name for kernel in first.beside] == ["less", "product"]
-    assert (second.devices, second.is_async, second.beside) == (2, False, [])
+    assert [kernel.name for kernel in first.overlapping] == ["less", "product"]
+    assert (second.devices, second.is_async, second.overlapping) == (2, False, [])
 
 
 def test_a_loop_that_does_not_say_how_often_it_turns_is_named():

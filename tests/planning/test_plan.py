@@ -61,7 +61,7 @@ def test_the_devices_that_are_here_are_measured(monkeypatch, capsys):
     assert plan["measured"]["tokens_per_second"] == pytest.approx(8 * 64 / plan["measured"]["seconds"])
     assert plan["training"]["memory"]["parts"]["temporaries"] > 0
     assert 0.9 < plan["training"]["flops_ratio"] < 1.5 and "roofline" not in plan["training"]
-    assert plan["unknown"] == ["What a cpu can do at most: we have no figures of it."]
+    assert plan["unknown"] == ["The peak speed of a cpu: no data sheet values for it."]
 
 
 @needs_compiler
@@ -107,7 +107,7 @@ def test_how_long_a_run_is(tmp_path):
     config.data.train_data_path = str(tmp_path)
     assert plan_lib.run_length(config) == (30, "15 epochs of 64 rows")
     config.data.train_data_path = "none"
-    assert plan_lib.run_length(config) == (None, "no dataset at 'none': how long the run is is not known")
+    assert plan_lib.run_length(config) == (None, "unknown length: no dataset at 'none'")
     config.training.max_steps = 7
     assert plan_lib.run_length(config) == (7, "training.max_steps")
 
@@ -115,7 +115,7 @@ def test_how_long_a_run_is(tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--gpu=h900"], "--gpu: 'h900' is not known (expected one of a100, a100-40, h100"),
+        (["--gpu=h900"], "--gpu: 'h900' is unknown (expected one of a100, a100-40, h100"),
         (["--gpu=h100", "--devices=3", "--hosts=2"], "--devices: 3 GPUs cannot be spread over 2 hosts"),
         (["--gpu=h100", "--devices=0"], "--devices: 0 GPUs"),
         pytest.param(
@@ -123,7 +123,7 @@ def test_how_long_a_run_is(tmp_path):
         ),
         pytest.param(
             ["--gpu=h100", "--config.data.seq_len=511", "--config.model.attention=cudnn"],
-            "model.attention: cudnn cannot serve: it needs an even length, and data.seq_len is 511 (expected auto, blocked or xla)",
+            "model.attention: cudnn is unavailable: it needs an even length, and data.seq_len is 511 (expected auto, blocked or xla)",
             marks=needs_compiler,
         ),
         (["--gpu=h100", "--config.training.nothing=3"], "--config.training.nothing: unknown key"),

@@ -106,14 +106,14 @@ def test_the_results_of_a_run(make_run):
     rows = Page(path).rows(0)
     assert path.name == "report.html" and path.parent.name == "base"
     assert rows[""] == ["base"]
-    assert rows["Steps done"] == ["50 of 60"]
-    assert rows["Tokens seen"] == [f"{50 * 8 * 2 * 32:,} 512 a step"]
+    assert rows["Steps completed"] == ["50 of 60"]
+    assert rows["Tokens seen"] == [f"{50 * 8 * 2 * 32:,} 512 per step"]
     assert rows["Training loss, last"] == ["3.5000 at step 30"]
     assert rows["Validation loss, last"] == [f"4.7500 perplexity {math.exp(4.75):.5g}, at step 50"]
     assert rows["Validation loss, best"] == [f"4.2500 perplexity {math.exp(4.25):.5g}, at step 40"]
     assert rows["Median tokens/s"] == ["6,000"]
-    assert rows["Training time, steps alone"] == ["1 min 40 s"]  # 9 x 2 + 10 x 1 + 10 x 7.2 s
-    assert "Validation loss of EMA weights, best" not in rows and "Steps not finite" not in rows
+    assert rows["Training time, steps only"] == ["1 min 40 s"]  # 9 x 2 + 10 x 1 + 10 x 7.2 s
+    assert "Validation loss of EMA weights, best" not in rows and "Non-finite steps" not in rows
 
 
 def test_settings_that_differ_have_a_table_of_their_own(make_run):
@@ -179,14 +179,14 @@ def test_many_runs_have_different_colors_and_share_the_room():
 
 def test_a_line_that_is_still_being_written_is_ignored(make_run, capsys):
     rows = Page(write_report([make_run("a", tail='{"step": 90, "train/loss": 1.0, "gr')])).rows(0)
-    assert rows["Steps done"] == ["50 of 60"]
+    assert rows["Steps completed"] == ["50 of 60"]
     assert not capsys.readouterr().err
 
 
 def test_a_broken_line_among_others_is_left_out_and_said(make_run, capsys):
     rows = Page(write_report([make_run("a", tail='{"step": 9\n[1]\n{"step": 55, "train/loss": null, "lr": "x"}\n')])).rows(0)
-    assert rows["Steps done"] == ["55 of 60"] and rows["Training loss, last"] == ["3.5000 at step 30"]
-    assert "2 lines are not a JSON object with a step" in capsys.readouterr().err
+    assert rows["Steps completed"] == ["55 of 60"] and rows["Training loss, last"] == ["3.5000 at step 30"]
+    assert "skipped 2 lines that are not a JSON object with a step" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", ["html", "png"])
@@ -197,7 +197,7 @@ def test_values_that_are_not_finite_do_not_break_the_report(make_run, suffix):
     path = write_report(folders, f"{folders[0]}/report.{suffix}")
     if suffix == "html":
         rows = Page(path).rows(0)
-        assert rows["Steps not finite"] == ["2 of those logged, the first at 52", "1 of those logged, the first at 7", "–"]
+        assert rows["Non-finite steps"] == ["2 of the logged steps, first at 52", "1 of the logged steps, first at 7", "–"]
         assert rows["Training loss, last"] == ["3.5000 at step 30", "–", "–"]
         assert rows["Validation loss, last"][2] == "10000.0000 perplexity inf, at step 3"
 
@@ -260,17 +260,17 @@ def test_wrong_input_names_argument_value_and_what_was_expected(make_run, tmp_pa
     Path(not_json, "config.json").write_text("{")
     Path(foreign, "config.json").write_text('{"vocab_size": 3}')
     cases = [
-        ([str(tmp_path / "no")], "no' (expected a folder with config.json, made by training)"),
+        ([str(tmp_path / "no")], "no' (expected a run folder, which has a config.json)"),
         ([good, str(tmp_path)], f"RUN: no run at {str(tmp_path)!r}"),
         ([good, no_metrics], f"RUN: no metrics yet in {no_metrics!r}"),
         ([empty], f"RUN: no metrics yet in {empty!r}"),
         ([torn], f"RUN: no metrics yet in {torn!r}"),
-        ([not_json], "config.json' is not JSON"),
+        ([not_json], "config.json' is not valid JSON"),
         ([foreign], "config.json' is not a run's configuration"),
         ([good, good + "/."], "is given twice (expected different run folders)"),
-        ([good, "--output", "x.pdf"], "--output: 'x.pdf' is not possible (expected a name that ends in .html or .png)"),
+        ([good, "--output", "x.pdf"], "--output: 'x.pdf' is invalid (expected a name that ends in .html or .png)"),
         ([good, "--output", f"{good}/config.json/x.png"], "--output: cannot write"),
-        ([good, "--smooth", "-1"], "--smooth: -1 is not possible (expected a number of steps"),
+        ([good, "--smooth", "-1"], "--smooth: -1 is invalid (expected a number of steps"),
     ]
     for arguments, message in cases:
         code, printed = run_main(capsys, *arguments)
@@ -299,7 +299,7 @@ def test_a_real_run_has_a_report(tiny_config):
     loop.train(config_lib.resolve(tiny_config))
     page = Page(write_report([tiny_config.training.out_dir]))
     rows = page.rows(0)
-    assert rows["Steps done"] == ["6 of 6"] and rows["Tokens seen"] == [f"{6 * 8 * 32:,} 256 a step"]
+    assert rows["Steps completed"] == ["6 of 6"] and rows["Tokens seen"] == [f"{6 * 8 * 32:,} 256 per step"]
     assert {"Validation loss, best", "Validation loss of EMA weights, best", "Median tokens/s"} <= rows.keys()
     assert (
         len(lines_in(page.svg(), curves.colors(1)[0])) == 5 and len(lines_in(page.svg(), curves.colors(1)[0], dashed=True)) == 1

@@ -33,7 +33,7 @@ def toy_loss(model, batch, key_B):
     loss = jnp.sum(weight_B * jax.nn.softplus(-margin_B))
     return LossOutput(loss, jnp.sum(weight_B), loss, {"train/accuracy": jnp.sum(weight_B * (margin_B > 0))})
 
-sharding.SMALLEST_SPLIT = 64
+sharding.MIN_SHARDED_SIZE = 64
 random = np.random.default_rng(0)
 batches = [{
     "better": random.integers(0, 32, (2, 8, 9)), "worse": random.integers(32, 64, (2, 8, 12)),
@@ -48,7 +48,7 @@ for devices, fsdp in [(1, 1), (8, 1), (8, 4)]:
     config = config_lib.resolve(config)
     c = ModelConfig.make(config.model, "float32")
     tx = optimizer.make_optimizer(config.training, c)
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, jax.devices()[:devices])
     init = lambda: train_state.init(c, tx, 0, True)
     abstract = sharding.with_shardings(mesh, jax.eval_shape(init))
     state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()

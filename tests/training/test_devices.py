@@ -172,8 +172,8 @@ def test_axes_that_are_not_the_devices(monkeypatch, data, fsdp):
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     config = config_lib.default_config()
     config.mesh.update(dict(data=data, fsdp=fsdp))
-    with pytest.raises(UserError, match="mesh.data, mesh.fsdp: .* are not the 8 devices"):
-        sharding.make_mesh(config.mesh)
+    with pytest.raises(UserError, match="mesh.data, mesh.fsdp: .* does not match the 8 devices"):
+        sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
 
 
 @pytest.mark.slow
@@ -195,7 +195,7 @@ for fsdp in (1, 8):
     config = config_lib.resolve(config)
     c = ModelConfig.make(config.model, "float32")
     tx = optimizer.make_optimizer(config.training, c)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     state = sharding.with_shardings(mesh, jax.eval_shape(lambda: train_state.init(c, tx, 0, True)))
     step = make_train_step(abstract_model(c)[0], next_token_loss, tx, lambda step: 1e-3, config.training, abstract_state=state)
     rows = sharding.batch(mesh, 1)
@@ -236,5 +236,5 @@ def test_what_the_environment_says(monkeypatch, environment, arguments):
 
 def test_an_address_alone_is_an_error(monkeypatch):
     monkeypatch.setattr(os, "environ", {"JAX_COORDINATOR_ADDRESS": "a:1"})
-    with pytest.raises(UserError, match="JAX_COORDINATOR_ADDRESS: 'a:1' needs JAX_NUM_PROCESSES"):
+    with pytest.raises(UserError, match="JAX_COORDINATOR_ADDRESS: 'a:1' requires JAX_NUM_PROCESSES"):
         distributed.initialize()

@@ -146,7 +146,7 @@ def test_a_run_logs_its_experts_and_its_model_speaks(tiny_config, tmp_path):
         assert 0 <= line["experts/least_loaded"] < 1 / 3 < line["experts/most_loaded"] <= 0.5
         assert 0 < line["experts/entropy"] < np.log(3)
     log = (tmp_path / "out" / "train.log").read_text()
-    [(total, active)] = re.findall(r"model: ([0-9,]+) parameters, of which a token meets ([0-9,]+); ragged experts", log)
+    [(total, active)] = re.findall(r"model: ([0-9,]+) parameters, ([0-9,]+) active per token; ragged experts", log)
     expert = 3 * 32 * 128
     assert int(total.replace(",", "")) - int(active.replace(",", "")) == expert
 

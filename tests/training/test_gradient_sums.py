@@ -34,12 +34,12 @@ for devices, fsdp, dtype in [(1, 1, "float32"), (4, 1, "float32"), (4, 1, "bfloa
     config = config_lib.resolve(config)
     c = ModelConfig.make(config.model, "float32")
     tx = optimizer.make_optimizer(config.training, c)
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, jax.devices()[:devices])
     init = lambda: train_state.init(c, tx, 0, True)
     abstract = sharding.with_shardings(mesh, jax.eval_shape(init))
     state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
     step = make_train_step(abstract_model(c)[0], next_token_loss, tx, lambda step: 1e-3, config.training, abstract_state=abstract)
-    _, metrics = step(state, sharding.to_devices({"tokens": tokens, "length": lengths}, mesh))
+    _, metrics = step(state, sharding.to_devices({"tokens": tokens, "length": lengths}, mesh, rows_axis=1))
     print(json.dumps([float(metrics["train/loss"]), float(metrics["update_to_weight"]), *metrics["leaf_norms"].tolist()]))
 """
 

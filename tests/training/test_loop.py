@@ -1,5 +1,7 @@
+import dataclasses
 import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,9 +16,12 @@ from mateconv_jax.data.tokenizer import token_bytes, tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig
-from mateconv_jax.training import loop
+from mateconv_jax.runtime import sharding
+from mateconv_jax.training import loop, setup
+from mateconv_jax.training.batches import RowBatches
 from mateconv_jax.training.checkpoints import Checkpoints
-from tests.training.runs import losses_of, metrics_of, train
+from mateconv_jax.training.open_data import DataOptions, open_data
+from tests.training.runs import losses_of, metrics_of, saved, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,7 +87,7 @@ def test_what_a_run_writes(tiny_config):
     n_bytes = token_bytes.target_bytes(token_bytes.bytes_per_token(tokenizer_lib.load(folder / "tokenizer", "")), batch)
     assert metrics[-1]["val/bits_per_byte"] == pytest.approx(metrics[-1]["val/ema_loss"] * n_tokens / np.log(2) / n_bytes)
     log = (folder / "train.log").read_text()
-    assert "FLOPs a token" in log and "a device's peak is unknown" in log
+    assert "FLOPs per token" in log and "peak per device: unknown" in log
     assert "ln(400) = 5.9915" in log and f"initial loss: {training[0]['train/loss']:.4f}" in log
 
 
@@ -91,7 +96,7 @@ def test_a_finished_run_is_left_as_it_is(tiny_config):
     before = metrics_of(tiny_config.training.out_dir)
     loop.train(config_lib.resolve(tiny_config))
     assert metrics_of(tiny_config.training.out_dir) == before
-    assert "nothing to do: step 6 of 6" in (Path(tiny_config.training.out_dir) / "train.log").read_text()
+    assert "is at step 6 of 6" in (Path(tiny_config.training.out_dir) / "train.log").read_text()
 
 
 @pytest.mark.slow
@@ -123,6 +128,15 @@ def loss_after_4_steps(config, folder):
 def test_an_option_changes_the_training(tiny_config, tmp_path, loss_by_default, section, key, value):
     tiny_config[section][key] = value
     assert loss_after_4_steps(tiny_config, tmp_path) != loss_by_default
+
+
+def test_all_of_val_data_path_is_for_validation(tiny_config, dataset_folder, tmp_path):
+    shutil.copytree(dataset_folder, tmp_path / "other")
+    data = config_lib.options(DataOptions, tiny_config.data)
+    _, own, _ = open_data(data, 400, document_mask=False)
+    _, other, _ = open_data(dataclasses.replace(data, val_data_path=str(tmp_path / "other")), 400, document_mask=False)
+    splits = open_dataset(dataset_folder, "", 32).splits
+    assert len(own) == splits["validation"] and len(other) == splits["train"] + splits["validation"]
 
 
 @pytest.mark.slow
@@ -276,6 +290,31 @@ def test_no_flat_file(flat_config, key):
     assert error_of(flat_config) == f"data.{key}: no file at 'no/such.bin'"
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"warmup_steps": 6}, "training.warmup_steps: 6, but the run has 6 steps"),
+        ({"warmup_steps": 5, "lr_scheduler": "wsd", "decay_ratio": 0.5}, "training.decay_ratio: 0.5 are 3 of the run's 6 steps, but the warm-up takes 5"),
+        ({"profile_step": 7}, "training.profile_step: 7, but the run has 6 steps"),
+        ({"samples_interval": 2, "sample_prompts": ()}, "training.sample_prompts: empty, but training.samples_interval"),
+    ],
+)  # fmt: skip
+def test_keys_that_contradict_each_other(tiny_config, changes, message):
+    tiny_config.training.update(changes)
+    assert error_of(tiny_config).startswith(message)
+    assert not Path(tiny_config.training.out_dir).exists()
+
+
+def test_early_stopping_needs_validation(flat_config):
+    flat_config.training.early_stopping, flat_config.data.val_data_path = True, None
+    assert error_of(flat_config).startswith("training.early_stopping: there are no validation rows")
+
+
+def test_validation_on_the_training_data(flat_config):
+    flat_config.data.val_data_path = flat_config.data.train_data_path
+    assert "is the training data (expected another dataset" in error_of(flat_config)
+
+
 def test_another_row_length(tiny_config):
     tiny_config.data.seq_len = 16
     assert error_of(tiny_config).startswith("data.seq_len: 16, but")
@@ -308,7 +347,7 @@ def test_a_given_tokenizer_goes_into_the_run_folder(tiny_config, tmp_path):
 
 def test_more_rows_in_a_batch_than_there_are(tiny_config):
     tiny_config.training.update(dict(max_steps=None, epochs=1, batch_size=10**6))
-    assert error_of(tiny_config).startswith("training.batch_size: 1000000 rows of a step are more than")
+    assert error_of(tiny_config).startswith("training.batch_size: a step takes 1000000 rows, more than")
 
 
 def test_a_batch_that_the_devices_cannot_share(monkeypatch, tiny_config):
@@ -317,7 +356,7 @@ def test_a_batch_that_the_devices_cannot_share(monkeypatch, tiny_config):
     class EightDevices:
         size = 8
 
-    monkeypatch.setattr(sharding, "make_mesh", lambda mesh: EightDevices)
+    monkeypatch.setattr(sharding, "make_mesh", lambda data, fsdp: EightDevices)
     tiny_config.training.batch_size = 12
     assert "12 rows cannot be split over 8 devices" in error_of(tiny_config)
     assert "8 or 16" in error_of(tiny_config)
@@ -330,6 +369,32 @@ def test_another_model_in_the_run_folder(tiny_config):
 
 
 # ---- the loop itself ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_source_of_batches_gets_the_parameters_of_its_step(tiny_config, tmp_path, monkeypatch):
+    given = {}
+
+    class Source(loop.RowBatches):
+        def __call__(self, step, params):
+            given.setdefault(step, jax.device_get(params["norm"]["scale_D"][...]))
+            return super().__call__(step, params)
+
+    monkeypatch.setattr(loop, "RowBatches", Source)
+    train(tiny_config, tmp_path / "out", max_steps=3, save_interval=1, keep_latest=9, eval_interval=100)
+    assert given.keys() == {0, 1, 2} and not np.array_equal(given[0], given[2])
+    for step in (1, 2):
+        np.testing.assert_array_equal(given[step], saved(tmp_path / "out", step)[0]["params"]["norm"]["scale_D"]["value"])
+
+
+def test_a_batch_is_a_function_of_its_step(tiny_config):
+    config = config_lib.resolve(tiny_config)
+    mesh = sharding.make_mesh()
+    rows = open_dataset(config.data.train_data_path, "", 32).rows("train")
+    training, shape = config.training, setup.batch_shape(config)
+    in_order, source = (RowBatches(rows, shape, training.seed, config.data.shuffle, 2, mesh) for _ in range(2))
+    batches = [in_order(step, None) for step in range(6)]
+    for step in (3, 3, 4, 1, 0, 5):
+        jax.tree.map(np.testing.assert_array_equal, source(step, None), batches[step])
 
 
 def test_a_steps_metrics_are_read_after_the_next_step_is_dispatched(tiny_config, tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ def test_the_order_of_precedence(tiny_config, tmp_path):
         ({"use_ema": True}, r"training\.use_ema: True, but the run in .* has False"),
         ({"optimizer_type": "lion"}, r"training\.optimizer_type: lion, but the run in .* has adamw"),
         ({"dtype": "float16"}, r"training\.dtype: float16, but the run in .* has auto"),
-        ({"resume_from": "x", "init_from": "y"}, r"training\.init_from: not possible together"),
+        ({"resume_from": "x", "init_from": "y"}, r"training\.init_from: cannot be combined"),
     ],
 )
 def test_what_cannot_go_on(tiny_config, tmp_path, changes, message):
@@ -78,7 +78,7 @@ def test_nothing_there_to_start_from(tiny_config, tmp_path):
         train(tiny_config, tmp_path / "out", init_from=str(tmp_path / "none"))
 
 
-def test_a_key_that_makes_it_another_run_is_said(tiny_config, tmp_path):
+def test_the_log_names_every_changed_key_that_makes_the_resumed_run_diverge(tiny_config, tmp_path):
     train(tiny_config, tmp_path / "out", max_steps=2)
     tiny_config.data.shuffle, tiny_config.model.aux_loss_alpha = False, 0.02
     train(tiny_config, tmp_path / "out", max_steps=3, learning_rate=2e-3, log_interval=2)
@@ -89,7 +89,7 @@ def test_a_key_that_makes_it_another_run_is_said(tiny_config, tmp_path):
         "training.learning_rate was 0.01, now 0.002",
         "training.max_steps was 2",
     ):
-        assert f"not an exact continuation: {said}" in log
+        assert f"the resumed run diverges: {said}" in log
     assert "log_interval" not in log
 
 
@@ -124,7 +124,10 @@ def test_early_stopping_counts_over_a_restart(tiny_config, tmp_path, monkeypatch
     run(3, 2.0, 1.0, 1.5)
     run(20, 1.2, 1.1)  # the second and third in a row without a lower one
     assert steps_in(tmp_path / "out")[-1] == 5
-    assert "early stopping: no lower loss than 1.0000, of step 2, in 3" in (tmp_path / "out" / "train.log").read_text()
+    assert (
+        "early stopping: 3 evaluations without a lower loss than 1.0000, of step 2"
+        in (tmp_path / "out" / "train.log").read_text()
+    )
     run(20)  # it is at its end
     assert steps_in(tmp_path / "out")[-1] == 5
 

@@ -166,7 +166,7 @@ def test_a_full_disk_is_a_clear_error_and_earlier_checkpoints_stay(tiny_config, 
     mount(tmp_path / "small", "size=2m")
     try:
         options = dict(max_steps=10, save_interval=1, keep_latest=30)
-        with pytest.raises(UserError, match=r"training\.out_dir: .*No space left on device.*the same command goes on"):
+        with pytest.raises(UserError, match=r"training\.out_dir: .*No space left on device.*the same command continues"):
             train(tiny_config, tmp_path / "small" / "out", **options)
         there = steps_in(tmp_path / "small" / "out")
         assert there
@@ -225,7 +225,7 @@ def test_too_many_bad_steps_end_the_run_with_the_parameters_from_before(tiny_con
     options = dict(max_steps=30, lr_scheduler="constant", warmup_steps=0)
     train(tiny_config, tmp_path / "good", **options | {"max_steps": 3})
     poisoned(monkeypatch, set(range(4, 31)))
-    with pytest.raises(UserError, match=r"training\.max_bad_steps: 5 steps in a row .* the parameters of step 3 are kept"):
+    with pytest.raises(UserError, match=r"training\.max_bad_steps: 5 updates in a row .* holds the parameters of step 3"):
         train(tiny_config, tmp_path / "out", **options, max_bad_steps=5)
     state, good = saved(tmp_path / "out", steps_in(tmp_path / "out")[-1])[0], saved(tmp_path / "good", 3)[0]
     jax.tree.map(np.testing.assert_array_equal, state["params"], good["params"])

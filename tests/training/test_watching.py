@@ -21,9 +21,9 @@ def test_the_header(tiny_config, tmp_path):
     assert "| blocks/0/attention/wqkv_JND" in log and "(8, 8, 32)" in log
     [n_params] = re.findall(r"Total: ([0-9,]+)", log)
     assert f"model: {n_params} parameters, computed in float32, blocked attention" in log
-    rows, tokens = re.findall(r"data: ([0-9,]+) rows of 32 tokens, ([0-9,]+) tokens an epoch", log)[0]
+    rows, tokens = re.findall(r"data: ([0-9,]+) rows of 32 tokens, ([0-9,]+) tokens per epoch", log)[0]
     assert int(rows.replace(",", "")) * 32 == int(tokens.replace(",", ""))
-    [(total, state)] = re.findall(r"the compiled step takes ([0-9.]+) GB a device, ([0-9.]+) of them state", log)
+    [(total, state)] = re.findall(r"the compiled step needs ([0-9.]+) GB per device, ([0-9.]+) of it for state", log)
     assert float(total) >= float(state) > 0
 
 

@@ -217,7 +217,7 @@ class ChunkWriter:
             if sum(map(len, ids)) > 1:
                 splits[split] = self._write_split(folder / split, split, pieces, ids, chunk.statistics)
             else:
-                for i in chosen:
+                for i in map(int, chosen):
                     self._refuse(chunk, codes, i, "one_token", "one token alone has no next token to learn")
         rejects = rejects_of(chunk, codes)
         chunk.statistics.rejects.update(reject["rule"] for reject in rejects)

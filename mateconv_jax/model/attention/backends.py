@@ -1,6 +1,6 @@
-"""Causal grouped-query attention: backends with one meaning.
+"""Causal grouped-query attention: interchangeable backends and the choice between them.
 
-A backend is a module with `refusal(request)`, which says why it cannot serve or None, and `attention`, the call.
+A backend is a module with `refusal(request)`, the reason it does not support a request or None, and `attention`, the call.
 """
 
 from mateconv_jax.errors import UserError
@@ -12,15 +12,18 @@ FASTEST_FIRST = {"gpu": ("cudnn", "xla"), "cpu": ("blocked", "xla")}  # any othe
 
 
 def choose(name: str, request: Request) -> tuple[str, list[str]]:
-    """The backend that serves `name`, "auto" or a backend's own name, and why faster ones do not: "NAME: reason".
+    """Choose a backend: the named one, or for "auto" the fastest that supports the request.
+
+    Returns:
+      (backend, why faster ones were passed over, each as "NAME: reason")
 
     Raises:
-      UserError: the backend asked for cannot serve. Nothing falls back silently.
+      UserError: the named backend does not support the request. There is no silent fallback.
     """
     if name != "auto":
         if reason := BACKENDS[name].refusal(request):
-            serving = [other for other in BACKENDS if BACKENDS[other].refusal(request) is None]
-            raise UserError(f"model.attention: {name} cannot serve: {reason} (expected auto, {' or '.join(serving)})")
+            *others, last = ["auto", *(other for other in BACKENDS if BACKENDS[other].refusal(request) is None)]
+            raise UserError(f"model.attention: {name} is unavailable: it {reason} (expected {', '.join(others)} or {last})")
         return name, []
     passed_over = []
     for candidate in FASTEST_FIRST.get(request.device.platform, ("xla",)):
@@ -28,17 +31,18 @@ def choose(name: str, request: Request) -> tuple[str, list[str]]:
         if reason is None:
             return candidate, passed_over
         passed_over.append(f"{candidate}: {reason}")
-    raise AssertionError("xla serves everything")
+    raise AssertionError("xla supports every request")
 
 
 def causal_attention(q_BSHN, k_BSKN, v_BSKN, backend: str, documents_BS=None, dropout: float = 0.0, key_B=None):
-    """softmax(q k^T / sqrt(N), causal) v for grouped queries: head h reads key/value head h // (H / K).
+    """softmax(q k^T / sqrt(N), causal) v with grouped queries: query head h reads key/value head h // (H / K).
 
     Args:
-      q_BSHN, k_BSKN, v_BSKN: one dtype, rotary embedding applied.
+      q_BSHN, k_BSKN, v_BSKN: the same dtype, rotary embedding applied.
       backend: from `choose`.
-      documents_BS: int32 numbers; a query sees the keys of its own document only. None: all before it.
-      dropout, key_B: share of the weights that are dropped, with a key a row; no keys, no dropout.
+      documents_BS: int32; a query attends only to keys of its own document. None: to all keys before it.
+      dropout: fraction of the attention weights to drop.
+      key_B: one key per row; None: no dropout.
 
     Returns:
       (B, S, H, N) in the same dtype; the softmax is fp32.

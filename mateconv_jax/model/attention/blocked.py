@@ -1,6 +1,7 @@
-"""Blocked causal attention for the CPU: no S x S matrix is ever whole.
+"""Blocked causal attention for the CPU: the S x S scores are never materialised.
 
-Dimensions in names: B batch, S queries, T keys, H query heads, K key/value heads, G = H / K, N head_dim.
+Dimensions in names: B batch, S queries, T keys, H query heads, K key/value heads, G = H / K, N head_dim, I turns of n key/value
+heads, C = B n rows of one turn.
 """
 
 import jax
@@ -9,29 +10,29 @@ import jax.numpy as jnp
 from mateconv_jax.model.attention.request import Request
 from mateconv_jax.model.attention.xla import MASKED, dot
 
-# FlashAttention's idea (Dao et al., 2022) in plain XLA. A block of queries meets only its prefix of keys, which saves
-# half of the work; the backward pass recomputes the weights from the log-sum-exp instead of keeping them. Scores lie
-# (keys, queries): of the ways to lay out the seven products, this has the fastest of each (the keys' and values'
-# gradients took twice as long), and the softmax runs along whole vectors of queries.
+# FlashAttention (Dao et al., 2022) in plain XLA. Each block of queries is multiplied only with the keys up to its end, which
+# halves the work; the backward pass recomputes the attention weights from the log-sum-exp instead of storing them. Scores are
+# laid out (keys, queries): every one of the seven matmuls is fastest this way (the key and value gradients took twice as long
+# otherwise), and the softmax vectorises over queries.
 
 BLOCK = 64  # queries; on 2 cores 128 was 1.1 and 256 1.3 times slower at S = 512
-# Key/value heads take turns, so that the scores of a turn stay in a core's cache: 1.2 times faster than all at once.
-TURN = 2**19  # scores of a block at most, if that is a head's or more
+# Key/value heads are processed in turns, so that a turn's scores stay in the CPU cache: 1.2 times faster than all at once.
+TURN = 2**19  # most scores of one block in a turn; a turn has at least one head
 
 
 def refusal(request: Request) -> str | None:
-    """Why it cannot serve; None: it can."""
-    return f"it cannot drop weights, and model.dropout is {request.dropout}" if request.dropout else None
+    """Why the request is not supported, or None."""
+    return f"has no dropout on attention weights, and model.dropout is {request.dropout}" if request.dropout else None
 
 
 def attention(q_BSHN, k_BSKN, v_BSKN, documents_BS=None, dropout=0.0, key_B=None):
-    # In fp32: XLA's CPU backend has no such products of halves (bfloat16: "Unsupported element type for DotThunk").
+    # In fp32, because XLA's CPU backend lacks these matmuls in 16 bits (bfloat16: "Unsupported element type for DotThunk").
     q_BSHN32, k_BSKN32, v_BSKN32 = (x.astype(jnp.float32) for x in (q_BSHN, k_BSKN, v_BSKN))
     return _in_turns(q_BSHN32, k_BSKN32, v_BSKN32, documents_BS).astype(q_BSHN.dtype)
 
 
 def _in_turns(q_BSHN, k_BSKN, v_BSKN, documents_BS):
-    """In turns I of n heads; C = B n rows of one turn."""
+    """Split the key/value heads into turns."""
     B, S, H, N = q_BSHN.shape
     K = k_BSKN.shape[2]
     scores_of_a_head = B * S * H // K * min(BLOCK, S)
@@ -51,15 +52,15 @@ def _blocks(S):
 
 
 def _block_scores(q_CGSN, k_CSN, documents_CS, block):
-    """Masked fp32 scores (C, T, G, block) of one block of queries against its prefix of keys."""
+    """Masked fp32 scores (C, T, G, block) of one block of queries with the keys up to its end."""
     scores_CTGS = dot("CTN,CGSN->CTGS", k_CSN[:, : block.stop], q_CGSN[:, :, block])
     positions = jnp.arange(block.start, block.stop)
-    if documents_CS is None:  # only the last keys have queries before them
-        seen = (positions[:, None] <= positions)[:, None]
-        return scores_CTGS.at[:, block].set(jnp.where(seen, scores_CTGS[:, block], MASKED))
-    seen = (jnp.arange(block.stop)[:, None] <= positions)[:, None]
-    seen &= documents_CS[:, : block.stop, None, None] == documents_CS[:, None, None, block]
-    return jnp.where(seen, scores_CTGS, MASKED)
+    if documents_CS is None:  # only the block's own keys can come after a query
+        mask = (positions[:, None] <= positions)[:, None]
+        return scores_CTGS.at[:, block].set(jnp.where(mask, scores_CTGS[:, block], MASKED))
+    mask = (jnp.arange(block.stop)[:, None] <= positions)[:, None]
+    mask &= documents_CS[:, : block.stop, None, None] == documents_CS[:, None, None, block]
+    return jnp.where(mask, scores_CTGS, MASKED)
 
 
 @jax.custom_vjp
@@ -96,13 +97,13 @@ def _blocked_backward(saved, d_out_ICGSN):
         delta_C1GS = jnp.sum(d_out_CGSN.transpose(0, 3, 1, 2) * out_CNGS, 1, keepdims=True)
         d_qs, d_k_CSN, d_v_CSN = [], jnp.zeros_like(k_CSN), jnp.zeros_like(v_CSN)
         for block in _blocks(q_CGSN.shape[2]):
-            before = slice(block.stop)
+            prefix = slice(block.stop)
             weights_CTGS = jnp.exp(_block_scores(q_CGSN, k_CSN, documents_CS, block) - log_sum_C1GS[..., block])
-            d_weights_CTGS = dot("CTN,CGSN->CTGS", v_CSN[:, before], d_out_CGSN[:, :, block])
+            d_weights_CTGS = dot("CTN,CGSN->CTGS", v_CSN[:, prefix], d_out_CGSN[:, :, block])
             d_scores_CTGS = weights_CTGS * (d_weights_CTGS - delta_C1GS[..., block])
-            d_qs.append(dot("CNT,CTGS->CNGS", k_CNS[..., before], d_scores_CTGS))
-            d_k_CSN = d_k_CSN.at[:, before].add(dot("CTGS,CGSN->CTN", d_scores_CTGS, q_CGSN[:, :, block]))
-            d_v_CSN = d_v_CSN.at[:, before].add(dot("CTGS,CGSN->CTN", weights_CTGS, d_out_CGSN[:, :, block]))
+            d_qs.append(dot("CNT,CTGS->CNGS", k_CNS[..., prefix], d_scores_CTGS))
+            d_k_CSN = d_k_CSN.at[:, prefix].add(dot("CTGS,CGSN->CTN", d_scores_CTGS, q_CGSN[:, :, block]))
+            d_v_CSN = d_v_CSN.at[:, prefix].add(dot("CTGS,CGSN->CTN", weights_CTGS, d_out_CGSN[:, :, block]))
         return jnp.concatenate(d_qs, -1), d_k_CSN, d_v_CSN
 
     inputs = q_ICGSN, k_ICSN, v_ICSN, out_ICNGS, log_sum_IC1GS, d_out_ICGSN

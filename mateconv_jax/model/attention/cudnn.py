@@ -1,4 +1,4 @@
-"""cuDNN's fused attention, for NVIDIA GPUs.
+"""cuDNN's fused attention for NVIDIA GPUs.
 
 Dimensions in names: B batch, S queries, H query heads, K key/value heads, N head_dim.
 """
@@ -10,24 +10,24 @@ from mateconv_jax.model.attention.request import Request
 
 
 def refusal(request: Request) -> str | None:
-    """Why it cannot serve; None: it can. The limits of cuDNN 9's flash attention, as jax.nn.dot_product_attention states them;
-    lengths that are odd cuDNN itself refuses.
+    """Why the request is not supported, or None. The limits are cuDNN 9's flash attention's as jax.nn.dot_product_attention
+    documents them, and even lengths, because cuDNN rejects odd ones.
     """
     capability = request.device.compute_capability
     if request.device.platform != "gpu" or capability is None:
-        kind = "gpu of another kind" if request.device.platform == "gpu" else request.device.platform
-        return f"it needs an NVIDIA GPU, and this is a {kind}"
+        platform = "GPU of another vendor" if request.device.platform == "gpu" else request.device.platform
+        return f"needs an NVIDIA GPU, and this device is a {platform}"
     if capability < (8, 0):
-        return f"it needs compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}"
+        return f"needs compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}"
     if request.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it computes in bfloat16 or float16, and this is {jnp.dtype(request.dtype).name}"
+        return f"needs bfloat16 or float16, and the dtype is {jnp.dtype(request.dtype).name}"
     largest = 256 if capability >= (9, 0) else 128
     if request.head_dim % 8 or request.head_dim > largest:
-        return f"it needs a model.head_dim that is a multiple of 8 up to {largest}, and this is {request.head_dim}"
+        return f"needs model.head_dim to be a multiple of 8 up to {largest}, and it is {request.head_dim}"
     if request.length is not None and request.length % 2:
-        return f"it needs an even length, and data.seq_len is {request.length}"
+        return f"needs an even length, and data.seq_len is {request.length}"
     if request.dropout:
-        return f"it cannot drop weights, and model.dropout is {request.dropout}"
+        return f"has no dropout on attention weights, and model.dropout is {request.dropout}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""cuDNN attention whose gradients have the same bits in every run."""
+"""Deterministic gradients for cuDNN attention."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def deterministic_attention() -> Iterator[None]:
-    """Programs lowered inside ask cuDNN for its deterministic backward pass; compile them with xla_flags.DETERMINISTIC too.
+    """Programs lowered inside this context use cuDNN's deterministic backward pass. Compile them with xla_flags.DETERMINISTIC.
 
-    XLA sets this flag itself, but only on the first of several equal layers, and then fails in the first step with
-    "IndexError: raw_hash_map::at" (jax 0.11.2; openxla/xla#46500). It can go when the oldest supported jax has that mended.
+    XLA should set this flag itself, but sets it only on the first of several equal layers and then fails in the first step with
+    "IndexError: raw_hash_map::at" (jax 0.11.2; openxla/xla#46500). Remove this when the oldest supported jax has the fix.
     """
     from jax._src.cudnn import fused_attention_stablehlo as fused
 

@@ -1,4 +1,4 @@
-"""What a backend is asked to serve."""
+"""The attention request that a backend supports or refuses."""
 
 import dataclasses
 
@@ -9,9 +9,12 @@ from mateconv_jax.model.device import Device
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Attributes:
-    length: queries of a row; None: any that is even.
-    dropout: share of the attention weights that training drops.
+    """What decides which backends are usable.
+
+    Attributes:
+      dtype: of queries, keys and values.
+      length: queries per row; None: any even length.
+      dropout: rate of dropout on attention weights.
     """
 
     dtype: jnp.dtype

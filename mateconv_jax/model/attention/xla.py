@@ -1,4 +1,4 @@
-"""Attention in plain einsums: the reference, anywhere, and over a KV cache.
+"""Attention in plain einsums: the reference backend, for any device, and attention over a KV cache.
 
 Dimensions in names: B batch, S queries, T keys, H query heads, K key/value heads, G = H / K, N head_dim.
 """
@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from mateconv_jax.model import layers
 from mateconv_jax.model.attention.request import Request
 
-# Low enough that exp() gives 0 in fp32, and finite: -inf - -inf would be NaN in a row that sees nothing.
+# Low enough that exp() gives 0 in fp32, but finite: a fully masked row would compute -inf - -inf = NaN.
 MASKED = -1e30
 
 dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def refusal(request: Request) -> str | None:
-    """None: it can serve everything, slower."""
+    """None: every request is supported, if slowly."""
     return None
 
 
@@ -32,12 +32,15 @@ def attention(q_BSHN, k_BSKN, v_BSKN, documents_BS=None, dropout=0.0, key_B=None
 
 
 def cached_attention(q_BSHN, k_BKNT, v_BKTN, positions_BS):
-    """Attention of S new queries over a cache whose slot t holds position t: a query sees the slots up to its own."""
+    """Attention of S new queries over a cache whose slot t holds position t; a query attends up to its own position."""
     mask_BST = jnp.arange(k_BKNT.shape[3]) <= positions_BS[..., None]
     return attend(q_BSHN, k_BKNT, v_BKTN, mask_BST)
 
 
 def attend(q_BSHN, k_BKNT, v_BKTN, mask_BST, dropout_rate: float = 0.0, key_B=None):
+    """Attention with an explicit mask: mask_BST (B or 1, S, T) is True where a query may attend. Scores and softmax are fp32;
+    the result (B, S, H, N) has q's dtype.
+    """
     B, S, H, N = q_BSHN.shape
     K = k_BKNT.shape[1]
     q_BKGSN = q_BSHN.reshape(B, S, K, H // K, N).transpose(0, 2, 3, 1, 4) * N**-0.5

@@ -5,7 +5,7 @@ import pytest
 
 from mateconv_jax import GenerationConfig
 from mateconv_jax.errors import UserError
-from mateconv_jax.inference.generation_config import PRESETS
+from mateconv_jax.generation_config import PRESETS
 
 OUT_OF_RANGE = [
     ("temperature", 0.0),
@@ -60,7 +60,7 @@ def test_a_wrong_value_is_an_error_that_names_it_and_what_is_right(field, value)
 
 
 def test_min_new_tokens_above_max_new_tokens_says_both():
-    with pytest.raises(UserError, match=r"^min_new_tokens: 9 is not possible \(expected at most max_new_tokens, 8\)"):
+    with pytest.raises(UserError, match=r"^min_new_tokens: 9 is invalid \(expected at most max_new_tokens, 8\)"):
         GenerationConfig(max_new_tokens=8, min_new_tokens=9)
 
 

@@ -1,4 +1,4 @@
-"""What a person chooses about an answer."""
+"""Sampling parameters and presets."""
 
 import dataclasses
 import math
@@ -11,22 +11,24 @@ from mateconv_jax.errors import check_values
 class GenerationConfig:
     """How to continue a prompt. Names and meanings are those of transformers' GenerationConfig; `stop` is its stop_strings.
 
-    do_sample: draw from the filtered distribution; False takes the most likely token (temperature, top_k, top_p and min_p are
-      then not used).
-    temperature: divides the logits; from 1e-6 to 1e6.
-    top_k: keep that many tokens; 0 keeps all.
-    top_p: in (0, 1], keep the smallest set that reaches this probability; 1 keeps all.
-    min_p: in [0, 1], keep the tokens that are at least this many times as probable as the most probable; 0 keeps all.
-    repetition_penalty: from 1e-6 to 1e6, divides what favours a token that was there already, prompt included; 1 is none.
-    no_repeat_ngram_size: >= 0, no run of that many tokens comes twice, prompt included; 0 is off.
-    max_new_tokens, min_new_tokens: 0 <= min <= max; `</s>` cannot come before min.
-    stop: texts that end the answer: a string, or several in a list or tuple, kept as a tuple.
-    seed: of the draws; the same seed gives the same text.
-    use_cache: keep keys and values of earlier tokens; False computes them again at each token.
-    truncate_prompt: of a prompt that leaves no room in the model's context, read its end; False makes it an error.
+    Attributes:
+      do_sample: sample from the filtered distribution; False takes the most likely token and ignores temperature, top_k, top_p
+        and min_p.
+      temperature: in [1e-6, 1e6], divides the logits.
+      top_k: keep the k most likely tokens; 0 keeps all.
+      top_p: in (0, 1], keep the smallest set of tokens whose probability reaches p; 1 keeps all.
+      min_p: in [0, 1], keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
+      repetition_penalty: in [1e-6, 1e6], above 1 penalises tokens already in the prompt or the answer; 1 is off.
+      no_repeat_ngram_size: ban tokens that would repeat an n-gram of this size, prompt included; 0 is off.
+      max_new_tokens: at most this many tokens.
+      min_new_tokens: no `</s>` before this many; at most max_new_tokens.
+      stop: strings that end the answer and are not part of it; a str or list is converted to a tuple.
+      seed: of the sampling, 0 to 2^32 - 1; the same seed gives the same text.
+      use_cache: keep a KV cache; False recomputes all positions for every token.
+      truncate_prompt: keep only the end of a prompt that leaves no room in the context; False raises an error instead.
 
     Raises:
-      UserError: a value out of its range or of another type.
+      UserError: a value has the wrong type or is out of range.
     """
 
     do_sample: bool = True
@@ -62,23 +64,23 @@ class GenerationConfig:
             self,
             [
                 ("do_sample", is_flag(self.do_sample), "True or False"),
-                # In fp32 a temperature or penalty outside of these would make infinities.
+                # Temperatures and penalties outside these bounds overflow fp32.
                 (
                     "temperature",
                     is_number(self.temperature, 1e-6, 1e6),
-                    "a number from 1e-6 to 1e6; for the most likely token use greedy decoding",
+                    "a number from 1e-6 to 1e6; use greedy decoding for the most likely token",
                 ),
                 ("top_k", is_integer(self.top_k, 0), "an integer, at least 0"),
                 ("top_p", is_number(self.top_p, 0, 1) and self.top_p > 0, "a number above 0 and at most 1"),
                 ("min_p", is_number(self.min_p, 0, 1), "a number from 0 to 1"),
-                ("repetition_penalty", is_number(self.repetition_penalty, 1e-6, 1e6), "a number from 1e-6 to 1e6; 1 is none"),
+                ("repetition_penalty", is_number(self.repetition_penalty, 1e-6, 1e6), "a number from 1e-6 to 1e6; 1 is off"),
                 ("no_repeat_ngram_size", is_integer(self.no_repeat_ngram_size, 0), "an integer, at least 0"),
                 ("max_new_tokens", is_integer(self.max_new_tokens, 0), "an integer, at least 0"),
                 ("min_new_tokens", is_integer(self.min_new_tokens, 0), "an integer, at least 0"),
                 (
                     "stop",
                     isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop),
-                    "a text, or a list of texts, none of them empty",
+                    "a non-empty string, or a list of them",
                 ),
                 ("seed", is_integer(self.seed, 0, 2**32 - 1), "an integer from 0 to 2^32 - 1"),
                 ("use_cache", is_flag(self.use_cache), "True or False"),
@@ -89,7 +91,7 @@ class GenerationConfig:
         check_values(self, [("min_new_tokens", self.min_new_tokens <= self.max_new_tokens, at_most)])
 
 
-# To change a preset: dataclasses.replace(PRESETS["chat"], max_new_tokens=200).
+# To adapt a preset: dataclasses.replace(PRESETS["chat"], max_new_tokens=200).
 PRESETS = {
     "creative": GenerationConfig(temperature=1.0, top_k=50, top_p=0.95),
     "chat": GenerationConfig(temperature=0.8, top_k=40, top_p=0.9),
