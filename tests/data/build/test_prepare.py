@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from mateconv_jax import config as config_lib
 from mateconv_jax.data import dataset
 from mateconv_jax.data.build import pipeline, work_folder, worker
 from mateconv_jax.data.dataset import open_dataset
@@ -24,7 +23,7 @@ from mateconv_jax.data.text.sources import Chunk, Part
 from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.prepare import main, parse_args
-from mateconv_jax.training.open_data import open_data
+from mateconv_jax.training.open_data import DataOptions, open_data
 
 TRAIN_TOKENIZER = ("--train_tokenizer", "--vocab_size", "300")
 
@@ -397,10 +396,8 @@ def test_a_vocabulary_may_leave_out_ids(tmp_path, dataset_folder):
     folder = prepare(path, tmp_path / "zh", "--tokenizer", tmp_path / "tokenizer", "--val_fraction", "0")
     assert dataset.read_metadata(folder, "")["vocab_size"] == 421
     assert any(420 in stream for stream in streams(folder, "train"))
-    config = config_lib.default_config()
-    config.data.train_data_path, config.data.seq_len, config.model.vocab_size = str(folder), 16, len(tokenizer)
     with pytest.raises(UserError, match="model.vocab_size: .*expected at least 421"):
-        open_data(config)
+        open_data(DataOptions(str(folder), None, None, 16), len(tokenizer), document_mask=False)
 
 
 @pytest.mark.parametrize("name, make, hint", [
