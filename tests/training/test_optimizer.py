@@ -425,7 +425,7 @@ def test_dropout_needs_a_backend_that_can():
     assert backends.choose("auto", request)[0] == "xla"
     with pytest.raises(
         UserError,
-        match=r"model\.attention: blocked .* cannot drop weights, and model\.dropout is 0\.1 \(expected auto or xla\)",
+        match=r"model\.attention: blocked is unavailable: it has no dropout .*dropout is 0\.1 \(expected auto or xla\)",
     ):
         backends.choose("blocked", request)
 
