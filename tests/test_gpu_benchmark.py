@@ -27,7 +27,11 @@ LINES = {
 }
 
 
-@pytest.mark.parametrize("part", LINES)
+# These start PyTorch or `train` several times, a minute each.
+SLOW = ("resume", "training", "decoding")
+
+
+@pytest.mark.parametrize("part", [pytest.param(part, marks=[pytest.mark.slow] * (part in SLOW)) for part in LINES])
 def test_a_dry_run_of_each_part(part, out):
     command = ["bash", "benchmarks/gpu.sh", "--dry_run", "--out", str(out), "--part", part]
     result = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
