@@ -102,9 +102,10 @@ def prepare(
     work_folder.check_outside(sources, partial)
     work_folder.restore_replaced(output)
     training, given, described = _described(sources, tokenizer, options, also_bin)
+    bos_eos = None if given is None else (given.bos_token_id, given.eos_token_id)
+    read = functools.partial(all_chunks, sources, options, bos_eos, open_file)
     if output.exists() and not overwrite:
-        bos_eos = None if given is None else (given.bos_token_id, given.eos_token_id)
-        _check_there(output, described, functools.partial(all_chunks, sources, options, bos_eos, open_file))
+        _check_there(output, described, read)
         work_folder.remove(partial)
         return None
     work_folder.check_replaceable(output, sources)
@@ -112,7 +113,7 @@ def prepare(
     unreadable = UnreadableInputs(keep_going, options.txt_document == "file")
     try:
         with work_folder.opened(partial, described | versions, overwrite) as folder:
-            names = _make_chunks(folder, sources, given, training, options, num_workers, run_chunks, open_file, unreadable)
+            names = _make_chunks(folder, sources, read, given, training, options, num_workers, run_chunks, unreadable)
             figures = _assemble(folder, names, output, options, described, also_bin, start)
         work_folder.remove(partial)
     except OSError as error:
@@ -175,11 +176,11 @@ def _check_bin(sources: list[Source], trains_tokenizer: bool, also_bin: bool, vo
 
 
 def _make_chunks(
-    folder: Path, sources, given, training, options, num_workers, run_chunks, open_file, unreadable: UnreadableInputs
+    folder: Path, sources, read, given, training, options, num_workers, run_chunks, unreadable: UnreadableInputs
 ) -> list[str]:
-    """Tokenizer and finished chunks in a work folder; the chunks' names in order. The arguments are `prepare`'s."""
-    bos_eos = None if given is None else (given.bos_token_id, given.eos_token_id)
-    read = functools.partial(all_chunks, sources, options, bos_eos, open_file)
+    """Tokenizer and finished chunks in a work folder; the chunks' names in order. `read` gives all sources' chunks, from the
+    beginning each time; the other arguments are `prepare`'s.
+    """
     chunks = read()
     if given is None:
         once = any(source.path == "-" for source in sources)
