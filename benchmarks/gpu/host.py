@@ -20,11 +20,11 @@ from mateconv_jax.training.checkpoints import Checkpoints, Progress
 
 def main(args) -> None:
     report = Report(args.out, "host")
-    config, run, compiled = compile_step(sizes.BASE, args.dry_run, use_ema=True)
+    _, run, compiled = compile_step(sizes.BASE, args.dry_run, use_ema=True)
     running = timing.Step(run, compiled)
     seconds = running.seconds()
     dispatch(report, running, seconds)
-    transfer(report, running, seconds, sharding.make_mesh(config.mesh.data, config.mesh.fsdp))
+    transfer(report, running, seconds, run.mesh)
     save(report, running, seconds, args.out)
 
 

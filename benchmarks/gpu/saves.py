@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.sizes import Case
+from mateconv_jax.planning import programs
 from mateconv_jax.runtime import sharding
 from mateconv_jax.training import setup
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
@@ -24,17 +25,14 @@ def main(args) -> None:
     steps = 5 if args.dry_run else 50
     case = Case("", dict(dim=256, n_layers=4, n_heads=8, n_kv_heads=8), 8, 512)  # 5 M parameters: 4 GB of checkpoints
     config = case.config(args.dry_run, use_ema=True)
-    run = setup.build(config, setup.model_config(config), sharding.make_mesh(config.mesh.data, config.mesh.fsdp), steps)
-    state, shapes = run.fresh_state(), run.abstract_batch
+    run = programs.training_step(config, setup.model_config(config), None, steps)
+    state, copies = run.fresh_state(), {}
     copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
-    random, copies = np.random.default_rng(0), {}
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
         with Checkpoints(Path(folder), steps, None, False) as checkpoints:
             for number in range(1, steps + 1):
-                tokens = random.integers(0, 256, shapes["tokens"].shape, np.uint16)
-                length = np.full(shapes["length"].shape, tokens.shape[-1], np.int32)
-                batch = {"tokens": tokens, "length": length}
-                state, _ = run.train_step(state, jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), batch, shapes))
+                batch = sharding.to_devices(programs.random_batch(run, seed=number), run.mesh, rows_axis=1)
+                state, _ = run.train_step(state, batch)
                 on_device = copy(state)
                 checkpoints.save(number, state, Progress())
                 copies[number] = on_device
@@ -45,7 +43,7 @@ def main(args) -> None:
             found, expected = map(sorted_leaves, (saved(folder, number)[0], jax.device_get(expected)))
             equal.append(all(map(np.array_equal, found, expected)))
     megabytes = sum(x.nbytes for x in jax.tree.leaves(state)) / 1e6
-    report = Report(args.out, "real")
+    report = Report(args.out, "resume")
     report.row(
         f"asynchronous saves at {steps} consecutive steps, {megabytes:.0f} MB each",
         f"{sum(equal)} of {steps} byte-identical",

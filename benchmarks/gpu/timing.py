@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mateconv_jax.planning import programs
+from mateconv_jax.runtime import sharding
 from mateconv_jax.training.setup import Setup
 
 
@@ -44,14 +46,8 @@ class Step:
 
     def __init__(self, run: Setup, compiled: jax.stages.Compiled):
         self.compiled, self.state = compiled, run.fresh_state()
-        random, shapes = np.random.default_rng(0), run.abstract_batch
-        self.host_batch = {
-            "tokens": random.integers(3, 256, shapes["tokens"].shape, np.uint16),
-            "length": np.full(shapes["length"].shape, shapes["tokens"].shape[-1], np.int32),
-            "document_starts": random.random(shapes["tokens"].shape) < 0.02,
-        }
-        self.host_batch = {name: self.host_batch[name] for name in shapes}
-        self.batch = {name: jax.device_put(value, shapes[name].sharding) for name, value in self.host_batch.items()}
+        self.host_batch = programs.random_batch(run)
+        self.batch = sharding.to_devices(self.host_batch, run.mesh, rows_axis=1)
         self.metrics = None
 
     def run(self) -> None:

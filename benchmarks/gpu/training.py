@@ -15,10 +15,10 @@ from benchmarks.gpu.peer import Peer
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.sizes import Case
 from mateconv_jax.model import flops
-from mateconv_jax.planning import target
+from mateconv_jax.planning import programs, target
 from mateconv_jax.planning.hlo_report import read
 from mateconv_jax.planning.roofline import roofline
-from mateconv_jax.runtime import compilation_cache, sharding
+from mateconv_jax.runtime import compilation_cache
 from mateconv_jax.training import setup
 from mateconv_jax.training.setup import Setup
 from mateconv_jax.training.step import lower
@@ -63,7 +63,7 @@ def peer_case(case: Case, dry_run: bool) -> str:
 def compile_step(case: Case, dry_run: bool, without_command_buffers: bool = False, **training):
     """(config, Setup, compiled)."""
     config = case.config(dry_run, **training)
-    run = setup.build(config, setup.model_config(config), sharding.make_mesh(config.mesh.data, config.mesh.fsdp), 1000)
+    run = programs.training_step(config, setup.model_config(config), None, 1000)
     options = {"xla_gpu_enable_command_buffer": ""} if without_command_buffers and run.c.platform == "gpu" else {}
     return config, run, lower(run.train_step, run.abstract_state, run.abstract_batch, run.c.deterministic).compile(options)
 

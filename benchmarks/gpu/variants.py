@@ -7,7 +7,8 @@ import jax
 from benchmarks.gpu import sizes, timing
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.sizes import Case
-from mateconv_jax.runtime import compilation_cache, sharding
+from mateconv_jax.planning import programs
+from mateconv_jax.runtime import compilation_cache
 from mateconv_jax.training import setup
 from mateconv_jax.training.step import lower
 
@@ -63,7 +64,7 @@ def main(args) -> None:
 def compile_variant(name: str, dry_run: bool):
     model, training, options = VARIANTS[name]
     config = Case(name, model, 32, 512, training).config(dry_run)
-    run = setup.build(config, setup.model_config(config), sharding.make_mesh(config.mesh.data, config.mesh.fsdp), 1000)
+    run = programs.training_step(config, setup.model_config(config), None, 1000)
     train_step = jax.jit(run.train_step.__wrapped__) if name == "not donated" else run.train_step
     lowered = lower(train_step, run.abstract_state, run.abstract_batch, run.c.deterministic)
     return run, lowered.compile(options if run.c.platform == "gpu" else {})

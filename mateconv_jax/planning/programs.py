@@ -72,16 +72,20 @@ def compile_step(run: Setup) -> Program:
     return Program.compile(lower(run.train_step, state, batch, run.c.deterministic), parts)
 
 
-def measure(run: Setup, compiled: jax.stages.Compiled, seconds: float = 5.0) -> float:
-    """Mean seconds per step with random tokens, over about `seconds` seconds, after two warm-up steps."""
-    state, shapes = run.fresh_state(), run.abstract_batch
-    random = np.random.default_rng(0)
+def random_batch(run: Setup, seed: int = 0) -> dict[str, np.ndarray]:
+    """A batch on the host of the run's shapes: random tokens in full rows, a document start every hundred tokens."""
+    random, shapes = np.random.default_rng(seed), run.abstract_batch
     values = {
         "tokens": random.integers(0, 256, shapes["tokens"].shape, np.uint16),
         "length": np.full(shapes["length"].shape, shapes["tokens"].shape[-1], np.int32),
         "document_starts": random.random(shapes["tokens"].shape) < 0.01,
     }
-    batch = {name: jax.device_put(values[name], x.sharding) for name, x in shapes.items()}
+    return {name: values[name] for name in shapes}
+
+
+def measure(run: Setup, compiled: jax.stages.Compiled, seconds: float = 5.0) -> float:
+    """Mean seconds per step with random tokens, over about `seconds` seconds, after two warm-up steps."""
+    state, batch = run.fresh_state(), sharding.to_devices(random_batch(run), run.mesh, rows_axis=1)
     for is_warmup in (True, False):
         steps, metrics, begin = 0, None, time.perf_counter()
         while steps < 2 or not is_warmup and steps < 1000 and time.perf_counter() - begin < seconds:
