@@ -44,8 +44,8 @@ def main(args) -> None:
             theirs = peer.measure() if is_ready else None
             try:
                 compare(report, case, *step.result(), theirs)
-            except jax.errors.JaxRuntimeError as error:
-                report.row(case.name, "failed", " ".join(str(error).split())[:200], False)
+            except Exception as error:  # one size that fails must not stop the others
+                report.row(case.name, "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", False)
             if case is sizes.BASE:
                 for name, step in traced.items():
                     break_down(report, name, *step.result())

@@ -47,8 +47,8 @@ def main(args) -> None:
             step, program = result.result()
             running = timing.Step(step, program)
             seconds = running.seconds()
-        except jax.errors.JaxRuntimeError as error:
-            report.row(name, "failed", " ".join(str(error).split())[:200], False)
+        except Exception as error:  # one variant that fails must not stop the others
+            report.row(name, "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", False)
             continue
         base = base or seconds
         memory = program.memory_analysis()

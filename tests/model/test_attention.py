@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import jax
@@ -9,6 +10,7 @@ import torch
 from mateconv_jax import config as config_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.model.attention import backends, blocked
+from mateconv_jax.model.attention.deterministic import deterministic_attention
 from mateconv_jax.model.attention.request import Request
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.device import Device
@@ -117,3 +119,21 @@ def test_a_gpus_compute_capability_is_read(monkeypatch):
         assert Device.here() == Device("gpu", expected)
     monkeypatch.undo()
     assert Device.here() == CPU
+
+
+def test_only_the_thread_that_asks_for_deterministic_attention_gets_it():
+    """Otherwise programs lowered beside it ask cuDNN for two kinds of kernels, and XLA fails in their first step."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+    from jax._src.interpreters import mlir
+
+    def is_deterministic():
+        with mlir.make_ir_context():
+            shape = (1, 4, 64, 64, mlir.dtype_to_ir_type(jnp.dtype("bfloat16")), 1.0)
+            how = (fused.MaskType.CAUSAL, fused.AttentionLayout.BTNH.value)
+            config = fused.create_dot_product_attention_backend_config_base(*shape, *how, is_bwd=True)
+        return "force_deterministic" in config["cudnn_fmha_backend_config"]
+
+    with ThreadPoolExecutor(1) as other_thread:
+        with deterministic_attention():
+            assert is_deterministic() and not other_thread.submit(is_deterministic).result()
+        assert not is_deterministic()
