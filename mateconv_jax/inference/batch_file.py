@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from mateconv_jax.data.text.jsonl import Document, Rejected, is_dialogue, parse_text
+from mateconv_jax.data.text.jsonl import Rejected, is_dialogue, parse_text
 from mateconv_jax.errors import UserError
 from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.inference.chat import DoesNotFit, fit
@@ -34,7 +34,7 @@ class Request:
     """
 
     location: str
-    document: Document
+    document: str | list[dict]
     record: dict
 
 
@@ -85,7 +85,7 @@ def read_requests(path: str, chat: bool = False) -> list[Request]:
     return requests
 
 
-def _document(record: dict, chat: bool) -> Document:
+def _document(record: dict, chat: bool) -> str | list[dict]:
     if "prompt" not in record:
         return record.get("history") or record["messages"]
     return [{"role": "user", "content": record["prompt"]}] if chat else record["prompt"]

@@ -313,7 +313,7 @@ def clean_texts(chunks: Iterable[Chunk], options: PrepareOptions, unreadable: Un
                 if isinstance(piece, str):
                     yield piece
                 else:
-                    yield from (f"{message['role']}\n{message['content']}" for message in piece)
+                    yield from (f"{message['role']}\n{message['content']}" for message in piece.messages)
     if unreadable:
         unreadable.finish()
 

@@ -64,7 +64,7 @@ class DataProcessor:
                 codes = seen.mark(cleaned.keys)
                 for i in np.flatnonzero(codes == duplicates.KEPT):
                     for piece in cleaned.documents[i]:
-                        record = {"text": piece} if isinstance(piece, str) else {"messages": piece}
+                        record = {"text": piece} if isinstance(piece, str) else {"messages": piece.messages}
                         cleaned_file.write(json.dumps(record, ensure_ascii=False) + "\n")
                         counts["documents"] += 1
                 for reject in worker.rejects_of(cleaned, codes):

@@ -30,6 +30,7 @@ from mateconv_jax.data.rows import starts_after_end
 from mateconv_jax.data.shards import RowFormat, token_dtype, write_shard
 from mateconv_jax.data.text import duplicates
 from mateconv_jax.data.text.cleaning import Cleaner, control_token_pattern
+from mateconv_jax.data.text.dialogue import Dialogue
 from mateconv_jax.data.text.jsonl import Document, Rejected, parse_line, parse_text
 from mateconv_jax.data.text.sources import Chunk
 from mateconv_jax.errors import UserError
@@ -235,9 +236,9 @@ class ChunkWriter:
         """{document: token ids} of the dialogues that are kept. What the chat template refuses becomes a reject."""
         found = {}
         for i in np.flatnonzero(codes == duplicates.KEPT).tolist():
-            if isinstance(messages := chunk.documents[i][0], list):
+            if isinstance(dialogue := chunk.documents[i][0], Dialogue):
                 try:
-                    ids, reason = self._encode_chat(messages), "the chat template writes nothing for these messages"
+                    ids, reason = self._encode_chat(dialogue), "the chat template writes nothing for these messages"
                 except UserError as error:
                     ids, reason = [], str(error).removeprefix("chat: ")
                 if ids:
@@ -272,7 +273,7 @@ class ChunkWriter:
         write_shard(path, rows, self._format)
         n_bytes = path.stat().st_size
         texts = [piece for piece in pieces if isinstance(piece, str)]
-        texts += [message["content"] for piece in pieces if isinstance(piece, list) for message in piece]
+        texts += [message["content"] for piece in pieces if isinstance(piece, Dialogue) for message in piece.messages]
         n_rows = len(rows["length"])
         statistics.add_documents(split, texts, lengths, tokens, n_rows, n_bytes)
         return {"rows": n_rows, "bytes": n_bytes}
@@ -293,14 +294,14 @@ class ChunkWriter:
                 else:
                     yield next(encoded)
 
-    def _encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def _encode_chat(self, dialogue: Dialogue) -> list[int]:
         # They import transformers, 2 s: only where there are dialogues.
         from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
         from mateconv_jax.data.tokenizer.chat import encode_chat
 
         if self._chat_tokenizer is None:
             self._chat_tokenizer = tokenizer_lib.load(self._tokenizer_folder, "--tokenizer")
-        return encode_chat(self._chat_tokenizer, messages, add_generation_prompt=False)
+        return encode_chat(self._chat_tokenizer, dialogue.messages, add_generation_prompt=False)
 
 
 def _batches(pieces: list[Document | np.ndarray]) -> Iterator[list[Document | np.ndarray]]:

@@ -91,8 +91,9 @@ class Cleaner:
         if isinstance(document, str):
             document = text = self._mend(document, changed)
         else:
-            document = [{**message, "content": self._mend(message["content"], changed)} for message in document]
-            text = "\n".join(message["content"] for message in document)
+            messages = [{**message, "content": self._mend(message["content"], changed)} for message in document.messages]
+            document = dataclasses.replace(document, messages=messages)
+            text = "\n".join(message["content"] for message in messages)
         self._check(text, splittable=isinstance(document, str))
         return document, changed
 

@@ -46,7 +46,7 @@ def document_text(document: Document) -> str:
     """What is compared: the text, or a dialogue's roles and contents."""
     if isinstance(document, str):
         return document
-    return "\n".join(part for message in document for part in (message["role"], message["content"]))
+    return "\n".join(part for message in document.messages for part in (message["role"], message["content"]))
 
 
 class SeenKeys:

@@ -2,8 +2,9 @@
 
 import orjson
 
-# Plain text, or a dialogue: [{"role": "user" | "assistant" | "system", "content": text}, …]
-Document = str | list[dict[str, str]]
+from mateconv_jax.data.text.dialogue import Dialogue
+
+Document = str | Dialogue
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -37,7 +38,7 @@ def parse_line(line: bytes, text_key: str) -> Document:
         messages = record["messages"]
         if not is_dialogue(messages):
             raise Rejected("no_text", '"messages" is not a list of {"role": text, "content": text}')
-        return [{"role": message["role"], "content": message["content"]} for message in messages]
+        return Dialogue([{"role": message["role"], "content": message["content"]} for message in messages])
     if text_key in record:
         return _text(record, text_key)
     if "prompt" in record and "response" in record:
@@ -63,7 +64,7 @@ def parse_text(record: bytes) -> str:
 
 
 def _exchange(question: str, answer: str) -> Document:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return Dialogue([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
 
 
 def _text(record: dict, key: str) -> str:

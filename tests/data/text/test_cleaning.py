@@ -5,6 +5,7 @@ from hypothesis import given, strategies as st
 
 from mateconv_jax.data.text import cleaning
 from mateconv_jax.data.text.cleaning import Cleaner, CleaningOptions, control_token_pattern
+from mateconv_jax.data.text.dialogue import Dialogue
 from mateconv_jax.data.text.jsonl import Rejected
 from mateconv_jax.errors import UserError
 
@@ -63,10 +64,10 @@ def test_what_passes_the_filters():
 
 
 def test_a_dialogue_is_cleaned_turn_by_turn_and_never_split():
-    turns = [{"role": "user", "content": "你好\r\n"}, {"role": "assistant", "content": "好\x00"}]
+    turns = Dialogue([{"role": "user", "content": "你好\r\n"}, {"role": "assistant", "content": "好\x00"}])
     cleaner = Cleaner(CleaningOptions(max_chars=4), PATTERN)
     document, changed = cleaner.clean(turns)
-    assert [turn["content"] for turn in document] == ["你好", "好"] and changed == {"whitespace", "control_characters"}
+    assert [turn["content"] for turn in document.messages] == ["你好", "好"] and changed == {"whitespace", "control_characters"}
     assert cleaner.pieces(document) == [document]
     with pytest.raises(Rejected, match="at most 3"):
         Cleaner(CleaningOptions(max_chars=3), PATTERN).clean(turns)

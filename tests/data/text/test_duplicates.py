@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from mateconv_jax.data.text import duplicates
+from mateconv_jax.data.text.dialogue import Dialogue
 from mateconv_jax.data.text.duplicates import DUPLICATE, KEPT, NEAR_DUPLICATE, SeenKeys
 
 
@@ -42,7 +43,7 @@ def test_memory_is_eight_bytes_a_key():
 def test_exact_keys():
     assert duplicates.text_key("长江") == duplicates.text_key("长江") != duplicates.text_key("长江。")
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert duplicates.document_text(turns) != duplicates.document_text(turns[::-1])
+    assert duplicates.document_text(Dialogue(turns)) != duplicates.document_text(Dialogue(turns[::-1]))
 
 
 def shares_a_band(a, b, threshold):
