@@ -37,6 +37,7 @@ from mateconv_jax.data.build.unreadable import UnreadableInputs
 from mateconv_jax.data.build.worker import ChunkWriter, InputCounts
 from mateconv_jax.data.shards import VERSION
 from mateconv_jax.data.text import duplicates, sources as sources_lib
+from mateconv_jax.data.text.dialogue import Dialogue, other_texts
 from mateconv_jax.data.text.sources import Chunk, Part, Source
 from mateconv_jax.errors import UserError
 
@@ -312,8 +313,9 @@ def clean_texts(chunks: Iterable[Chunk], options: PrepareOptions, unreadable: Un
             for piece in document:
                 if isinstance(piece, str):
                     yield piece
-                else:
+                elif isinstance(piece, Dialogue):
                     yield from (f"{message['role']}\n{message['content']}" for message in piece.messages)
+                    yield from other_texts(piece)
     if unreadable:
         unreadable.finish()
 

@@ -15,7 +15,7 @@ import dataclasses
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from hashlib import blake2b
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from mateconv_jax.data.shards import RowFormat, token_dtype, write_shard
 from mateconv_jax.data.text import duplicates
 from mateconv_jax.data.text.cleaning import Cleaner, control_token_pattern
 from mateconv_jax.data.text.dialogue import Dialogue, texts as texts_of
-from mateconv_jax.data.text.jsonl import Document, Parsed, parse_line, parse_text
+from mateconv_jax.data.text.jsonl import Document, parse_line, parse_text
 from mateconv_jax.data.text.rejected import Rejected
 from mateconv_jax.data.text.sources import Chunk
 from mateconv_jax.errors import UserError
@@ -124,10 +124,10 @@ def read_chunk(chunk: Chunk, options: PrepareOptions, special_tokens: tuple[str,
                 if part.source.format == "bin":
                     pieces, key = _token_ids_of(record, vocab_size)
                 else:
-                    parsed = _parse(record, part.source.format, options)
-                    result.statistics.schemas[parsed.schema] += 1
-                    result.statistics.ignored_fields.update(parsed.dropped)
-                    pieces, key, changed, text = _document_of(parsed.document, cleaner, options)
+                    parsed, schema, dropped = _parse(record, part.source.format, options)
+                    result.statistics.schemas[schema] += 1
+                    result.statistics.ignored_fields.update(dropped)
+                    pieces, key, changed, text = _document_of(parsed, cleaner, options)
                     result.statistics.control_tokens_as_text += any(token in text for token in special_tokens)
                     cleaned.update(changed, split=len(pieces) > 1)
             except Rejected as error:
@@ -153,8 +153,10 @@ def _token_ids_of(record: bytes, vocab_size: int) -> tuple[Sequence[np.ndarray],
     return [ids], [int.from_bytes(blake2b(record, digest_size=8).digest(), "little")]
 
 
-def _parse(record: bytes, format: str, options: PrepareOptions) -> Parsed:
-    return Parsed(parse_text(record)) if format == "txt" else parse_line(record, options.text_key, options.ignore_fields)
+def _parse(record: bytes, format: str, options: PrepareOptions) -> tuple[Document, str, Set[str]]:
+    if format == "txt":
+        return parse_text(record), "text", frozenset()
+    return parse_line(record, options.text_key, options.ignore_fields)
 
 
 def _document_of(

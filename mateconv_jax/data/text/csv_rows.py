@@ -1,8 +1,8 @@
 """CSV and TSV files as lines of JSON, one a row: {column: text}.
 
-A quote in a quoted field is doubled, and a backslash is a backslash (RFC 4180). In some files a backslash escapes: those that write
-\\" for a quote, and MateConv's sft_data*.csv, where pandas' `escapechar` doubled every backslash. The header and the row itself tell
-which it is, so that text with backslashes, such as LaTeX, stays as it is everywhere else.
+A quote in a quoted field is doubled, and a backslash is a backslash (RFC 4180). In some files a backslash escapes: those that
+write \\" for a quote, and MateConv's sft_data*.csv, where pandas' `escapechar` doubled every backslash. The header and the row
+tell which it is, so that text with backslashes, such as LaTeX, stays as it is everywhere else.
 """
 
 import csv
@@ -82,7 +82,7 @@ class _Reader:
         return next(self._as_text)
 
     def row(self, n_columns: int, doubled: bool) -> list[str]:
-        """The next row. `doubled`: the file's writer doubled every backslash; a lone one shows that it did not write this row."""
+        """The next row. `doubled`: the file's writer doubled every backslash; a row with a lone one is not by it."""
         first, other = (self._as_escape, self._as_text) if doubled else (self._as_text, self._as_escape)
         error, row = None, []
         try:

@@ -35,16 +35,19 @@ def as_record(dialogue: Dialogue) -> dict:
 
 
 def texts(dialogue: Dialogue) -> list[str]:
-    """Everything that people wrote and a chat template may write, but the roles: contents, reasoning, names, and the keys and
-    texts in tool calls and tools.
-    """
-    found = []
-    for message in dialogue.messages:
-        for field, value in message.items():
-            if field != "role":
-                found.extend([value] if isinstance(value, str) else _texts_in(value))
-    found.extend(_texts_in(dialogue.tools))
-    return found
+    """Everything that people wrote and a chat template may write, but the roles."""
+    return [message["content"] for message in dialogue.messages] + other_texts(dialogue)
+
+
+def other_texts(dialogue: Dialogue) -> list[str]:
+    """Those of the `texts` that are no content: reasoning, names, and the keys and texts in tool calls and tools."""
+    return [
+        text
+        for message in [*dialogue.messages, {"tools": dialogue.tools}]
+        for field, value in message.items()
+        if field not in ("role", "content")
+        for text in _texts_in(value)
+    ]
 
 
 def _texts_in(value) -> Iterator[str]:
