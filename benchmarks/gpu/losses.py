@@ -4,6 +4,7 @@ Trains the base model on the batches that `train` would read, without writing a 
 """
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -21,8 +22,7 @@ def main(args) -> None:
     from mateconv_jax.training.batches import RowBatches
     from mateconv_jax.training.open_data import DataOptions, open_data
 
-    # A learning rate at which the loss falls within 50 steps.
-    training = dict(dtype=args.dtype, max_steps=args.steps, learning_rate=1e-3, warmup_steps=10)
+    training = dict(dtype=args.dtype, max_steps=args.steps, warmup_steps=10)
     config = Case("", {}, args.rows, 512).config(args.dry_run, **training)
     config.data.train_data_path = args.data
     data = config.data
@@ -31,6 +31,9 @@ def main(args) -> None:
     run = setup.build(config, setup.model_config(config), mesh, args.steps)
     batches = RowBatches(rows, setup.batch_shape(config), config.training.seed, data.shuffle, data.num_workers, mesh)
     state, losses = run.fresh_state(), []
+    if args.round_weights:
+        rounded = jax.tree.map(lambda p: p.astype(args.round_weights).astype(p.dtype), state.params)
+        state = dataclasses.replace(state, params=rounded)
     for step in range(args.steps):
         state, metrics = run.train_step(state, batches(step, state.params))
         losses.append(metrics["train/loss"])
@@ -45,5 +48,6 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--platform")
+    parser.add_argument("--round_weights", metavar="DTYPE", help="round the initial weights to it once")
     parser.add_argument("--dry_run", action="store_true")
     main(parser.parse_args())

@@ -4,6 +4,9 @@ Dimensions in names: B batch, S sequence, T cached positions, D model, H query h
 N head_dim, F feed-forward, V vocabulary, L layers. Weights are (out, in), as in PyTorch.
 """
 
+import contextlib
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -102,6 +105,20 @@ def gradients_together(args):
 gradients_together.defvjp(lambda args: (args, None), lambda _, g: (jax.lax.optimization_barrier(g),))
 
 
+def float32_is_float32(method):
+    """Compute the matmuls of a float32 model in float32: by default, NVIDIA GPUs round their operands to TF32, whose mantissa
+    has 10 bits. JAX_DEFAULT_MATMUL_PRECISION=tensorfloat32 allows that again, as torch.backends.cuda.matmul.allow_tf32 does.
+    """
+
+    @functools.wraps(method)
+    def with_precision(self, *args, **kwargs):
+        is_plain = self.c.dtype == jnp.float32 and jax.config.jax_default_matmul_precision is None
+        with jax.default_matmul_precision("highest") if is_plain else contextlib.nullcontext():
+            return method(self, *args, **kwargs)
+
+    return with_precision
+
+
 class Transformer(nnx.Module):
     """The language model. Parameters are fp32, activations c.dtype. Layers are unrolled, each with its own arrays, because
     scanning over stacked weights made cached decoding on the CPU 1.6 to 4 times slower.
@@ -129,6 +146,7 @@ class Transformer(nnx.Module):
         """
         return self.logits_and_routing(tokens_BS, documents_BS, dropout_key_B, remat)[0]
 
+    @float32_is_float32
     def logits_and_routing(self, tokens_BS, documents_BS=None, dropout_key_B=None, remat: str = "none", is_real_BS=None):
         """Returns (logits as above, moe.Routing of the tokens where is_real_BS, each array (L, …); None without experts)."""
         positions_BS = None  # 0, 1, 2 …
@@ -154,6 +172,7 @@ class Transformer(nnx.Module):
             routings.append(routing)
         return self._logits(self.norm(x_BSD)), jax.tree.map(lambda *layers: jnp.stack(layers), *routings)
 
+    @float32_is_float32
     def cached(self, tokens_BS, start_B, last_B, kv_cache: KVCache):
         """Read S more tokens into the cache: a prefill (S = the prompts' bucket) or a decode step (S = 1).
 

@@ -1,3 +1,6 @@
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,3 +108,22 @@ def test_bfloat16_computes_in_bfloat16_from_float32_parameters():
     assert halves.dtype == jnp.bfloat16 and model.embedding_VD[...].dtype == jnp.float32
     reference = logits(make_model(scale=1.0), tokens_BS)
     np.testing.assert_allclose(halves.astype(jnp.float32), reference, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype, precisions", [("float32", {"[HIGHEST, HIGHEST]"}), ("bfloat16", {"[DEFAULT, DEFAULT]"})])
+def test_float32_means_float32(dtype, precisions):
+    """At default precision, NVIDIA GPUs round fp32 operands to TF32: in the model, in its gradient, and in decoding."""
+    c = dataclasses.replace(llama.model_config(attention="xla"), dtype=jnp.dtype(dtype), platform="gpu")
+    graph, params = abstract_model(c)
+    tokens_BS, last_B = jax.ShapeDtypeStruct((2, 64), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
+
+    def loss(params, tokens_BS):
+        return jnp.sum(nnx.merge(graph, params)(tokens_BS).astype(jnp.float32))
+
+    def decode(params, tokens_BS, last_B):
+        return nnx.merge(graph, params).cached(tokens_BS, last_B, last_B, make_kv_cache(c, 2, 128))
+
+    for lowered in (jax.jit(jax.grad(loss)).lower(params, tokens_BS), jax.jit(decode).lower(params, tokens_BS, last_B)):
+        text = lowered.as_text()
+        assert set(re.findall(r"dot_general.*precision = (\[\w+, \w+\])", text)) == precisions
+        assert text.count("dot_general") == len(re.findall(r"dot_general.*precision = ", text))
