@@ -126,7 +126,8 @@ def read_chunk(chunk: Chunk, options: PrepareOptions, special_tokens: tuple[str,
                 else:
                     parsed, schema, dropped = _parse(record, part.source.format, options)
                     result.statistics.schemas[schema] += 1
-                    result.statistics.ignored_fields.update(dropped)
+                    if dropped:
+                        result.statistics.ignored_fields.update(dropped)
                     pieces, key, changed, text = _document_of(parsed, cleaner, options)
                     result.statistics.control_tokens_as_text += any(token in text for token in special_tokens)
                     cleaned.update(changed, split=len(pieces) > 1)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import orjson
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Excel writes one
 MATECONV_COLUMNS = {"history", "q", "a"}
 Line = tuple[bytes, int]  # without its line feed, and its bytes; empty where it is longer than a row may be
 
@@ -41,7 +42,9 @@ class _Lines:
     def __next__(self) -> str:
         if self.taken == len(self._held):
             line, size = next(self._lines)
-            self._held.append((line.decode(errors="surrogateescape") + "\n", size))
+            if self.first == 1 and not self._held:
+                line = line.removeprefix(BYTE_ORDER_MARK)
+            self._held.append((line.decode(errors="surrogateescape") + "\n", size + 1))
         line, size = self._held[self.taken]
         self.taken += 1
         self._bytes += size
@@ -129,14 +132,16 @@ def rows(lines: Iterator[Line], delimiter: str, longest: int) -> Iterator[tuple[
         except StopIteration:
             return
         except (csv.Error, _TooLong) as error:
-            yield source.first, _reject(error, source, longest)
-            if not header:
-                return
-            continue
+            rule, reason = _reject(error, source, longest)
+            if header:
+                yield source.first, (rule, reason)
+                continue
+            yield source.first, ("broken_file", f"the row of column names is {reason}")
+            return
         if not source.text().strip():
             continue
-        if not header:
-            header = [name.removeprefix("\ufeff") for name in row]
+        elif not header:
+            header = row
             if twice := {name for name in header if name and header.count(name) > 1}:
                 yield source.first, ("broken_file", f"two columns are named {min(twice)!r}")
                 return

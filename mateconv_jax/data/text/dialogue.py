@@ -44,6 +44,7 @@ def other_texts(dialogue: Dialogue) -> list[str]:
     return [
         text
         for message in [*dialogue.messages, {"tools": dialogue.tools}]
+        if len(message) != 2  # of ordinary ones nothing is looked at
         for field, value in message.items()
         if field not in ("role", "content")
         for text in _texts_in(value)
@@ -81,11 +82,10 @@ def map_texts(dialogue: Dialogue, prose: Callable[[str], str], data: Callable[[s
             return result
         return value
 
-    messages = [
-        {
-            field: value if field == "role" else prose(value) if isinstance(value, str) else changed(value)
-            for field, value in message.items()
-        }
-        for message in dialogue.messages
-    ]
+    messages = [{**message, "content": prose(message["content"])} for message in dialogue.messages]
+    for message in messages:
+        if len(message) > 2:
+            for field, value in message.items():
+                if field not in ("role", "content"):
+                    message[field] = prose(value) if isinstance(value, str) else changed(value)
     return Dialogue(messages, changed(dialogue.tools))

@@ -6,10 +6,12 @@ import orjson
 
 from mateconv_jax.data.text import dialogue_schemas
 from mateconv_jax.data.text.dialogue import Dialogue
+from mateconv_jax.data.text.dialogue_schemas import text_of
 from mateconv_jax.data.text.rejected import Rejected
 
 Document = str | Dialogue
 
+NOTHING = frozenset()
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -36,9 +38,10 @@ def parse_line(line: bytes, text_key: str, ignore_fields: tuple[str, ...] = ()) 
         raise Rejected(rule, f"not JSON ({error})") from error
     if not isinstance(record, dict):
         raise Rejected("not_an_object", f"not a JSON object but {type(record).__name__}")
-    dropped = dialogue_schemas.drop_fields(record, ignore_fields) if ignore_fields else frozenset()
-    if record.get(text_key) is not None and record.get("messages") is None and record.get("conversations") is None:
-        return dialogue_schemas.text_of(record, text_key), "text", dropped
+    dropped = dialogue_schemas.drop_fields(record, ignore_fields) if ignore_fields else NOTHING
+    is_chat = "messages" in record and record["messages"] is not None
+    if not is_chat and ("conversations" not in record or record["conversations"] is None) and record.get(text_key) is not None:
+        return text_of(record, text_key), "text", dropped
     if found := dialogue_schemas.parse(record):
         schema, dialogue = found
         return dialogue, schema, dropped
