@@ -81,8 +81,8 @@ def parse_args(argv):
         prog=program("prepare"), description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help="files or globs: JSONL, .csv, .tsv, .txt or .bin, optionally .gz, .bz2, .xz or "
-        ".zst; - for standard input; tfds:NAME/CONFIG:SPLIT:FEATURE")  # fmt: skip
+    add("--input", nargs="+", required=True, help="files or globs: JSONL, .csv, .tsv, .txt or .bin, optionally .gz, .bz2, .xz "
+        "or .zst; - for standard input; tfds:NAME/CONFIG:SPLIT:FEATURE")  # fmt: skip
     add("--output", required=True, help="dataset folder to create")
     add("--num_workers", type=int, default=len(os.sched_getaffinity(0)), help="worker processes")
     add(

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from hashlib import blake2b
 
 import numpy as np
@@ -11,7 +11,7 @@ from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.build.statistics import Statistics
 from mateconv_jax.data.text import duplicates
 from mateconv_jax.data.text.cleaning import Cleaner, control_token_pattern
-from mateconv_jax.data.text.jsonl import Document, Parsed, parse_line, parse_text
+from mateconv_jax.data.text.jsonl import Document, parse_line, parse_text
 from mateconv_jax.data.text.rejected import Rejected
 from mateconv_jax.data.text.sources import Chunk
 
@@ -101,10 +101,11 @@ def read_chunk(chunk: Chunk, options: PrepareOptions, special_tokens: tuple[str,
                 if part.source.format == "bin":
                     pieces, key = _token_ids_of(record, vocab_size)
                 else:
-                    parsed = _parse(record, part.source.format, options)
-                    result.statistics.schemas[parsed.schema] += 1
-                    result.statistics.ignored_fields.update(parsed.dropped)
-                    pieces, key, changed, text = _document_of(parsed.document, cleaner, options)
+                    parsed, schema, dropped = _parse(record, part.source.format, options)
+                    result.statistics.schemas[schema] += 1
+                    if dropped:
+                        result.statistics.ignored_fields.update(dropped)
+                    pieces, key, changed, text = _document_of(parsed, cleaner, options)
                     result.statistics.control_tokens_as_text += any(token in text for token in special_tokens)
                     cleaned.update(changed, split=len(pieces) > 1)
             except Rejected as error:
@@ -130,8 +131,10 @@ def _token_ids_of(record: bytes, vocab_size: int) -> tuple[Sequence[np.ndarray],
     return [ids], [int.from_bytes(blake2b(record, digest_size=8).digest(), "little")]
 
 
-def _parse(record: bytes, format: str, options: PrepareOptions) -> Parsed:
-    return Parsed(parse_text(record)) if format == "txt" else parse_line(record, options.text_key, options.ignore_fields)
+def _parse(record: bytes, format: str, options: PrepareOptions) -> tuple[Document, str, Set[str]]:
+    if format == "txt":
+        return parse_text(record), "text", frozenset()
+    return parse_line(record, options.text_key, options.ignore_fields)
 
 
 def _document_of(

@@ -38,6 +38,7 @@ from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.build.unreadable import UnreadableInputs
 from mateconv_jax.data.shards import VERSION
 from mateconv_jax.data.text import duplicates, sources as sources_lib
+from mateconv_jax.data.text.dialogue import Dialogue, other_texts
 from mateconv_jax.data.text.sources import Chunk, Part, Source
 from mateconv_jax.errors import UserError
 
@@ -313,8 +314,9 @@ def clean_texts(chunks: Iterable[Chunk], options: PrepareOptions, unreadable: Un
             for piece in document:
                 if isinstance(piece, str):
                     yield piece
-                else:
+                elif isinstance(piece, Dialogue):
                     yield from (f"{message['role']}\n{message['content']}" for message in piece.messages)
+                    yield from other_texts(piece)
     if unreadable:
         unreadable.finish()
 

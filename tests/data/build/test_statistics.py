@@ -56,21 +56,21 @@ def state(statistics):
 # ---- sums ---------------------------------------------------------------------------------------------------------
 
 VOCAB = 20
+COUNTERS = ("schemas", "ignored_fields", "rejects", "cleaned")
 DOCUMENT = st.tuples(st.text(alphabet=st.characters()), st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40))
 CHUNK = st.fixed_dictionaries(
     {
         "train": st.lists(DOCUMENT, max_size=4),
         "validation": st.lists(DOCUMENT, max_size=2),
-        "rejects": st.dictionaries(st.text(), st.integers(1, 9), max_size=3),
-        "cleaned": st.dictionaries(st.text(), st.integers(1, 9), max_size=3),
+        **{counter: st.dictionaries(st.text(), st.integers(1, 9), max_size=3) for counter in COUNTERS},
     }
 )
 
 
 def of_chunk(chunk):
     statistics = Statistics(VOCAB, lines=7, bytes_in=1000)
-    statistics.rejects.update(chunk["rejects"])
-    statistics.cleaned.update(chunk["cleaned"])
+    for counter in COUNTERS:
+        getattr(statistics, counter).update(chunk[counter])
     for split in ("train", "validation"):
         if chunk[split]:
             add(statistics, split, chunk[split])
@@ -84,7 +84,7 @@ def test_merged_chunks_equal_one_pass(chunks):
         merged += of_chunk(chunk)
 
     whole = Statistics(VOCAB, lines=7 * len(chunks), bytes_in=1000 * len(chunks))
-    for key in ("rejects", "cleaned"):
+    for key in COUNTERS:
         for chunk in chunks:
             getattr(whole, key).update(chunk[key])
     for split in ("train", "validation"):
