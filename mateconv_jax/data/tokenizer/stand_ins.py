@@ -43,13 +43,10 @@ class StandIns:
     def __init__(self):
         self._sources: list[str] = []
         self._owner_of: list[tuple | None] = []  # of each number; None between two texts
+        self.owners: set[tuple] = set()  # of which characters were replaced
 
     def __len__(self) -> int:
         return len(self._owner_of)
-
-    def owners(self) -> set[tuple]:
-        """Whose characters were replaced."""
-        return {owner for owner in self._owner_of if owner is not None}
 
     def replace(self, pieces: list[str], which: int, owner: tuple) -> str:
         """The pieces joined, with every second one, from index `which`, replaced by as many stand-ins.
@@ -65,6 +62,7 @@ class StandIns:
                 pieces[i] = _all_stand_ins()[first : first + len(source)]
                 self._sources.append(source)
                 self._owner_of += [owner] * len(source)
+                self.owners.add(owner)
         self._sources.append("\0")  # a number that is not used: a run never reaches into the next text
         self._owner_of.append(None)
         return "".join(pieces)
