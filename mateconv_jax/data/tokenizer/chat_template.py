@@ -86,24 +86,37 @@ class ChatTemplate:
         """The template's text. There may be another one for dialogues with tools."""
         return self.tokenizer.get_chat_template(None, tools)
 
-    def compared(self, tools: Tools) -> tuple[re.Pattern, frozenset[str]]:
-        """What the template may look for in a text: a pattern, and words that it may compare whole texts with."""
+    def compared(self, tools: Tools) -> "Compared":
+        """What the template may look for in the texts that it is given."""
         return _compared(self.source(tools), self.control_token)
 
 
+class Compared(NamedTuple):
+    """What a template may look for in a text, as far as its string constants tell.
+
+    Attributes:
+      words: it may compare whole texts with them.
+      symbols: a pattern; it may look for them inside of a text, or split it there.
+      kept: a pattern, as one group, of these symbols and all that templates look for or change: JSON escapes quotes,
+        backslashes and control characters, and white space is trimmed at the ends of a text, and where it is split.
+    """
+
+    words: frozenset[str]
+    symbols: re.Pattern
+    kept: re.Pattern
+
+
 @functools.lru_cache(32)
-def _compared(source: str, control_token: re.Pattern) -> tuple[re.Pattern, frozenset[str]]:
-    symbols: set[str] = set()
-    words = set(ROLES)
+def _compared(source: str, control_token: re.Pattern) -> Compared:
+    words, symbols = set(ROLES), set()
     for constant in _compared_constants(source):
         if re.fullmatch(r"\w+", constant):
             words.add(constant)
         elif not constant.isspace() and not control_token.search(constant):
             symbols.add(constant)
-    alternatives = [re.escape(symbol) for symbol in sorted(symbols, key=len, reverse=True)]
-    # JSON escapes quotes, backslashes and control characters. White space is trimmed at ends, and where a text is split.
-    by_all = r'\s{2,}|\A\s|\s\Z|["\\\x00-\x1f]'
-    return re.compile(f"((?:{by_all}|" + "|".join(rf"\s?{symbol}\s?" for symbol in alternatives) + ")+)"), frozenset(words)
+    symbol = "|".join(re.escape(text) for text in sorted(symbols, key=len, reverse=True)) or r"(?!)"
+    kept = rf"((?:\s{{2,}}|\A\s|\s\Z|[\"\\\x00-\x1f]|\s?(?:{symbol})\s?)+)"
+    return Compared(frozenset(words), re.compile(symbol), re.compile(kept))
 
 
 def _compared_constants(source: str) -> Iterator[str]:
@@ -164,17 +177,37 @@ class DialogueRenderer:
         text, runs = self._marks.restore(self._template.write(messages[:n_messages], tools, add_generation_prompt))
         return Rendering(text, runs, True)
 
-    def without(self, message: int, field: str | None = None) -> str:
-        """The text of the dialogue without a message, or without one field of it; without `tools` for message -1.
+    def is_blank(self, text: str) -> bool:
+        """Whether a text says nothing: white space and what the template looks for, such as an empty think block."""
+        return not self._template.compared(self._tools).symbols.sub("", text).strip()
 
-        Raises:
-          TemplateRefuses: the template raises an error.
+    def depends_on(self, message: int, field: str, item: int) -> bool:
+        """Whether the dialogue, or its beginning up to this message, is rendered differently without an item of a field.
+
+        Of a content that is all there is, this asks for the dialogue without the message. Message -1 has the tools.
         """
+        ends = {len(self._messages), message + 1} if message >= 0 else {len(self._messages)}
+        messages, tools = self._without(message, field, item)
+        for end in ends:
+            try:
+                shorter = self._template.write(messages[: end - len(self._messages) + len(messages)], tools, False)
+            except TemplateRefuses:  # it cannot do without
+                return True
+            if shorter != self._template.write(self._messages[:end], self._tools, False):
+                return True
+        return False
+
+    def _without(self, message: int, field: str, item: int) -> tuple[list[dict], Tools]:
         if message < 0:
-            return self._template.write(self._messages, None, False)
-        rest = {key: value for key, value in self._messages[message].items() if key != field}
-        between = [rest] if field else []
-        return self._template.write([*self._messages[:message], *between, *self._messages[message + 1 :]], self._tools, False)
+            return self._messages, [tool for i, tool in enumerate(self._tools or []) if i != item] or None
+        rest = dict(self._messages[message])
+        value = rest.pop(field)
+        if isinstance(value, list) and len(value) > 1:
+            rest[field] = [value[i] for i in range(len(value)) if i != item]
+        elif field == "content":
+            rest[field] = ""
+        is_empty = not any(rest.get(key) for key in rest if key != "role")
+        return [*self._messages[:message], *([] if is_empty else [rest]), *self._messages[message + 1 :]], self._tools
 
     def generation_blocks(self) -> list[tuple[int, int]] | None:
         """Characters (start, end) of the whole that stand in {% generation %}, in order; None without such blocks.
@@ -194,11 +227,6 @@ class DialogueRenderer:
         if text != self._template.write(self._messages, self._tools, False):
             raise TemplateRefuses("learned_unclear", "the chat template writes another text with its {% generation %} blocks")
         return blocks
-
-    @property
-    def marked_texts(self) -> set[tuple]:
-        """(message, field, item) of the texts that have characters by which they can be found in a traced rendering."""
-        return self._marks.owners
 
     def token_ids(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a rendering's text, and the characters (start, end) of each token.
@@ -262,13 +290,13 @@ class DialogueRenderer:
         return self._hide([*pieces, text[end:]])
 
     def _mark(self) -> tuple[list[dict], Tools]:
-        compared, words = self._template.compared(self._tools)
+        compared = self._template.compared(self._tools)
 
         def mark(value, owner: tuple):
-            whole_words = () if owner[1] in ("content", "reasoning_content") else words
+            words = () if owner[1] in ("content", "reasoning_content") else compared.words
             return _map_texts(
                 value,
-                lambda text: text if text in whole_words else self._marks.replace(compared.split(text), 0, owner),
+                lambda text: text if text in words else self._marks.replace(compared.kept.split(text), 0, owner),
                 keys=False,
             )
 

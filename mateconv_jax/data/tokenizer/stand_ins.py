@@ -43,7 +43,6 @@ class StandIns:
     def __init__(self):
         self._sources: list[str] = []
         self._owner_of: list[tuple | None] = []  # of each number; None between two texts
-        self.owners: set[tuple] = set()  # of which characters were replaced
 
     def __len__(self) -> int:
         return len(self._owner_of)
@@ -62,7 +61,6 @@ class StandIns:
                 pieces[i] = _all_stand_ins()[first : first + len(source)]
                 self._sources.append(source)
                 self._owner_of += [owner] * len(source)
-                self.owners.add(owner)
         self._sources.append("\0")  # a number that is not used: a run never reaches into the next text
         self._owner_of.append(None)
         return "".join(pieces)
