@@ -1,5 +1,6 @@
 """Dialogues as token ids, through a tokenizer's chat template."""
 
+import bisect
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerFast
@@ -93,18 +94,18 @@ def _template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
 
 
 def _tokens_within(spans: list[tuple[int, int]], offsets: list[tuple[int, int]]) -> list[bool]:
-    """Which tokens hold a character of a span. Both are in order.
+    """Which tokens hold a character of a span.
 
-    Some tokenizers leave white space out of a token's offsets; it belongs to the token behind it. A token without
-    characters, as SentencePiece's prefix, belongs to the character behind it.
+    Some tokenizers leave white space out of a token's offsets: it belongs to the token behind it. A token of no characters,
+    as SentencePiece's prefix, belongs to the character behind it.
     """
-    learned = []
-    waiting = [*spans, (1 << 62, 1 << 62)]
-    i = end_before = 0
-    for start, end in offsets:
-        start = min(start, end_before)
-        end_before = end
-        while waiting[i][1] <= start:
-            i += 1
-        learned.append(waiting[i][0] < max(end, start + 1))
+    starts = [start for start, _ in offsets]
+    ends = [end for _, end in offsets]
+    learned = [False] * len(offsets)
+    for start, end in spans:
+        first = bisect.bisect_right(ends, start)
+        while first and offsets[first - 1] == (start, start):
+            first -= 1
+        after = max(first, min(bisect.bisect_left(ends, end) + 1, len(ends)), bisect.bisect_left(starts, end))
+        learned[first:after] = [True] * (after - first)
     return learned
