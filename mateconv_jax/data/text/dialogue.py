@@ -1,23 +1,9 @@
-"""What a dialogue is."""
+"""The texts of a dialogue."""
 
-import dataclasses
 from collections.abc import Callable, Iterator
 
+from mateconv_jax.data.dialogue import Dialogue
 from mateconv_jax.data.text.rejected import Rejected
-
-
-@dataclasses.dataclass(frozen=True)
-class Dialogue:
-    """A conversation, in the shapes that transformers' `apply_chat_template` takes.
-
-    Attributes:
-      messages: not empty; each {"role": text, "content": text}, and where there are such: "reasoning_content" (text),
-        "tool_calls" (list), "tool_call_id", "name".
-      tools: descriptions of the functions that the assistant may call, as JSON schemas.
-    """
-
-    messages: list[dict]
-    tools: list[dict] | None = None
 
 
 def is_dialogue(messages) -> bool:
