@@ -21,6 +21,7 @@ def main(args):
             key: getattr(args, key)
             for key in ("text_key", "txt_document", "seq_len", "val_fraction", "dedup", "near_threshold")
         },
+        ignore_fields=tuple(sorted(set(args.ignore_fields))),
         sizes=sources.ChunkSizes(int(args.chunk_mb * 1e6), longest_record=int(args.max_line_mb * 1e6)),
         cleaning=cleaning.CleaningOptions(
             **{field.name: getattr(args, field.name) for field in dataclasses.fields(cleaning.CleaningOptions)}
@@ -70,7 +71,7 @@ def parse_args(argv):
         prog=program("prepare"), description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help="files or globs: JSONL, .txt or .bin, optionally .gz, .bz2, .xz or "
+    add("--input", nargs="+", required=True, help="files or globs: JSONL, .csv, .tsv, .txt or .bin, optionally .gz, .bz2, .xz or "
         ".zst; - for standard input; tfds:NAME/CONFIG:SPLIT:FEATURE")  # fmt: skip
     add("--output", required=True, help="dataset folder to create")
     add("--num_workers", type=int, default=len(os.sched_getaffinity(0)), help="worker processes")
@@ -100,6 +101,7 @@ def parse_args(argv):
 
     group = parser.add_argument_group("records")
     group.add_argument("--text_key", default=rows.text_key, help="JSON key that holds the text")
+    group.add_argument("--ignore_fields", nargs="+", default=[], metavar="FIELD", help="drop these fields of lines and messages, such as tools or reasoning_content, as if they were not there")  # fmt: skip  # noqa: E501
     group.add_argument("--txt_document", choices=sources.TXT_DOCUMENTS, default=rows.txt_document, help="what counts as one document in a .txt file: a line, a block between blank lines, or the whole file")  # fmt: skip  # noqa: E501
     group.add_argument("--keep_going", action="store_true", help="use what can be read of a broken or mostly rejected input")
     group.add_argument("--max_line_mb", type=float, default=rows.sizes.longest_record / 1e6, help="reject longer records")

@@ -14,7 +14,8 @@ SPLITS = ("train", "validation")
 class PrepareOptions:
     """Everything but the input and the tokenizer that decides what the dataset's bytes are.
 
-    text_key: of a line of JSON.
+    text_key: of a line of JSON, or a column of CSV.
+    ignore_fields: of lines and messages, which are dropped unread; sorted.
     txt_document: what a document of a .txt file is, one of sources.TXT_DOCUMENTS.
     seq_len: tokens that a row trains on.
     val_fraction: share of the documents that make the validation split.
@@ -25,6 +26,7 @@ class PrepareOptions:
     """
 
     text_key: str = "text"
+    ignore_fields: tuple[str, ...] = ()
     txt_document: str = "line"
     seq_len: int = 512
     val_fraction: float = 0.01

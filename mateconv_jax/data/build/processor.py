@@ -13,6 +13,7 @@ from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.dataset import is_dataset
 from mateconv_jax.data.text import duplicates, sources
 from mateconv_jax.data.text.cleaning import CleaningOptions
+from mateconv_jax.data.text.dialogue import as_record
 from mateconv_jax.data.text.sources import ChunkSizes
 from mateconv_jax.data.tokenizer.tokenizer import SPECIAL_TOKENS
 from mateconv_jax.errors import UserError
@@ -64,7 +65,7 @@ class DataProcessor:
                 codes = seen.mark(cleaned.keys)
                 for i in np.flatnonzero(codes == duplicates.KEPT):
                     for piece in cleaned.documents[i]:
-                        record = {"text": piece} if isinstance(piece, str) else {"messages": piece.messages}
+                        record = {"text": piece} if isinstance(piece, str) else as_record(piece)
                         cleaned_file.write(json.dumps(record, ensure_ascii=False) + "\n")
                         counts["documents"] += 1
                 for reject in worker.rejects_of(cleaned, codes):

@@ -44,6 +44,8 @@ class Statistics:
     lines: int = 0  # input records read
     bytes_in: int = 0  # of input, decompressed
     control_tokens_as_text: int = 0  # documents, before deduplication, in which a control token is spelt out
+    schemas: Counter[str] = dataclasses.field(default_factory=Counter)  # dialogue schema, or text: records, before cleaning
+    ignored_fields: Counter[str] = dataclasses.field(default_factory=Counter)  # field: records that it was dropped from
     rejects: Counter[str] = dataclasses.field(default_factory=Counter)  # rule: documents that it threw away
     cleaned: Counter[str] = dataclasses.field(default_factory=Counter)  # rule: documents that it changed
     splits: dict[str, SplitCounts] = dataclasses.field(default_factory=dict)
@@ -78,6 +80,8 @@ class Statistics:
         self.lines += other.lines
         self.bytes_in += other.bytes_in
         self.control_tokens_as_text += other.control_tokens_as_text
+        self.schemas.update(other.schemas)
+        self.ignored_fields.update(other.ignored_fields)
         self.rejects.update(other.rejects)
         self.cleaned.update(other.cleaned)
         for split, counts in other.splits.items():
@@ -94,6 +98,8 @@ class Statistics:
             "lines": self.lines,
             "bytes_in": self.bytes_in,
             "control_tokens_as_text": self.control_tokens_as_text,
+            "schemas": self.schemas,
+            "ignored_fields": self.ignored_fields,
             "rejects": self.rejects,
             "cleaned": self.cleaned,
             "splits": {split: dataclasses.asdict(counts) for split, counts in self.splits.items()},
@@ -114,6 +120,8 @@ class Statistics:
         with np.load(path) as file:
             small = json.loads(str(file["small"]))
             statistics = cls(small["vocab_size"], small["lines"], small["bytes_in"], small["control_tokens_as_text"])
+            statistics.schemas.update(small.get("schemas", {}))  # absent from chunks of earlier versions
+            statistics.ignored_fields.update(small.get("ignored_fields", {}))
             statistics.rejects.update(small["rejects"])
             statistics.cleaned.update(small["cleaned"])
             statistics.splits = {split: SplitCounts(**counts) for split, counts in small["splits"].items()}
@@ -164,6 +172,8 @@ def summary(statistics: Statistics, tokenizer: "PreTrainedTokenizerFast", second
         "lines": statistics.lines,
         "bytes_in": statistics.bytes_in,
         "bytes_out": total.bytes,
+        "schemas": _most_first(statistics.schemas),
+        "ignored_fields": _most_first(statistics.ignored_fields),
         "rejects": _most_first(statistics.rejects),
         "duplicates": {"exact": statistics.rejects["duplicate"], "near": statistics.rejects["near_duplicate"]},
         "cleaned": _most_first(statistics.cleaned),
@@ -325,6 +335,10 @@ def print_table(summary: dict, folder: str | Path) -> None:
         "rejected": _by_rule(summary["rejects"], summary["lines"]),
         "cleaned": _by_rule(summary["cleaned"]),
     }
+    if summary["schemas"].keys() - {"text"}:
+        figures["schemas"] = _by_rule(summary["schemas"])
+    if summary["ignored_fields"]:
+        figures["ignored fields"] = _by_rule(summary["ignored_fields"])
     if n := summary["control_tokens_as_text"]:
         figures["control tokens"] = f"spelt out in {n:,} documents, where they stay text (see --strip_control_tokens)"
     if summary["characters"]:

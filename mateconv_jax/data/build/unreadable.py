@@ -63,7 +63,7 @@ class UnreadableInputs:
             self._check(counts)
 
     def _name(self, path: str) -> str:
-        return "*.txt" if self._one_document_files and ".txt" in Path(path).suffixes else path
+        return "*.txt" if self._one_document_files and ".txt" in Path(path.lower()).suffixes else path
 
     def _check(self, counts: InputCounts) -> None:
         if self._keep_going or not counts.broken and 2 * counts.unreadable <= counts.records:

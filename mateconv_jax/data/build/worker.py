@@ -30,8 +30,9 @@ from mateconv_jax.data.rows import starts_after_end
 from mateconv_jax.data.shards import RowFormat, token_dtype, write_shard
 from mateconv_jax.data.text import duplicates
 from mateconv_jax.data.text.cleaning import Cleaner, control_token_pattern
-from mateconv_jax.data.text.dialogue import Dialogue
-from mateconv_jax.data.text.jsonl import Document, Rejected, parse_line, parse_text
+from mateconv_jax.data.text.dialogue import Dialogue, texts as texts_of
+from mateconv_jax.data.text.jsonl import Document, Parsed, parse_line, parse_text
+from mateconv_jax.data.text.rejected import Rejected
 from mateconv_jax.data.text.sources import Chunk
 from mateconv_jax.errors import UserError
 
@@ -41,7 +42,7 @@ ENCODE_CHARACTERS = 50_000  # of text given to the tokenizer at once: 4 times as
 # Rules for records that could not be read as what they were taken for; the others are choices (cleaning, duplicates).
 UNREADABLE = {
     "broken_file", "line_too_long", "invalid_utf8", "invalid_json", "lone_surrogate", "not_an_object", "no_text",
-    "no_such_token", "chat_template",
+    "no_such_token", "chat_template", "bad_row", "bad_history", "unknown_role", "unsupported_field", "unsupported_part",
 }  # fmt: skip
 REFUSED = 255  # among the codes of duplicates: the chat template cannot write it, or a shard of it would have no target
 
@@ -123,7 +124,10 @@ def read_chunk(chunk: Chunk, options: PrepareOptions, special_tokens: tuple[str,
                 if part.source.format == "bin":
                     pieces, key = _token_ids_of(record, vocab_size)
                 else:
-                    pieces, key, changed, text = _document_of(record, part.source.format, cleaner, options)
+                    parsed = _parse(record, part.source.format, options)
+                    result.statistics.schemas[parsed.schema] += 1
+                    result.statistics.ignored_fields.update(parsed.dropped)
+                    pieces, key, changed, text = _document_of(parsed.document, cleaner, options)
                     result.statistics.control_tokens_as_text += any(token in text for token in special_tokens)
                     cleaned.update(changed, split=len(pieces) > 1)
             except Rejected as error:
@@ -149,13 +153,17 @@ def _token_ids_of(record: bytes, vocab_size: int) -> tuple[Sequence[np.ndarray],
     return [ids], [int.from_bytes(blake2b(record, digest_size=8).digest(), "little")]
 
 
+def _parse(record: bytes, format: str, options: PrepareOptions) -> Parsed:
+    return Parsed(parse_text(record)) if format == "txt" else parse_line(record, options.text_key, options.ignore_fields)
+
+
 def _document_of(
-    record: bytes, format: str, cleaner: Cleaner, options: PrepareOptions
+    parsed: Document, cleaner: Cleaner, options: PrepareOptions
 ) -> tuple[Sequence[Document], list[int], set[str], str]:
     """A document's pieces, its keys, the rules that changed it, and its text."""
-    document, changed = cleaner.clean(parse_text(record) if format == "txt" else parse_line(record, options.text_key))
+    document, changed = cleaner.clean(parsed)
     text = duplicates.document_text(document)
-    key = [duplicates.text_key(text)]
+    key = [duplicates.document_key(document)]
     if options.dedup == "near":
         key.extend(duplicates.band_keys(text, options.near_threshold).tolist())
     return cleaner.pieces(document), key, changed, text
@@ -273,7 +281,7 @@ class ChunkWriter:
         write_shard(path, rows, self._format)
         n_bytes = path.stat().st_size
         texts = [piece for piece in pieces if isinstance(piece, str)]
-        texts += [message["content"] for piece in pieces if isinstance(piece, Dialogue) for message in piece.messages]
+        texts += [text for piece in pieces if isinstance(piece, Dialogue) for text in texts_of(piece)]
         n_rows = len(rows["length"])
         statistics.add_documents(split, texts, lengths, tokens, n_rows, n_bytes)
         return {"rows": n_rows, "bytes": n_bytes}

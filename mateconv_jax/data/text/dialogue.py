@@ -1,6 +1,9 @@
 """What a dialogue is."""
 
 import dataclasses
+from collections.abc import Callable, Iterator
+
+from mateconv_jax.data.text.rejected import Rejected
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,3 +18,71 @@ class Dialogue:
 
     messages: list[dict]
     tools: list[dict] | None = None
+
+
+def is_dialogue(messages) -> bool:
+    """Whether it is a list of {"role": text, "content": text}, not empty; other keys may stand beside them."""
+
+    def is_message(message) -> bool:
+        return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+
+    return isinstance(messages, list) and bool(messages) and all(map(is_message, messages))
+
+
+def as_record(dialogue: Dialogue) -> dict:
+    """The line of JSON that `dialogue_schemas.parse` turns into this dialogue again."""
+    return {"messages": dialogue.messages} | ({"tools": dialogue.tools} if dialogue.tools else {})
+
+
+def texts(dialogue: Dialogue) -> list[str]:
+    """Everything that people wrote and a chat template may write, but the roles: contents, reasoning, names, and the keys and
+    texts in tool calls and tools.
+    """
+    found = []
+    for message in dialogue.messages:
+        for field, value in message.items():
+            if field != "role":
+                found.extend([value] if isinstance(value, str) else _texts_in(value))
+    found.extend(_texts_in(dialogue.tools))
+    return found
+
+
+def _texts_in(value) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts_in(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _texts_in(item)
+
+
+def map_texts(dialogue: Dialogue, prose: Callable[[str], str], data: Callable[[str], str]) -> Dialogue:
+    """The dialogue with every one of its `texts` changed: by `data` in tool calls and tools, by `prose` elsewhere.
+
+    Raises:
+      Rejected: two keys of an object have become one.
+    """
+
+    def changed(value):
+        if isinstance(value, str):
+            return data(value)
+        if isinstance(value, list):
+            return [changed(item) for item in value]
+        if isinstance(value, dict):
+            result = {data(key): changed(item) for key, item in value.items()}
+            if len(result) < len(value):
+                raise Rejected("unsupported_field", f"keys that cleaning makes the same ({', '.join(value):.60})")
+            return result
+        return value
+
+    messages = [
+        {
+            field: value if field == "role" else prose(value) if isinstance(value, str) else changed(value)
+            for field, value in message.items()
+        }
+        for message in dialogue.messages
+    ]
+    return Dialogue(messages, changed(dialogue.tools))

@@ -1,11 +1,15 @@
-"""Dialogues through a tokenizer's chat template."""
+"""Dialogues as token ids, through a tokenizer's chat template."""
 
-import re
+from typing import NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerFast
 
-from mateconv_jax.data.tokenizer.tokenizer import encode
+from mateconv_jax.data.tokenizer import written
+from mateconv_jax.data.tokenizer.chat_template import ChatTemplate, DialogueRenderer, TemplateRefuses
+from mateconv_jax.data.tokenizer.learned import AnswerFinder
 from mateconv_jax.errors import UserError
+
+__all__ = ["CHAT_TEMPLATE", "ChatEncoder", "EncodedDialogue", "TemplateRefuses", "encode_chat"]
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<s>' + message['role'] + '\\n' + message['content'] + '</s>\\n' }}{% endfor %}"
@@ -13,11 +17,69 @@ CHAT_TEMPLATE = (
 )
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
-    """A dialogue through the tokenizer's chat template. Only the template's own control tokens become control ids.
+class Dialogue(Protocol):
+    """See data/text/dialogue.py."""
 
-    The template is rendered around place-holders, and what users wrote is encoded as plain text where those stood. For
-    ordinary contents the ids equal transformers' `apply_chat_template`.
+    @property
+    def messages(self) -> list[dict]: ...
+
+    @property
+    def tools(self) -> list[dict] | None: ...
+
+
+class EncodedDialogue(NamedTuple):
+    """A dialogue's tokens. `learned[i]` says whether `ids[i]` is learned as a target."""
+
+    ids: list[int]
+    learned: list[bool]
+
+
+class ChatEncoder:
+    """Encodes dialogues for training with one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, learn: str = "all"):
+        """
+        Args:
+          learn: "all" of the assistant's turns, or the "last" of a dialogue.
+
+        Raises:
+          UserError: the tokenizer has no chat template.
+        """
+        if learn not in ("all", "last"):
+            raise UserError(f"learn: {learn!r} is invalid (expected 'all' or 'last')")
+        self._template = _template(tokenizer)
+        self._answers = AnswerFinder(self._template)
+        self._learn = learn
+
+    def encode(self, dialogue: Dialogue) -> EncodedDialogue:
+        """Token ids as transformers' `apply_chat_template` gives them, and which of them are learned.
+
+        Learned is what the assistant has to write in its turns: all behind the generation prompt, up to and with the end
+        token. A token is learned if any of its characters is. Control tokens (added tokens that are special) that a text
+        of the dialogue spells out, in whatever field, are plain characters.
+
+        Raises:
+          TemplateRefuses: the template raises an error, leaves out a role or a field, or writes in a way from which
+            where answers begin and end cannot be told.
+        """
+        messages, tools = dialogue.messages, dialogue.tools or None
+        renderer = DialogueRenderer(self._template, messages, tools)
+        rendering = renderer.whole()
+        written.check(renderer, rendering, messages, tools)
+        if not rendering.text.strip():
+            raise TemplateRefuses("chat_template", "the chat template writes nothing for these messages")
+        turns = self._answers.turns(renderer, rendering, [message["role"] for message in messages], tools is not None)
+        ids, offsets = renderer.token_ids(rendering.text)
+        spans = [span for turn in (turns if self._learn == "all" else turns[-1:]) for span in turn.spans]
+        return EncodedDialogue(ids, _tokens_within(spans, offsets))
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerFast, messages: list[dict], add_generation_prompt: bool, tools: list[dict] | None = None
+) -> list[int]:
+    """A dialogue as a prompt: token ids as transformers' `apply_chat_template` gives them.
+
+    Control tokens that a text of the dialogue spells out are plain characters.
 
     Args:
       messages: [{"role": …, "content": …}, …].
@@ -26,20 +88,30 @@ def encode_chat(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str
     Raises:
       UserError: the tokenizer has no chat template, or it does not take these messages.
     """
+    renderer = DialogueRenderer(_template(tokenizer), messages, tools)
+    ids, _ = renderer.token_ids(renderer.whole(add_generation_prompt).text)
+    return ids
+
+
+def _template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
     if not tokenizer.chat_template:
         raise UserError("chat: this tokenizer has no chat template (expected one in tokenizer_config.json)")
-    contents = [message["content"] for message in messages]
-    hidden = [{**message, "content": f"\ue000{i}\ue001"} for i, message in enumerate(messages)]
-    try:
-        rendered = tokenizer.apply_chat_template(hidden, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except Exception as error:  # whatever the template raises
-        raise UserError(f"chat: the chat template does not take these messages ({error})") from error
-    assert isinstance(rendered, str)
-    ids = []
-    # re.split alternates the template's text and the numbers of the contents.
-    for i, part in enumerate(re.split("\ue000(\\d+)\ue001", rendered)):
-        if i % 2:
-            ids += encode(tokenizer, [contents[int(part)]])[0]
-        else:
-            ids += tokenizer(part, add_special_tokens=False, split_special_tokens=False)["input_ids"]
-    return ids
+    return ChatTemplate(tokenizer)
+
+
+def _tokens_within(spans: list[tuple[int, int]], offsets: list[tuple[int, int]]) -> list[bool]:
+    """Which tokens hold a character of a span. Both are in order.
+
+    Some tokenizers leave white space out of a token's offsets; it belongs to the token behind it. A token without
+    characters, as SentencePiece's prefix, belongs to the character behind it.
+    """
+    learned = []
+    waiting = [*spans, (1 << 62, 1 << 62)]
+    i = end_before = 0
+    for start, end in offsets:
+        start = min(start, end_before)
+        end_before = end
+        while waiting[i][1] <= start:
+            i += 1
+        learned.append(waiting[i][0] < max(end, start + 1))
+    return learned

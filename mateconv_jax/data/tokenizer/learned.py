@@ -1,0 +1,162 @@
+"""Which characters of a rendered dialogue are learned: what the model has to write itself.
+
+That is, in each of the assistant's turns, everything from the end of the generation prompt to the control token that ends
+the turn. Both ends are read off the template: the dialogue up to the turn, with the generation prompt, and the dialogue up
+to and with the turn are rendered and compared with the whole. Templates may write earlier turns differently in the whole
+(Qwen3 drops their reasoning), so the comparison begins at the last character of the dialogue in front of the place, which
+must be the same one in both. Where a template marks the answers itself, with {% generation %}, its marks are taken.
+"""
+
+from typing import NamedTuple
+
+from mateconv_jax.data.tokenizer.chat_template import ChatTemplate, DialogueRenderer, Rendering, TemplateRefuses
+from mateconv_jax.data.tokenizer.stand_ins import Run, common_prefix
+
+LONGEST_GAP = 500  # characters; longer ones are not remembered
+MOST_GAPS = 10_000
+
+
+class Turn(NamedTuple):
+    """Learned characters (start, end) of one of the assistant's turns, in order. The last one ends behind the end token."""
+
+    spans: list[tuple[int, int]]
+
+
+class AnswerFinder:
+    """Finds the learned characters of dialogues. What stands between two texts is looked up in renderings once, then known."""
+
+    def __init__(self, template: ChatTemplate):
+        self._template = template
+        self._known: dict[tuple, int] = {}
+
+    def turns(self, renderer: DialogueRenderer, rendering: Rendering, roles: list[str], has_tools: bool) -> list[Turn]:
+        """The assistant's turns in a rendering of the whole dialogue.
+
+        Raises:
+          TemplateRefuses: where an answer begins or ends does not follow from the template's renderings.
+        """
+        search = _Search(self._template, renderer, rendering, roles)
+        spans = []
+        for message in (i for i, role in enumerate(roles) if role == "assistant"):
+            gap = search.gap(message)
+            neighbours = roles[max(0, message - 1) : message + 2], message == 0, message == len(roles) - 1, has_tools
+            start = gap.head_start + self._remembered((repr(neighbours), gap.head), search.header, message, gap)
+            end = gap.tail_start + self._remembered((repr(neighbours), "", gap.tail), search.ending, message, gap)
+            spans.append((start, end))
+        blocks = renderer.generation_blocks()
+        if blocks is None:
+            return [Turn([span]) for span in spans]
+        return _marked_by_the_template(blocks, spans, rendering.text, self._template)
+
+    def _remembered(self, key: tuple, find, message: int, gap: "_Gap") -> int:
+        if key not in self._known:
+            found = find(message, gap)
+            if len(key[-1]) > LONGEST_GAP or len(self._known) == MOST_GAPS:
+                return found
+            self._known[key] = found
+        return self._known[key]
+
+
+class _Gap(NamedTuple):
+    """What stands around an assistant's texts: the template's, white space, and quotes.
+
+    Attributes:
+      before: the last run in front of the message.
+      last: its own last run, or `before` where it has none.
+      head, head_start: the text between `before` and its first run, and where it starts.
+      tail, tail_start: the text between `last` and the next message's first run, and where it starts.
+    """
+
+    before: Run | None
+    last: Run | None
+    head: str
+    head_start: int
+    tail: str
+    tail_start: int
+
+
+class _Search:
+    """In the renderings of one dialogue."""
+
+    def __init__(self, template: ChatTemplate, renderer: DialogueRenderer, rendering: Rendering, roles: list[str]):
+        self._control_token = template.control_token
+        self._template = template
+        self._renderer = renderer
+        self._text, self._runs, _ = rendering
+        self._roles = roles
+        self._messages = [run.owner[0] for run in self._runs]
+
+    def gap(self, message: int) -> _Gap:
+        own = [i for i, owner in enumerate(self._messages) if owner == message]
+        first = own[0] if own else sum(owner < message for owner in self._messages)
+        last = own[-1] + 1 if own else first
+        in_order = len(own) == last - first and (own or all(owner > message for owner in self._messages[first:]))
+        if not in_order:
+            raise self._unclear(message, "its text is not in one piece, or not where it is in the dialogue")
+        before = self._runs[first - 1] if first else None
+        own_last = self._runs[last - 1] if last else None
+        next_start = self._runs[last].start if last < len(self._runs) else len(self._text)
+        head_start = before.end if before else 0
+        tail_start = own_last.end if own_last else 0
+        head = self._text[head_start : self._runs[first].start if own else next_start]
+        return _Gap(before, own_last, head, head_start, self._text[tail_start:next_start], tail_start)
+
+    def header(self, message: int, gap: _Gap) -> int:
+        """How much of the head the generation prompt has already."""
+        if message == 0:
+            return self._first_header(gap)
+        prompt = self._after(message, gap.before, message, add_generation_prompt=True)
+        n = common_prefix(prompt, gap.head)
+        if any(found.end() > n for found in self._control_token.finditer(prompt)):
+            raise self._unclear(message, f"it does not begin as the generation prompt has it, {prompt!r}")
+        return n
+
+    def ending(self, message: int, gap: _Gap) -> int:
+        """Where in the tail the last control token of the message ends."""
+        is_last = message == len(self._roles) - 1
+        tail = gap.tail if is_last else self._after(message, gap.last, message + 1, add_generation_prompt=False)
+        common = tail[: common_prefix(tail, gap.tail)]
+        ends = [found.end() for found in self._control_token.finditer(common)]
+        if not ends:
+            raise self._unclear(message, f"no control token ends it (the template writes {tail!r})")
+        return ends[-1]
+
+    def _after(self, message: int, last: Run | None, n_messages: int, add_generation_prompt: bool) -> str:
+        """What stands behind `last` in the rendering of the first messages, in which it must be the last run, too."""
+        text, runs, _ = self._renderer.beginning(n_messages, add_generation_prompt)
+        if (runs[-1].after if runs else None) != (last.after if last else None):
+            raise self._unclear(message, "the template writes the dialogue up to it differently from the whole")
+        return text[runs[-1].end if runs else 0 :]
+
+    def _first_header(self, gap: _Gap) -> int:
+        """Of a dialogue that the assistant begins: what the generation prompt adds to another dialogue."""
+        question = [{"role": "user", "content": "?"}]
+        before, prompt = (self._template.write(question, None, prompt) for prompt in (False, True))
+        header = prompt[len(before) :] if prompt.startswith(before) else ""
+        found = self._control_token.search(header)
+        start = gap.head.find(header[: found.end()] if found else header)
+        n = common_prefix(header, gap.head[max(0, start) :])
+        if start < 0 or any(found.end() > n for found in self._control_token.finditer(header)):
+            raise self._unclear(0, f"it does not begin as the generation prompt has it, {header!r}")
+        return start + n if header else 0
+
+    def _unclear(self, message: int, reason: str) -> TemplateRefuses:
+        where = f"which part of message {message + 1} the assistant writes is unclear in this chat template"
+        return TemplateRefuses("learned_unclear", f"{where}: {reason}")
+
+
+def _marked_by_the_template(
+    blocks: list[tuple[int, int]], spans: list[tuple[int, int]], text: str, template: ChatTemplate
+) -> list[Turn]:
+    """The template's {% generation %} blocks, each turn's cut or extended to its end token."""
+    turns = []
+    before = 0
+    for _, end in spans:
+        own = [(start, min(stop, end)) for start, stop in blocks if before <= start < end]
+        if own:
+            last_token = max((found.start() for found in template.control_token.finditer(text, 0, end)), default=end)
+            start = own[-1][1] if not template.control_token.sub("", text[own[-1][1] : end]) else last_token
+            own = [*own, (start, end)]
+        turns.append(Turn(own))
+        before = end
+    return turns
