@@ -202,7 +202,8 @@ KEYS = [
     Key("training.resume_from", None, FREE,
         "RUN, RUN/best or RUN/checkpoints/STEP to continue from in a new out_dir.", value_type=str),
     Key("training.init_from", None, FREE,
-        "Run, Hugging Face folder, .pth or .gguf file to take the initial weights from.", value_type=str),
+        "Run, Hugging Face folder, .pth or .gguf file to take the initial weights from; its vocabulary may be smaller.",
+        value_type=str),
 
     # ---- wandb ------------------------------------------------------------------------------------------------------------
     Key("wandb.enable", False, FREE, "Log to Weights & Biases; needs `pip install wandb`."),

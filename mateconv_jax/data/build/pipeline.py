@@ -36,9 +36,10 @@ from mateconv_jax.data.build.chunk_reader import InputCounts
 from mateconv_jax.data.build.chunk_writer import ChunkWriter
 from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.build.unreadable import UnreadableInputs
+from mateconv_jax.data.dialogue import Dialogue
 from mateconv_jax.data.shards import VERSION
 from mateconv_jax.data.text import duplicates, sources as sources_lib
-from mateconv_jax.data.text.dialogue import Dialogue, other_texts
+from mateconv_jax.data.text.dialogue import other_texts
 from mateconv_jax.data.text.sources import Chunk, Part, Source
 from mateconv_jax.errors import UserError
 

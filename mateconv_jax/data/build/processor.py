@@ -11,9 +11,10 @@ from mateconv_jax import files
 from mateconv_jax.data.build import chunk_reader, pipeline, work_folder
 from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.dataset import is_dataset
+from mateconv_jax.data.dialogue import Dialogue
 from mateconv_jax.data.text import duplicates, sources
 from mateconv_jax.data.text.cleaning import CleaningOptions
-from mateconv_jax.data.text.dialogue import Dialogue, as_record
+from mateconv_jax.data.text.dialogue import as_record
 from mateconv_jax.data.text.sources import ChunkSizes
 from mateconv_jax.data.tokenizer.tokenizer import SPECIAL_TOKENS
 from mateconv_jax.errors import UserError

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from mateconv_jax.data.text.dialogue import Dialogue
+from mateconv_jax.data.dialogue import Dialogue
 from mateconv_jax.data.text.rejected import Rejected
 
 CHAT_KEYS = ("messages", "conversations")  # a record that has one of them is a dialogue, whatever else it holds

@@ -4,8 +4,8 @@ from collections.abc import Set
 
 import orjson
 
+from mateconv_jax.data.dialogue import Dialogue
 from mateconv_jax.data.text import dialogue_schemas
-from mateconv_jax.data.text.dialogue import Dialogue
 from mateconv_jax.data.text.dialogue_schemas import text_of
 from mateconv_jax.data.text.rejected import Rejected
 
