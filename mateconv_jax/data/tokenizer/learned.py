@@ -39,19 +39,24 @@ class AnswerFinder:
         spans = []
         for message in (i for i, role in enumerate(roles) if role == "assistant"):
             gap = search.gap(message)
-            neighbours = roles[max(0, message - 1) : message + 2], message == 0, message == len(roles) - 1, has_tools
-            start = gap.head_start + self._remembered((repr(neighbours), gap.head), search.header, message, gap)
-            end = gap.tail_start + self._remembered((repr(neighbours), "", gap.tail), search.ending, message, gap)
+            start = gap.head_start + self._remembered("head", gap.head, search.header, message, gap, roles, has_tools)
+            end = gap.tail_start + self._remembered("tail", gap.tail, search.ending, message, gap, roles, has_tools)
+            if start >= end:
+                raise search.unclear(message, "its end token is not behind the generation prompt")
             spans.append((start, end))
         blocks = renderer.generation_blocks()
         if blocks is None:
             return [Turn([span]) for span in spans]
         return _marked_by_the_template(blocks, spans, rendering.text, self._template)
 
-    def _remembered(self, key: tuple, find, message: int, gap: "_Gap") -> int:
+    def _remembered(self, what: str, text: str, find, message: int, gap: "_Gap", roles: list[str], has_tools: bool) -> int:
+        """`find(message, gap)`, which is the same wherever the same roles have the same text between them."""
+        first = gap.before.owner[0] if gap.before else None  # there may be messages without a run in between
+        around = tuple(roles[first + 1 if first is not None else 0 : message + 2])
+        key = (what, text, first is None, gap.last is gap.before, message == 0, message == len(roles) - 1, around, has_tools)
         if key not in self._known:
             found = find(message, gap)
-            if len(key[-1]) > LONGEST_GAP or len(self._known) == MOST_GAPS:
+            if len(text) > LONGEST_GAP or len(self._known) == MOST_GAPS:
                 return found
             self._known[key] = found
         return self._known[key]
@@ -97,7 +102,7 @@ class _Search:
             first = last = sum(len(runs) for other, runs in self._own.items() if other < message)
             in_one_piece = all(run.owner[0] > message for run in self._runs[first:])
         if not in_one_piece:
-            raise self._unclear(message, "its text is not in one piece, or not where it is in the dialogue")
+            raise self.unclear(message, "its text is not in one piece, or not where it is in the dialogue")
         before = self._runs[first - 1] if first else None
         own_last = self._runs[last - 1] if last else None
         next_start = self._runs[last].start if last < len(self._runs) else len(self._text)
@@ -113,24 +118,30 @@ class _Search:
         prompt = self._after(message, gap.before, message, add_generation_prompt=True)
         n = common_prefix(prompt, gap.head)
         if any(found.end() > n for found in self._control_token.finditer(prompt)):
-            raise self._unclear(message, f"it does not begin as the generation prompt has it, {prompt!r}")
+            raise self.unclear(message, f"it does not begin as the generation prompt ends, {prompt[-80:]!r}")
         return n
 
     def ending(self, message: int, gap: _Gap) -> int:
-        """Where in the tail the last control token of the message ends."""
-        is_last = message == len(self._roles) - 1
-        tail = gap.tail if is_last else self._after(message, gap.last, message + 1, add_generation_prompt=False)
+        """Where in the tail the control token that ends the message ends.
+
+        In the dialogue up to the message others may follow, which end the whole: Phi-3 writes `<|end|>` behind a turn, and
+        `<|endoftext|>` behind the last one.
+        """
+        if message == len(self._roles) - 1:
+            tail = gap.tail
+        else:
+            tail = self._after(message, gap.last, message + 1, add_generation_prompt=False)
         common = tail[: common_prefix(tail, gap.tail)]
-        ends = [found.end() for found in self._control_token.finditer(common)]
-        if not ends:
-            raise self._unclear(message, f"no control token ends it (the template writes {tail!r})")
-        return ends[-1]
+        end = max((found.end() for found in self._control_token.finditer(common)), default=0)
+        if not end or self._control_token.sub("", tail[end:]).strip():
+            raise self.unclear(message, f"no control token ends it (the template writes {tail[:80]!r} behind it)")
+        return end
 
     def _after(self, message: int, last: Run | None, n_messages: int, add_generation_prompt: bool) -> str:
         """What stands behind `last` in the rendering of the first messages, in which it must be the last run, too."""
         text, runs, _ = self._renderer.beginning(n_messages, add_generation_prompt)
         if (runs[-1].after if runs else None) != (last.after if last else None):
-            raise self._unclear(message, "the template writes the dialogue up to it differently from the whole")
+            raise self.unclear(message, "the template writes the dialogue up to it differently from the whole")
         return text[runs[-1].end if runs else 0 :]
 
     def _first_header(self, gap: _Gap) -> int:
@@ -142,10 +153,10 @@ class _Search:
         start = gap.head.find(header[: found.end()] if found else header)
         n = common_prefix(header, gap.head[max(0, start) :])
         if start < 0 or any(found.end() > n for found in self._control_token.finditer(header)):
-            raise self._unclear(0, f"it does not begin as the generation prompt has it, {header!r}")
+            raise self.unclear(0, f"it does not begin as the generation prompt has it, {header!r}")
         return start + n if header else 0
 
-    def _unclear(self, message: int, reason: str) -> TemplateRefuses:
+    def unclear(self, message: int, reason: str) -> TemplateRefuses:
         where = f"which part of message {message + 1} the assistant writes is unclear in this chat template"
         return TemplateRefuses("learned_unclear", f"{where}: {reason}")
 
