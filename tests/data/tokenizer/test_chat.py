@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import os
 import re
 from pathlib import Path
@@ -86,12 +87,8 @@ def encode(tokenizer, messages, tools=None, learn="all"):
 
 def learned_texts(tokenizer, encoded):
     """The stretches of learned tokens, decoded."""
-    stretches, before = [], False
-    for token, learned in zip(encoded.ids, encoded.learned, strict=True):
-        if learned:
-            stretches = [*stretches[:-1], [*stretches[-1], token]] if before else [*stretches, [token]]
-        before = learned
-    return [tokenizer.decode(stretch) for stretch in stretches]
+    stretches = itertools.groupby(zip(encoded.ids, encoded.learned, strict=True), key=lambda pair: pair[1])
+    return [tokenizer.decode([token for token, _ in stretch]) for learned, stretch in stretches if learned]
 
 
 # ---- what is learned, by hand ---------------------------------------------------------------------------------------
@@ -443,10 +440,10 @@ def test_what_a_template_does_with_contents_shows_in_ids_and_answers(content, ex
 
 def test_more_text_than_there_are_stand_ins():
     tokenizer = tokenizer_of("chatml")
-    messages = [user("</s>你" * 10_000), assistant("好" * 70_000), user("再见"), assistant("Bye")]
+    messages = [user("</s>你" * 5_000), assistant("好" * 140_000), user("再见"), assistant("Bye")]
     encoded = encode(tokenizer, messages)
     assert tokenizer.decode(encoded.ids) == tokenizer.apply_chat_template(messages, tokenize=False)
-    assert learned_texts(tokenizer, encoded) == ["好" * 70_000 + "<|im_end|>", "Bye<|im_end|>"]
+    assert learned_texts(tokenizer, encoded) == ["好" * 140_000 + "<|im_end|>", "Bye<|im_end|>"]
     with pytest.raises(TemplateRefuses, match="too many control tokens") as refusal:
         encode(tokenizer, [user("<|im_start|>" * 11_000), assistant("好")])
     assert refusal.value.rule == "control_token"
