@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks the project on this machine's GPU: correctness, resuming, memory, speed against PyTorch. About 7 minutes on an H100.
+# Checks the project on this machine's GPU: correctness, resuming, memory, speed against PyTorch. About 12 minutes on an H100.
 #   bash benchmarks/gpu.sh [--out DIR] [--part NAME …] [--dry_run]
 cd "$(dirname "$0")/.." || exit
 python=.venv/bin/python

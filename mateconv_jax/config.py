@@ -64,6 +64,12 @@ def resolve(config: ConfigDict) -> ConfigDict:
             f"model.rope_high_freq_factor: {model.rope_high_freq_factor} is not above model.rope_low_freq_factor "
             f"({model.rope_low_freq_factor})"
         )
+    if model.rope_beta_fast <= model.rope_beta_slow:
+        raise UserError(
+            f"model.rope_beta_fast: {model.rope_beta_fast} is not above model.rope_beta_slow ({model.rope_beta_slow})"
+        )
+    if model.rope_scaling == "yarn" and model.rope_theta <= 1:
+        raise UserError(f"model.rope_theta: {model.rope_theta} is not possible with rope_scaling yarn (expected more than 1)")
     if model.num_experts_per_tok > model.n_routed_experts:
         raise UserError(
             f"model.num_experts_per_tok: {model.num_experts_per_tok} is above model.n_routed_experts ({model.n_routed_experts})"

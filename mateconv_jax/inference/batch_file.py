@@ -13,7 +13,9 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from mateconv_jax.data.text.jsonl import Rejected, is_dialogue, parse_text
+from mateconv_jax.data.text.dialogue import is_dialogue
+from mateconv_jax.data.text.jsonl import parse_text
+from mateconv_jax.data.text.rejected import Rejected
 from mateconv_jax.errors import UserError
 from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.inference.chat import DoesNotFit, fit

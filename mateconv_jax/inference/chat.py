@@ -14,7 +14,9 @@ from typing import Any
 import orjson
 
 from mateconv_jax import files
-from mateconv_jax.data.text.jsonl import Rejected, is_dialogue, parse_text
+from mateconv_jax.data.text.dialogue import is_dialogue
+from mateconv_jax.data.text.jsonl import parse_text
+from mateconv_jax.data.text.rejected import Rejected
 from mateconv_jax.errors import UserError
 from mateconv_jax.generation_config import GenerationConfig
 

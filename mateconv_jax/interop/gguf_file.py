@@ -9,7 +9,6 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -21,10 +20,10 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mateconv_jax.errors import UserError
-from mateconv_jax.interop import hf_config, weight_mapping
+from mateconv_jax.interop import gguf_rope, hf_config, weight_mapping
+from mateconv_jax.interop.gguf_reader import GGUFFile
 from mateconv_jax.interop.stored_model import StoredModel, load_tokenizer
 from mateconv_jax.interop.weight_mapping import Tensor
-from mateconv_jax.model.rope import rope_frequencies
 
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen3": gguf.MODEL_ARCH.QWEN3}
 # {--dtype: (type of matrices, general.file_type)}. Norms stay float32, as llama.cpp requires.
@@ -34,9 +33,6 @@ DTYPES = {
     "bfloat16": (Type.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (Type.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
-ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's rope scaling: the divisor of each pair's frequency, (N/2,)
-# The scaling's settings, which a file does not hold; these are Llama 3.1's and 3.2's.
-LLAMA3 = dict(rope_low_freq_factor=1.0, rope_high_freq_factor=4.0, rope_original_max_seq_len=8192)
 # Values of tokenizer.ggml.token_type.
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # {in transformers: in tokenizer.ggml.*_token_id}
@@ -79,7 +75,7 @@ def open_gguf(path: Path, key: str, tokenizer: str | Path | None, n_heads: int |
     Raises:
       UserError: a damaged file, or an unsupported architecture or quantisation.
     """
-    file = _File(path, key)
+    file = GGUFFile(path, key)
     config = _configuration(file)
     return StoredModel(
         path=path,
@@ -93,54 +89,7 @@ def open_gguf(path: Path, key: str, tokenizer: str | Path | None, n_heads: int |
     )
 
 
-class _File:
-    """An open GGUF file.
-
-    Attributes:
-      path: the file.
-      tensors: {name: ReaderTensor}, memory-mapped.
-    """
-
-    def __init__(self, path: Path, key: str):
-        self.path = path
-        try:
-            self._reader = gguf.GGUFReader(path)
-        except Exception as error:  # a damaged file may raise anything
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{key}: cannot read {path} ({reason}; expected a complete GGUF file)") from error
-        self.tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        for tensor in self.tensors.values():
-            try:
-                gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[tensor.tensor_type][1]), np.uint8), tensor.tensor_type)
-            except NotImplementedError as error:
-                raise UserError(
-                    f"{path}: the tensor {tensor.name} is quantised as {tensor.tensor_type.name}, which the gguf package "
-                    "cannot read (expected F32, F16, BF16, Q8_0, Q4_0 or Q4_1)"
-                ) from error
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """A value or list of values from the file's metadata."""
-        field = self._reader.get_field(name)
-        return default if field is None else field.contents()
-
-    def number(self, name: str, default: int | float | None = None) -> int | float:
-        """A required number. A float32 becomes its shortest decimal: 1e-5, not 9.99999975e-06."""
-        value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{self.path}: {name} is {'missing' if value is None else repr(value)} (expected a number)")
-        return float(str(np.float32(value))) if isinstance(value, float) else value
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        if name not in self.tensors:
-            raise UserError(f"{self.path}: the tensor {name} is missing")
-        return tuple(int(size) for size in reversed(self.tensors[name].shape))  # GGUF lists the last axis first
-
-    def read(self, name: str) -> np.ndarray:
-        tensor = self.tensors[name]
-        return gguf.dequantize(tensor.data, tensor.tensor_type).reshape(self.shape(name))
-
-
-def _configuration(file: _File) -> ConfigDict:
+def _configuration(file: GGUFFile) -> ConfigDict:
     architecture = file.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise UserError(f"{file.path}: general.architecture is {architecture!r} (expected {' or '.join(ARCHITECTURES)})")
@@ -171,39 +120,18 @@ def _configuration(file: _File) -> ConfigDict:
         f"{architecture}.attention.value_length": config.model.head_dim,
         f"{architecture}.attention.sliding_window": 0,
         f"{architecture}.rope.dimension_count": config.model.head_dim,
-        f"{architecture}.rope.scaling.type": "none",
     }
-    for name, expected in only.items():
-        if (value := file.get(name, expected)) != expected:
-            raise UserError(f"{file.path}: {name} is {value!r} (expected {expected!r}, the only supported value)")
-    if ROPE_FACTORS not in file.tensors:
-        return config
-    factors_n = file.read(ROPE_FACTORS)
-    original = number("rope.scaling.original_context_length", LLAMA3["rope_original_max_seq_len"])
-    model |= LLAMA3 | {"rope_factor": float(factors_n.max()), "rope_original_max_seq_len": original}
-    config = hf_config.configuration(model, str(file.path))
-    expected_n = _rope_factors(config.model)
-    if factors_n.shape != expected_n.shape or not np.allclose(factors_n, expected_n, rtol=1e-4, atol=0):
-        raise UserError(
-            f"{file.path}: {ROPE_FACTORS} is not Llama 3's scaling (expected rope_type 'llama3' with low_freq_factor 1, "
-            f"high_freq_factor 4 and original_max_position_embeddings {original})"
-        )
-    return config
+    file.check_only(only)
+    return gguf_rope.read(file, architecture, config.model)
 
 
-def _rope_factors(model: ConfigDict) -> np.ndarray:
-    plain = model.copy_and_resolve_references()
-    plain.rope_factor = 1.0
-    return rope_frequencies(plain) / rope_frequencies(model)
-
-
-def _tensors(file: _File, c: ConfigDict) -> dict[str, Tensor]:
+def _tensors(file: GGUFFile, c: ConfigDict) -> dict[str, Tensor]:
     """The tensors by Hugging Face name; unknown ones keep their GGUF name."""
     hf_names = {theirs: ours for ours, theirs in _gguf_names(c).items()}
     tensors = {}
     for name in file.tensors:
         hf_name, tensor = hf_names.get(name, name), Tensor(file.shape(name), functools.partial(file.read, name))
-        if name != ROPE_FACTORS:
+        if name != gguf_rope.DIVISORS:
             tensors[hf_name] = (
                 weight_mapping.half_split(tensor, c.head_dim)
                 if hf_name.endswith(weight_mapping.ROTATED) and not c.qk_norm
@@ -219,7 +147,7 @@ def _gguf_names(c: ConfigDict) -> dict[str, str]:
     return {name: theirs for name, theirs in names.items() if theirs is not None}
 
 
-def _read_tokenizer(file: _File) -> PreTrainedTokenizerFast | None:
+def _read_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast | None:
     model, name = file.get("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre")
     if model != "gpt2" or name not in PRE_TOKENIZERS:
         problem = f"model is {model!r} (expected 'gpt2', a byte-level BPE" if model != "gpt2" else f"pre is {name!r} ("
@@ -273,17 +201,14 @@ def write_gguf(path: Path, model: StoredModel, params: nnx.State, dtype: str) ->
       dtype: of matrices, a key of DTYPES.
 
     Raises:
-      UserError: a mixture of experts; a pre-tokenizer, or rope scaling together with QK norm, that llama.cpp does not support;
-        weights that overflow float16; row lengths that q8_0 does not allow.
+      UserError: a mixture of experts; a pre-tokenizer or rope scaling that llama.cpp does not support; weights that overflow
+        float16; row lengths that q8_0 does not allow.
     """
     c, tokenizer = model.config.model, model.tokenizer
     assert tokenizer is not None  # checked by `formats.convert`
     if c.use_moe:
         raise UserError("--to: cannot be a .gguf file with model.use_moe True (write a Hugging Face folder instead)")
-    if c.qk_norm and c.rope_factor != 1:
-        raise UserError(
-            f"--to: cannot be a .gguf file with model.rope_factor {c.rope_factor} (llama.cpp's qwen3 has no rope scaling)"
-        )
+    gguf_rope.check_writable(c)
     matrix_type, file_type = DTYPES[dtype]
     writer = gguf.GGUFWriter(None, "qwen3" if c.qk_norm else "llama")
     _add_sizes(writer, path.stem, c, file_type)
@@ -297,8 +222,7 @@ def write_gguf(path: Path, model: StoredModel, params: nnx.State, dtype: str) ->
         for name, tensor in weight_mapping.to_hf(params, c).items()
     }
     if c.rope_factor != 1:
-        writer.add_rope_scaling_orig_ctx_len(c.rope_original_max_seq_len)
-        tensors[ROPE_FACTORS] = Tensor((c.head_dim // 2,), functools.partial(_rope_factors, c))
+        tensors |= gguf_rope.add_scaling(writer, c)
     types = {name: matrix_type if len(tensor.shape) > 1 else Type.F32 for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         block_size = gguf.GGML_QUANT_SIZES[types[name]][0]

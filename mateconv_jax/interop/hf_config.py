@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from mateconv_jax import config as config_lib
 from mateconv_jax.errors import UserError
+from mateconv_jax.model.rope import yarn_attention_factor
 
 # Defaults for keys missing from config.json, as in transformers' classes and MiniMind's.
 ARCHITECTURES = {
@@ -104,20 +105,53 @@ def _rope_from_hf(values: dict, model: dict, source: str) -> dict:
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     theta = rope.get("rope_theta") or values.get("rope_theta") or model.get("rope_theta", 10_000.0)
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    if rope_type not in ("default", "llama3", "yarn"):
+        raise UserError(f"{source}: rope_type is {rope_type!r} (expected 'default', 'llama3' or 'yarn')")
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise UserError(f"{source}: partial_rotary_factor is {rope['partial_rotary_factor']!r} (expected 1.0)")
     if rope_type == "default":
         return {"rope_theta": float(theta)}
-    if rope_type != "llama3":
-        raise UserError(f"{source}: rope_type is {rope_type!r} (expected 'default' or 'llama3')")
+    # transformers' order: Phi-3 has it outside the rotary settings, and that goes first.
+    key = "original_max_position_embeddings"
+    original = values.get(key) or rope.get(key) or model["max_seq_len"]
     try:
-        return {
+        scaling = _llama3_from_hf(rope) if rope_type == "llama3" else _yarn_from_hf(rope, model["max_seq_len"] / original)
+        return scaling | {
             "rope_theta": float(theta),
-            "rope_factor": float(rope["factor"]),
-            "rope_low_freq_factor": float(rope["low_freq_factor"]),
-            "rope_high_freq_factor": float(rope["high_freq_factor"]),
-            "rope_original_max_seq_len": int(rope.get("original_max_position_embeddings") or model["max_seq_len"]),
+            "rope_scaling": rope_type,
+            "rope_original_max_seq_len": int(original),
         }
     except KeyError as error:
-        raise UserError(f"{source}: the rotary settings have no {error.args[0]} (required with rope_type 'llama3')") from error
+        raise UserError(
+            f"{source}: the rotary settings have no {error.args[0]} (required with rope_type {rope_type!r})"
+        ) from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source}: cannot read the rotary settings {rope} ({error})") from error
+
+
+def _llama3_from_hf(rope: dict) -> dict:
+    return {
+        "rope_factor": float(rope["factor"]),
+        "rope_low_freq_factor": float(rope["low_freq_factor"]),
+        "rope_high_freq_factor": float(rope["high_freq_factor"]),
+    }
+
+
+def _yarn_from_hf(rope: dict, ratio: float) -> dict:
+    """As transformers' `_compute_yarn_parameters` reads them. `ratio` of the contexts stands for a factor that is null."""
+    factor = float(ratio if rope["factor"] is None else rope["factor"])
+    attention_factor = rope.get("attention_factor")
+    if attention_factor is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+        attention_factor = yarn_attention_factor(factor, rope["mscale"]) / yarn_attention_factor(factor, rope["mscale_all_dim"])
+    if factor == 1 and attention_factor not in (None, 1):
+        raise ValueError(f"attention_factor {attention_factor} needs a factor above 1")
+    return {
+        "rope_factor": factor,
+        "rope_beta_fast": float(rope.get("beta_fast") or 32),
+        "rope_beta_slow": float(rope.get("beta_slow") or 1),
+        "rope_truncate": bool(rope.get("truncate", True)),
+        "rope_attention_factor": None if attention_factor is None else float(attention_factor),
+    }
 
 
 def architecture(model: ConfigDict) -> str:
@@ -147,15 +181,7 @@ def to_hf(model: ConfigDict, dtype: str, token_ids: dict[str, int | None]) -> di
     Raises:
       UserError: transformers has no matching class.
     """
-    rope = {"rope_type": "default"}
-    if model.rope_factor != 1:
-        rope = {
-            "rope_type": "llama3",
-            "factor": model.rope_factor,
-            "low_freq_factor": model.rope_low_freq_factor,
-            "high_freq_factor": model.rope_high_freq_factor,
-            "original_max_position_embeddings": model.rope_original_max_seq_len,
-        }
+    rope = _rope_to_hf(model)
     return {
         "architectures": [architecture(model)],
         "model_type": MODEL_TYPES[architecture(model)],
@@ -167,13 +193,30 @@ def to_hf(model: ConfigDict, dtype: str, token_ids: dict[str, int | None]) -> di
         **(_experts_to_hf(model) if model.use_moe else {}),
         "initializer_range": 0.02,
         "rope_theta": model.rope_theta,
-        "rope_scaling": None if model.rope_factor == 1 else rope,
-        "rope_parameters": rope | {"rope_theta": model.rope_theta},
+        "rope_scaling": rope,
+        "rope_parameters": (rope or {"rope_type": "default"}) | {"rope_theta": model.rope_theta},
         "use_cache": True,
         **token_ids,
         "dtype": dtype,
         "torch_dtype": dtype,  # transformers 4
     }
+
+
+def _rope_to_hf(model: ConfigDict) -> dict | None:
+    """transformers' rope_scaling."""
+    if model.rope_factor == 1:
+        return None
+    settings = {
+        "rope_type": model.rope_scaling,
+        "factor": model.rope_factor,
+        "original_max_position_embeddings": model.rope_original_max_seq_len,
+    }
+    if model.rope_scaling == "llama3":
+        return settings | {"low_freq_factor": model.rope_low_freq_factor, "high_freq_factor": model.rope_high_freq_factor}
+    settings |= {"beta_fast": model.rope_beta_fast, "beta_slow": model.rope_beta_slow}
+    if model.rope_attention_factor is not None:
+        settings["attention_factor"] = model.rope_attention_factor
+    return settings if model.rope_truncate else settings | {"truncate": False}  # older versions do not know the key
 
 
 def _experts_to_hf(model: ConfigDict) -> dict:

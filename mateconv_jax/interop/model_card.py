@@ -66,7 +66,8 @@ def text(model: StoredModel, architecture: str, folder: str) -> str:
     """
     c, tokenizer = model.config.model, model.tokenizer
     assert tokenizer is not None
-    scaling = f", Llama 3's scaling by {c.rope_factor:g} beyond {c.rope_original_max_seq_len:,} positions"
+    kind = {"llama3": "Llama 3's scaling", "yarn": "YaRN's scaling"}[c.rope_scaling]
+    scaling = f", {kind} by {c.rope_factor:g} beyond {c.rope_original_max_seq_len:,} positions"
     shared = " and a shared expert" * c.n_shared_experts
     experts = f"{c.num_experts_per_tok} of {c.n_routed_experts} experts per token{shared}, SwiGLUs of size"
     about = ABOUT.format(

@@ -95,7 +95,7 @@ def from_hf(tensors: dict[str, Tensor], c, abstract_params: nnx.State, source: s
 
     def read(path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         array = np.empty(leaf.shape, leaf.dtype)
-        shapes = ours[_name(path)]
+        shapes = ours[parameter_name(path)]
         rows = array.reshape(-1, *shapes[0][1][1:])
         start = 0
         for name, shape in shapes:
@@ -109,7 +109,7 @@ def from_hf(tensors: dict[str, Tensor], c, abstract_params: nnx.State, source: s
 
 def to_hf(params: nnx.State, c) -> dict[str, Tensor]:
     """The parameters as tensors by Hugging Face name, in their dtype; without an output layer if it is tied."""
-    arrays = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    arrays = {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     tensors = {}
     for ours, shapes in mapping(c).items():
         start = 0
@@ -161,7 +161,7 @@ def n_parameters(c) -> int:
     return sum(math.prod(shape) for shapes in mapping(c).values() for _, shape in shapes)
 
 
-def _name(path) -> str:
+def parameter_name(path) -> str:
     """A leaf's path in the parameter tree as a dotted name, such as blocks.0.attention.wqkv_JND."""
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 

@@ -9,10 +9,11 @@ from mateconv_jax.model import moe
 from mateconv_jax.model.attention import backends
 from mateconv_jax.model.attention.request import Request
 from mateconv_jax.model.device import Device
+from mateconv_jax.model.rope import RotarySettings
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(RotarySettings):
     """Everything the model code needs: the shape (config.model, resolved) and how to compute (dtype, backends, platform).
 
     Attributes:
@@ -29,16 +30,10 @@ class ModelConfig:
     n_layers: int
     n_heads: int
     n_kv_heads: int
-    head_dim: int
     hidden_dim: int
     vocab_size: int
     max_seq_len: int
     norm_eps: float
-    rope_theta: float
-    rope_factor: float
-    rope_low_freq_factor: float
-    rope_high_freq_factor: float
-    rope_original_max_seq_len: int
     qk_norm: bool
     tie_word_embeddings: bool
     dropout: float

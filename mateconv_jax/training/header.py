@@ -11,6 +11,7 @@ from flax import nnx
 from mateconv_jax.data.dataset import Rows
 from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.runtime import distributed
 from mateconv_jax.training import resume
 from mateconv_jax.training.batch_shape import BatchShape
 
@@ -35,8 +36,13 @@ def log_header(
     logging.info("model: %s parameters%s, computed in %s, %s attention", f"{total:,}", of_which, c.dtype.name, c.attention)
     for reason in c.passed_over:
         logging.info("auto did not choose %s", reason)
-    rows_per_device = shape.batch_size // jax.device_count()
-    logging.info("devices: %d x %s, %d rows each", jax.device_count(), jax.devices()[0].device_kind, rows_per_device)
+    logging.info(
+        "devices: %d process%s x %d %s, %d rows each",
+        jax.process_count(), "es" * (jax.process_count() > 1), jax.local_device_count(), jax.devices()[0].device_kind,
+        shape.batch_size // jax.device_count(),
+    )  # fmt: skip
+    if idle := distributed.idle_gpus():
+        logging.warning("%d of this machine's GPUs are not used (CUDA_VISIBLE_DEVICES, or the tasks per node)", idle)
     logging.info(
         "data: %s rows of %d tokens, %s tokens per epoch; %.2f epochs in %s steps of %s tokens",
         f"{len(rows):,}", shape.seq_len, f"{len(rows) * shape.seq_len:,}",

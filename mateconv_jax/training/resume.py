@@ -10,12 +10,11 @@ from transformers import PreTrainedTokenizerFast
 
 from mateconv_jax import run_folder
 from mateconv_jax.config_keys import KEYS, OnResume
-from mateconv_jax.data.tokenizer.tokenizer import fingerprint
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop.formats import open_model
 from mateconv_jax.interop.stored_model import StoredModel
 from mateconv_jax.run_folder import Checkpoint
-from mateconv_jax.training import checkpoints as checkpoints_lib
+from mateconv_jax.training import checkpoints as checkpoints_lib, initial_weights
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
 from mateconv_jax.training.train_state import TrainState
 
@@ -77,7 +76,7 @@ def check_compatible(origin: Origin, config: ConfigDict, tokenizer: PreTrainedTo
       UserError: a key was changed that a resumed run must keep.
     """
     if origin.model is not None:
-        return _check_weights(origin.model, config, tokenizer)
+        return initial_weights.check(origin.model, config, tokenizer)
     if origin.checkpoint is None or origin.key is None:
         return []
     theirs = run_folder.read_config(origin.checkpoint.run, origin.key)
@@ -122,26 +121,9 @@ def start(origin: Origin, checkpoints: Checkpoints, init, abstract: TrainState) 
     state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
     if origin.model is None:
         return state, Progress(), FROM_SCRATCH
-    params = origin.model.params(abstract.params)
+    params = initial_weights.read(origin.model, abstract.params)
     ema_params = None if state.ema_params is None else jax.tree.map(lambda x: x.copy(), params)
     return state.replace(params=params, ema_params=ema_params), Progress(), f"the weights of {origin.model.path}"
-
-
-def _check_weights(model: StoredModel, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    differences = []
-    for key in KEYS:
-        section, name = key.path.split(".")
-        if section != "model" or key.on_resume is not OnResume.FIXED:
-            continue
-        was, now = model.config.model[name], config.model[name]
-        if was == now:
-            continue
-        if name != "norm_eps" and not name.startswith("rope_"):  # those shape no array: fine-tuning may change them
-            raise UserError(f"{key.path}: {now}, but the weights in {str(model.path)!r} have {was} (expected the same)")
-        differences.append(f"the model differs from the weights' own: {key.path} was {was}, now {now}")
-    if model.tokenizer is not None and fingerprint(model.tokenizer) != fingerprint(tokenizer):
-        differences.append(f"the tokenizer of {model.path} is not the dataset's: token ids stand for other text")
-    return differences
 
 
 def make_folder(folder: Path) -> None:

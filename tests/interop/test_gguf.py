@@ -173,7 +173,9 @@ def log_prob_errors(generator: TextGenerator, llama_cpp: LlamaCpp, prompt: str, 
     return errors
 
 
-@pytest.mark.parametrize("name", ["llama, a free head_dim, untied", "llama 3", "qwen3, a free head_dim, untied"])
+@pytest.mark.parametrize(
+    "name", ["llama, a free head_dim, untied", "llama 3", "yarn", "qwen3, a free head_dim, untied", "qwen3, yarn"]
+)
 def test_llama_cpp_writes_the_same_text(name, tokenizer, tmp_path):
     model = random_model(name)
     path = write(tmp_path / "x.gguf", model.c, nnx.state(model), tokenizer)
@@ -246,12 +248,27 @@ def add(name: str, tensor: np.ndarray):
     return lambda writer: writer.add_tensor(name, tensor)
 
 
+def together(*changes):
+    return lambda writer: [change(writer) for change in changes]
+
+
+def yarn(**values):
+    values = dict(type="yarn", factor=4.0, original_context_length=64) | values
+    return together(*(put(f"llama.rope.scaling.{name}", value) for name, value in values.items()))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         (put("general.architecture", "gemma"), "general.architecture is 'gemma' (expected llama or qwen3)"),
         (put("llama.expert_count", 8), "llama.expert_count is 8 (expected 0"),
-        (put("llama.rope.scaling.type", "yarn"), "llama.rope.scaling.type is 'yarn' (expected 'none'"),
+        (put("llama.rope.scaling.type", "linear"), "llama.rope.scaling.type is 'linear' (expected 'none' or 'yarn')"),
+        (put("llama.rope.scaling.type", "yarn"), "llama.rope.scaling.factor is missing"),
+        (yarn(yarn_attn_factor=1.2), "llama.rope.scaling.yarn_attn_factor is 1.2"),
+        (yarn(yarn_log_multiplier=0.1), "llama.rope.scaling.yarn_log_multiplier is 0.1"),
+        (yarn(yarn_ext_factor=0.5), "llama.rope.scaling.yarn_ext_factor is 0.5 (expected 1.0"),
+        (yarn(yarn_beta_fast=0.5), "model.rope_beta_fast: 0.5 is not above"),
+        (together(yarn(), add("rope_freqs.weight", np.full(4, 2, np.float32))), "rope_freqs.weight beside YaRN"),
         (put("llama.rope.dimension_count", 4), "llama.rope.dimension_count is 4 (expected 8"),
         (put("split.count", 2), "split.count is 2 (expected 1"),
         (put("llama.attention.head_count", [8, 4]), "llama.attention.head_count is [8, 4] (expected a number)"),
@@ -269,7 +286,24 @@ def add(name: str, tensor: np.ndarray):
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_said(change, message, small, tmp_path):
-    reader, writer = gguf.GGUFReader(small), gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    with pytest.raises(UserError, match=re.escape(message)):
+        params_of(changed(small, change, tmp_path / "x.gguf"))
+
+
+def test_yarn_is_read_as_other_programs_write_it(small, tmp_path):
+    """llama.cpp's own saver writes every key; the context that was trained with is otherwise the context."""
+    defaults = dict(yarn_ext_factor=-1.0, yarn_attn_factor=1.0, yarn_log_multiplier=0.0, attn_factor=1.0, finetuned=True)
+    model = formats.open_model(changed(small, yarn(yarn_beta_fast=16.0, **defaults), tmp_path / "x.gguf"), "").config.model
+    assert (model.rope_scaling, model.rope_factor, model.rope_original_max_seq_len) == ("yarn", 4, 64)
+    assert (model.rope_beta_fast, model.rope_beta_slow, model.rope_attention_factor) == (16, 1, None)
+    short = together(yarn(), drop("llama.rope.scaling.original_context_length"))
+    model = formats.open_model(changed(small, short, tmp_path / "y.gguf"), "").config.model
+    assert model.rope_original_max_seq_len == model.max_seq_len
+
+
+def changed(small, change, path):
+    """A copy of the file, with a change."""
+    reader, writer = gguf.GGUFReader(small), gguf.GGUFWriter(path, "llama")
     for name, field in reader.fields.items():
         if not name.startswith("GGUF."):
             writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
@@ -280,8 +314,7 @@ def test_what_cannot_be_read_is_said(change, message, small, tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UserError, match=re.escape(message)):
-        params_of(tmp_path / "x.gguf")
+    return path
 
 
 @pytest.mark.parametrize("old, new", [("gpt2", "bert"), ("gpt-2", "gpt-9")])
@@ -315,6 +348,9 @@ def test_what_llama_cpp_has_not_is_not_written(tokenizer, dataset_folder, tmp_pa
         return str(caught.value)
 
     assert "model.rope_factor 8.0" in error(dict(qk_norm=True, rope_factor=8.0, rope_original_max_seq_len=64))
+    yarn = dict(rope_scaling="yarn", rope_factor=8.0)
+    assert "model.rope_beta_fast 16.0 (llama.cpp always uses 32.0)" in error(dict(yarn, rope_beta_fast=16.0))
+    assert "model.rope_truncate False (llama.cpp always uses True)" in error(dict(yarn, rope_truncate=False, qk_norm=True))
     assert "model.use_moe True" in error(dict(use_moe=True))
     assert "q8_0 needs rows of a multiple of 32 numbers; those of blk.0.ffn_down.weight have 200" in error(
         dict(hidden_dim=200), "q8_0"

@@ -2,19 +2,25 @@
 
 import json
 
+import numpy as np
 import pytest
 import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mateconv_jax import config as config_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop import hf_config
+from mateconv_jax.model.rope import RotarySettings, rope_attention_factor, rope_frequencies
 
 TOKENS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 LLAMA3 = dict(rope_factor=8.0, rope_low_freq_factor=2.0, rope_high_freq_factor=5.0, rope_original_max_seq_len=64)
+YARN = dict(rope_scaling="yarn", rope_factor=4.0, rope_original_max_seq_len=128)
 MODELS = {
     "base": {},
     "llama 3, untied": dict(LLAMA3, tie_word_embeddings=False, head_dim=48, n_kv_heads=2),
     "qwen3": dict(qk_norm=True, rope_theta=1e6, norm_eps=1e-6, max_seq_len=1024),
+    "yarn": dict(YARN, rope_theta=1e6, qk_norm=True, head_dim=48),
+    "yarn, every setting": dict(YARN, rope_beta_fast=16.0, rope_beta_slow=2.0, rope_truncate=False, rope_attention_factor=1.5),
 }
 LLAMA = dict(
     architectures=["LlamaForCausalLM"], hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
@@ -49,6 +55,36 @@ def test_the_keys_of_transformers_4_alone_suffice(changes):
     assert hf_config.from_hf(values, False, "x").model == model
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(factor=4.0),  # the original context is then max_position_embeddings
+        dict(factor=4.0, original_max_position_embeddings=512),
+        dict(factor=None, original_max_position_embeddings=512),
+        dict(factor=40.0, original_max_position_embeddings=4096, mscale=0.707, mscale_all_dim=0.5),
+        dict(factor=40.0, original_max_position_embeddings=4096, mscale=0.707),
+        dict(factor=8.0, original_max_position_embeddings=256, attention_factor=1.1, beta_fast=64, beta_slow=0.5),
+        dict(factor=8.0, original_max_position_embeddings=256, truncate=False),
+        dict(factor=4.0, original_max_position_embeddings=2),  # every pair turns slower than beta_slow
+    ],
+)
+@pytest.mark.parametrize("layout", ["transformers 4", "transformers 5", "outside the settings"])
+def test_yarn_is_transformers_own(settings, layout):
+    """Frequencies and attention factor, of its `_compute_yarn_parameters`."""
+    values = LLAMA | dict(max_position_embeddings=2048, head_dim=64)
+    if layout == "transformers 4":
+        values |= dict(rope_theta=5e5, rope_scaling={"type": "yarn", **settings})
+    elif layout == "transformers 5":
+        values |= dict(rope_parameters={"rope_type": "yarn", "rope_theta": 5e5, **settings})
+    else:
+        values |= dict(rope_theta=5e5, original_max_position_embeddings=1024, rope_scaling={"rope_type": "yarn", **settings})
+    theirs = transformers.LlamaConfig(**json.loads(json.dumps(values)))
+    expected_n, expected_factor = ROPE_INIT_FUNCTIONS["yarn"](theirs)
+    ours = config_lib.options(RotarySettings, hf_config.from_hf(values, False, "x").model)
+    np.testing.assert_allclose(rope_frequencies(ours), expected_n, rtol=1e-5)
+    assert rope_attention_factor(ours) == pytest.approx(expected_factor, rel=1e-6)
+
+
 def test_keys_that_are_left_out_take_the_architectures_defaults():
     llama = hf_config.from_hf(LLAMA, False, "x").model
     theirs = transformers.LlamaConfig(**LLAMA)
@@ -76,7 +112,12 @@ def test_minimind_has_norms_of_queries_and_keys_if_its_weights_do():
         (dict(attention_bias=True), "attention_bias is True"),
         (dict(mlp_bias=True), "mlp_bias is True"),
         (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
-        (dict(rope_scaling={"type": "yarn", "factor": 4}), "rope_type is 'yarn'"),
+        (dict(rope_scaling={"type": "yarn"}), "no factor .required with rope_type 'yarn'"),
+        (dict(rope_scaling={"type": "yarn", "factor": "long"}), "cannot read the rotary settings .*'long'"),
+        (dict(rope_scaling={"type": "yarn", "factor": 0.5}), "model.rope_factor: 0.5 is not possible"),
+        (dict(rope_scaling={"type": "yarn", "factor": 1, "attention_factor": 2.0}), "attention_factor 2.0 needs a factor above 1"),
+        (dict(rope_scaling={"type": "yarn", "factor": 2, "beta_fast": 1}), "model.rope_beta_fast: 1.0 is not above"),
+        (dict(rope_scaling={"type": "yarn", "factor": 2, "partial_rotary_factor": 0.5}), "partial_rotary_factor is 0.5"),
         (dict(rope_scaling={"rope_type": "llama3", "factor": 4}), "no low_freq_factor"),
         (dict(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}), "rope_type is 'linear'"),
         (dict(use_sliding_window=True), "use_sliding_window is True"),

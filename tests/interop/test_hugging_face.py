@@ -19,11 +19,15 @@ from mateconv_jax.model.transformer import init_params
 
 MODELS = {
     "Llama 3, untied": dict(rope_factor=8.0, rope_original_max_seq_len=32, tie_word_embeddings=False),
+    "YaRN, untied": dict(
+        rope_scaling="yarn", rope_factor=4.0, rope_original_max_seq_len=32, rope_beta_fast=16.0, rope_truncate=False,
+        rope_attention_factor=1.3, tie_word_embeddings=False,
+    ),
     "Qwen3, a free head_dim": dict(qk_norm=True, head_dim=16, rope_theta=1e6, norm_eps=1e-6),
     "Qwen2Moe": dict(use_moe=True, n_routed_experts=3),
     "Qwen2Moe, one expert": dict(use_moe=True, num_experts_per_tok=1),
     "Qwen3Moe": dict(use_moe=True, qk_norm=True, n_shared_experts=0, head_dim=16, norm_topk_prob=False),
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,15 @@ from mateconv_jax.interop.weight_mapping import Tensor
 from mateconv_jax.model.transformer import Transformer, abstract_model
 from tests import llama
 
+YARN = dict(rope_scaling="yarn", rope_factor=4.0, rope_original_max_seq_len=64)
 MODELS = {
     "llama": dict(),
     "llama, a free head_dim, untied": dict(head_dim=12, tie_word_embeddings=False),
     "llama 3": dict(rope_factor=8.0, rope_original_max_seq_len=64),
+    "yarn": dict(YARN, rope_attention_factor=1.5, tie_word_embeddings=False),
     "qwen3": dict(qk_norm=True, rope_theta=1e6, norm_eps=1e-6),
     "qwen3, a free head_dim, untied": dict(qk_norm=True, head_dim=16, tie_word_embeddings=False),
+    "qwen3, yarn": dict(YARN, qk_norm=True, head_dim=16, tie_word_embeddings=False),
 }
 
 
@@ -29,7 +32,12 @@ def transformers_model(c, seed=0):
     """Random weights of transformers' own, its norms' too, large enough for peaked attention."""
     kind = "Qwen3" if c.qk_norm else "Llama"
     rope = {"rope_type": "default", "rope_theta": c.rope_theta}
-    if c.rope_factor != 1:
+    if c.rope_factor != 1 and c.rope_scaling == "yarn":
+        rope |= dict(
+            rope_type="yarn", factor=c.rope_factor, attention_factor=c.rope_attention_factor,
+            original_max_position_embeddings=c.rope_original_max_seq_len,
+        )  # fmt: skip
+    elif c.rope_factor != 1:
         rope |= dict(
             rope_type="llama3", factor=c.rope_factor, low_freq_factor=c.rope_low_freq_factor,
             high_freq_factor=c.rope_high_freq_factor, original_max_position_embeddings=c.rope_original_max_seq_len,

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from mateconv_jax import config as config_lib, run_folder
 from mateconv_jax.errors import UserError
-from mateconv_jax.runtime import distributed, sharding
+from mateconv_jax.runtime import sharding
 from mateconv_jax.training.preemption import RESUMABLE
 from tests.training.processes import Training
 from tests.training.runs import flags_of, losses_of, metrics_of
@@ -79,7 +79,7 @@ def assert_same_losses(folder, one):
 @pytest.mark.slow
 def test_eight_devices_give_the_losses_of_one(config, one, tmp_path, flags):
     log = start(config, tmp_path / "out", 8, flags).finish()
-    assert "devices: 8 x cpu, 1 rows each" in log
+    assert "devices: 1 process x 8 cpu, 1 rows each" in log
     assert_same_losses(tmp_path / "out", one)
 
 
@@ -106,7 +106,7 @@ def test_a_mixture_of_experts_is_split_over_devices_and_learns_the_same(config, 
 
 def test_two_processes_give_the_losses_of_one_and_the_first_alone_writes(config, one, tmp_path):
     errors = [training.finish() for training in start_two(config, tmp_path / "out")]
-    assert "devices: 8 x cpu, 1 rows each" in errors[0] and "devices:" not in errors[1]
+    assert "devices: 2 processes x 4 cpu, 1 rows each" in errors[0] and "devices:" not in errors[1]
     assert_same_losses(tmp_path / "out", one)
     assert len(metrics_of(tmp_path / "out")) == 8 and len(list((tmp_path / "out" / "tensorboard").iterdir())) == 1
 
@@ -210,31 +210,3 @@ print(json.dumps(result))
     whole, split = result["1"], result["8"]
     assert split[0] < whole[0] / 7  # parameters, EMA and both moments: an eighth, but for the norms
     assert whole[1] > 0.99 * whole[0] and split[1] > 0.95 * split[0]  # all of it donated
-
-
-# ---- how processes find each other ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "environment, arguments",
-    [
-        ({}, None),
-        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, ("a:1", 2, 1)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, ()),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, None),
-        ({"SLURM_NTASKS": "4"}, None),  # inside sbatch, but not started by srun
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, ()),
-    ],
-)
-def test_what_the_environment_says(monkeypatch, environment, arguments):
-    calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
-    monkeypatch.setattr(os, "environ", environment)
-    distributed.initialize()
-    assert calls == ([] if arguments is None else [arguments])
-
-
-def test_an_address_alone_is_an_error(monkeypatch):
-    monkeypatch.setattr(os, "environ", {"JAX_COORDINATOR_ADDRESS": "a:1"})
-    with pytest.raises(UserError, match="JAX_COORDINATOR_ADDRESS: 'a:1' requires JAX_NUM_PROCESSES"):
-        distributed.initialize()

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 END_BYTES = 1 << 16  # of each end of an input that are compared
+# Options that earlier versions lacked, with the value that means what they did.
+ADDED_OPTIONS = {"ignore_fields": [], "learn": "everything", "too_long_dialogue": "shorten"}
 
 
 def inputs(sources: list[Source]) -> list[list]:
@@ -56,7 +58,7 @@ def check_options(theirs: dict, ours: dict, what: str) -> None:
         elif key == "tokenizer_settings" and key not in theirs:  # made by an earlier version
             continue
         else:
-            difference = _difference(key, theirs.get(key), ours.get(key))
+            difference = _difference(key, theirs.get(key, ADDED_OPTIONS.get(key)), ours.get(key))
         if difference:
             raise UserError(
                 f"--output: {what} with {difference} (choose another folder, give the same options, or --overwrite)"

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from mateconv_jax.data.build.worker import InputCounts
+from mateconv_jax.data.build.chunk_reader import InputCounts
 from mateconv_jax.errors import UserError
 
 HOPELESS = 1000  # records, all of them unreadable, after which a file's end is not waited for
@@ -63,7 +63,7 @@ class UnreadableInputs:
             self._check(counts)
 
     def _name(self, path: str) -> str:
-        return "*.txt" if self._one_document_files and ".txt" in Path(path).suffixes else path
+        return "*.txt" if self._one_document_files and ".txt" in Path(path.lower()).suffixes else path
 
     def _check(self, counts: InputCounts) -> None:
         if self._keep_going or not counts.broken and 2 * counts.unreadable <= counts.records:

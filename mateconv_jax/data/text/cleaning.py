@@ -8,7 +8,9 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from mateconv_jax.data.text.jsonl import Document, Rejected
+from mateconv_jax.data.text.dialogue import map_texts, texts
+from mateconv_jax.data.text.jsonl import Document
+from mateconv_jax.data.text.rejected import Rejected
 from mateconv_jax.errors import check_values
 
 CHOICES = {  # of the rules that are words
@@ -91,9 +93,12 @@ class Cleaner:
         if isinstance(document, str):
             document = text = self._mend(document, changed)
         else:
-            messages = [{**message, "content": self._mend(message["content"], changed)} for message in document.messages]
-            document = dataclasses.replace(document, messages=messages)
-            text = "\n".join(message["content"] for message in messages)
+            document = map_texts(
+                document,
+                prose=lambda text: self._mend(text, changed),
+                data=lambda text: self._mend(text, changed, whitespace=False),  # a separator of " " is not an empty one
+            )
+            text = "\n".join(texts(document))
         self._check(text, splittable=isinstance(document, str))
         return document, changed
 
@@ -104,7 +109,7 @@ class Cleaner:
             return [document]
         return split_at_sentences(document, limit)
 
-    def _mend(self, text: str, changed: set[str]) -> str:
+    def _mend(self, text: str, changed: set[str], whitespace: bool = True) -> str:
         options = self.options
 
         def apply(rule: str, mended: str):
@@ -123,7 +128,7 @@ class Cleaner:
             ordered = _in_canonical_order(text, form)
             normal = ordered if unicodedata.is_normalized(form, ordered) else unicodedata.normalize(form, ordered)
             text = apply("unicode", normal)
-        if options.whitespace == "normalize":
+        if options.whitespace == "normalize" and whitespace:
             tidy = text
             if _UNTIDY.search(text):  # line feeds alone, none behind spaces, at most one empty line
                 tidy = re.sub(r"\r\n?", "\n", tidy)

@@ -1,17 +1,77 @@
-"""What a dialogue is."""
+"""The texts of a dialogue."""
 
-import dataclasses
+from collections.abc import Callable, Iterator
+
+from mateconv_jax.data.dialogue import Dialogue
+from mateconv_jax.data.text.rejected import Rejected
 
 
-@dataclasses.dataclass(frozen=True)
-class Dialogue:
-    """A conversation, in the shapes that transformers' `apply_chat_template` takes.
+def is_dialogue(messages) -> bool:
+    """Whether it is a list of {"role": text, "content": text}, not empty; other keys may stand beside them."""
 
-    Attributes:
-      messages: not empty; each {"role": text, "content": text}, and where there are such: "reasoning_content" (text),
-        "tool_calls" (list), "tool_call_id", "name".
-      tools: descriptions of the functions that the assistant may call, as JSON schemas.
+    def is_message(message) -> bool:
+        return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+
+    return isinstance(messages, list) and bool(messages) and all(map(is_message, messages))
+
+
+def as_record(dialogue: Dialogue) -> dict:
+    """The line of JSON that `dialogue_schemas.parse` turns into this dialogue again."""
+    return {"messages": dialogue.messages} | ({"tools": dialogue.tools} if dialogue.tools else {})
+
+
+def texts(dialogue: Dialogue) -> list[str]:
+    """Everything that people wrote and a chat template may write, but the roles."""
+    return [message["content"] for message in dialogue.messages] + other_texts(dialogue)
+
+
+def other_texts(dialogue: Dialogue) -> list[str]:
+    """Those of the `texts` that are no content: reasoning, names, and the keys and texts in tool calls and tools."""
+    return [
+        text
+        for message in [*dialogue.messages, {"tools": dialogue.tools}]
+        if len(message) != 2  # of ordinary ones nothing is looked at
+        for field, value in message.items()
+        if field not in ("role", "content")
+        for text in _texts_in(value)
+    ]
+
+
+def _texts_in(value) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts_in(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _texts_in(item)
+
+
+def map_texts(dialogue: Dialogue, prose: Callable[[str], str], data: Callable[[str], str]) -> Dialogue:
+    """The dialogue with every one of its `texts` changed: by `data` in tool calls and tools, by `prose` elsewhere.
+
+    Raises:
+      Rejected: two keys of an object have become one.
     """
 
-    messages: list[dict]
-    tools: list[dict] | None = None
+    def changed(value):
+        if isinstance(value, str):
+            return data(value)
+        if isinstance(value, list):
+            return [changed(item) for item in value]
+        if isinstance(value, dict):
+            result = {data(key): changed(item) for key, item in value.items()}
+            if len(result) < len(value):
+                raise Rejected("unsupported_field", f"keys that cleaning makes the same ({', '.join(value):.60})")
+            return result
+        return value
+
+    messages = [{**message, "content": prose(message["content"])} for message in dialogue.messages]
+    for message in messages:
+        if len(message) > 2:
+            for field, value in message.items():
+                if field not in ("role", "content"):
+                    message[field] = prose(value) if isinstance(value, str) else changed(value)
+    return Dialogue(messages, changed(dialogue.tools))

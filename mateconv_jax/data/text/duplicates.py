@@ -9,7 +9,9 @@ number of workers and a Beam GroupByKey all drop the same.
 from hashlib import blake2b
 
 import numpy as np
+import orjson
 
+from mateconv_jax.data.text.dialogue import other_texts
 from mateconv_jax.data.text.jsonl import Document
 
 KEPT, DUPLICATE, NEAR_DUPLICATE = 0, 1, 2
@@ -42,11 +44,20 @@ def band_keys(text: str, threshold: float) -> np.ndarray:
     return np.frombuffer(b"".join(keys), np.uint64)
 
 
+def document_key(document: Document) -> int:
+    """Of everything that a chat template may write of a dialogue, each where it stands."""
+    if isinstance(document, str):
+        return text_key(document)
+    written = orjson.dumps([document.messages, document.tools], option=orjson.OPT_SORT_KEYS)
+    return int.from_bytes(blake2b(written, digest_size=8).digest(), "little")
+
+
 def document_text(document: Document) -> str:
-    """What is compared: the text, or a dialogue's roles and contents."""
+    """What near duplicates are compared by: the text, or all of a dialogue's roles and texts, one a line."""
     if isinstance(document, str):
         return document
-    return "\n".join(part for message in document.messages for part in (message["role"], message["content"]))
+    turns = [part for message in document.messages for part in (message["role"], message["content"])]
+    return "\n".join(turns + other_texts(document))
 
 
 class SeenKeys:

@@ -1,4 +1,4 @@
-"""Inputs as chunks of raw records: JSONL and text files, plain or compressed, standard input, TFDS datasets, flat `.bin` files.
+"""Inputs as chunks of raw records: JSONL, CSV and text, plain or compressed, standard input, TFDS datasets, flat `.bin` files.
 
 What a chunk holds depends on the input's bytes alone, so that it means the same to any number of workers and to a later run.
 """
@@ -20,6 +20,7 @@ import numpy as np
 import orjson
 import zstandard
 
+from mateconv_jax.data.text import csv_rows
 from mateconv_jax.errors import UserError, check_values
 
 READ_BYTES = 1 << 18
@@ -33,6 +34,8 @@ DECOMPRESSORS = {
     ".xz": lambda: lzma.LZMADecompressor(memlimit=DECOMPRESSOR_BYTES),
     ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=DECOMPRESSOR_BYTES).decompressobj(),
 }
+BROKEN = (zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError)  # what data raises that cannot be decompressed
+DELIMITERS = {"csv": ",", "tsv": "\t"}
 TXT_DOCUMENTS = ("line", "blank_line", "file")  # what ends a document of a .txt file
 _ARCHIVE = re.compile(r"\.(tar|tgz|tbz2?|txz|zip|7z|rar|parquet)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
 _TFDS = re.compile(r"tfds:([^:]+):([^:\[]+(?:\[[^\]]*\])?):([^:]+)")  # the split may be a part of one, train[:10%]
@@ -43,7 +46,7 @@ class Source:
     """One input.
 
     Attributes:
-      format: jsonl, txt, tfds (each example becomes a line of JSON) or bin (token ids, uint16).
+      format: jsonl, txt, csv, tsv and tfds (each row or example becomes a line of JSON) or bin (token ids, uint16).
       size: bytes on disk; None: not known.
       modified: when it was last written, nanoseconds since 1970; None: not known.
     """
@@ -116,7 +119,7 @@ def local_files(pattern: str) -> list[tuple[str, int, int | None]]:
         try:
             status = os.stat(path)
         except OSError as error:
-            raise UserError(f"--input: no file at {path!r} (expected .jsonl, .txt or .bin files, or a glob)") from error
+            raise UserError(f"--input: no file at {path!r} (expected .jsonl, .csv, .txt or .bin files, or a glob)") from error
         if stat.S_ISDIR(status.st_mode):
             raise UserError(f"--input: {path!r} is a folder (expected files, or a glob such as {Path(path) / '*.jsonl'})")
         if not stat.S_ISREG(status.st_mode):
@@ -146,9 +149,9 @@ def find(patterns: list[str], files: Callable[[str], list[tuple[str, int, int | 
             for path, size, modified in files(pattern):
                 if archive := _ARCHIVE.search(path):
                     raise UserError(f"--input: {path!r} is a {archive[0]} file (expected JSONL or text; unpack it first)")
-                suffixes = [suffix for suffix in Path(path).suffixes if suffix not in DECOMPRESSORS]
-                kind = {".txt": "txt", ".bin": "bin"}.get((suffixes or [""])[-1], "jsonl")
-                sources.append(Source(path, kind, size, modified))
+                suffixes = [suffix for suffix in Path(path.lower()).suffixes if suffix not in DECOMPRESSORS]
+                kind = (suffixes or [""])[-1].removeprefix(".")
+                sources.append(Source(path, kind if kind in ("txt", "bin", *DELIMITERS) else "jsonl", size, modified))
     return sources
 
 
@@ -221,6 +224,8 @@ def _records(source: Source, sizes: ChunkSizes, txt_document: str, bos_eos, open
     if source.format == "bin":
         return _bin_records(source.path, bos_eos, sizes.bytes, progress)
     blocks = _tfds_lines(source.path) if source.format == "tfds" else _blocks(source.path, open_file, progress)
+    if source.format in DELIMITERS:
+        return _csv_records(blocks, DELIMITERS[source.format], sizes.longest_record)
     return _text_records(blocks, txt_document if source.format == "txt" else "line", sizes.longest_record)
 
 
@@ -253,7 +258,17 @@ def _text_records(blocks: Iterator[bytes], document: str, longest: int) -> Itera
                     start, lines, size = 0, [], 0
         if start:
             yield record()
-    except (zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError) as error:
+    except BROKEN as error:
+        yield number + 1, ("broken_file", f"cannot be decompressed further ({error})")
+
+
+def _csv_records(blocks: Iterator[bytes], delimiter: str, longest: int) -> Iterator[tuple[int, bytes | tuple[str, str]]]:
+    """As `_text_records`."""
+    number = 0
+    try:
+        for number, row in csv_rows.rows(_lines(blocks, longest), delimiter, longest):
+            yield number, row
+    except BROKEN as error:
         yield number + 1, ("broken_file", f"cannot be decompressed further ({error})")
 
 
@@ -276,7 +291,7 @@ def _lines(blocks: Iterator[bytes], longest: int) -> Iterator[tuple[bytes, int]]
 def _blocks(path: str, open_file, progress: list[int]) -> Iterator[bytes]:
     """The file's bytes, decompressed as its suffix says, in bounded blocks."""
     with sys.stdin.buffer if path == "-" else open_file(path) as file:
-        suffix = Path(path).suffix
+        suffix = Path(path).suffix.lower()
         member = None  # compressed files may be several, one behind the other
         while block := file.read(READ_BYTES):
             progress[0] += len(block)

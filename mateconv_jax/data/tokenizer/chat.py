@@ -1,10 +1,11 @@
 """Dialogues as token ids, through a tokenizer's chat template."""
 
 import bisect
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
+from mateconv_jax.data.dialogue import LEARN, Dialogue
 from mateconv_jax.data.tokenizer import written
 from mateconv_jax.data.tokenizer.chat_template import ChatTemplate, DialogueRenderer, TemplateRefuses
 from mateconv_jax.data.tokenizer.learned import AnswerFinder
@@ -18,16 +19,6 @@ CHAT_TEMPLATE = (
 )
 
 
-class Dialogue(Protocol):
-    """See data/text/dialogue.py."""
-
-    @property
-    def messages(self) -> list[dict]: ...
-
-    @property
-    def tools(self) -> list[dict] | None: ...
-
-
 class EncodedDialogue(NamedTuple):
     """A dialogue's tokens. `learned[i]` says whether `ids[i]` is learned as a target."""
 
@@ -38,16 +29,16 @@ class EncodedDialogue(NamedTuple):
 class ChatEncoder:
     """Encodes dialogues for training with one tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, learn: str = "all"):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, learn: str = "assistant"):
         """
         Args:
-          learn: "all" of the assistant's turns, or the "last" of a dialogue.
+          learn: what the "assistant" says in every turn, in the "last" one, or "everything".
 
         Raises:
           UserError: the tokenizer has no chat template.
         """
-        if learn not in ("all", "last"):
-            raise UserError(f"learn: {learn!r} is invalid (expected 'all' or 'last')")
+        if learn not in LEARN:
+            raise UserError(f"learn: {learn!r} is invalid (expected {' or '.join(LEARN)})")
         self._template = _template(tokenizer)
         self._answers = AnswerFinder(self._template)
         self._learn = learn
@@ -69,9 +60,11 @@ class ChatEncoder:
         written.check(renderer, rendering, messages, tools)
         if not rendering.text.strip():
             raise TemplateRefuses("chat_template", "the chat template writes nothing for these messages")
-        turns = self._answers.turns(renderer, rendering, [message["role"] for message in messages], tools is not None)
         ids, offsets = renderer.token_ids(rendering.text)
-        spans = [span for turn in (turns if self._learn == "all" else turns[-1:]) for span in turn.spans]
+        if self._learn == "everything":
+            return EncodedDialogue(ids, len(ids) * [True])
+        turns = self._answers.turns(renderer, rendering, [message["role"] for message in messages], tools is not None)
+        spans = [span for turn in (turns if self._learn == "assistant" else turns[-1:]) for span in turn.spans]
         return EncodedDialogue(ids, _tokens_within(spans, offsets))
 
 

@@ -15,8 +15,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 
 from mateconv_jax.data.text.dialogue import Dialogue
 from mateconv_jax.data.tokenizer import bpe, tokenizer as tokenizer_lib
-from mateconv_jax.data.tokenizer.chat import CHAT_TEMPLATE, ChatEncoder, TemplateRefuses, encode_chat
-from mateconv_jax.errors import UserError
+from mateconv_jax.data.tokenizer.chat import CHAT_TEMPLATE, ChatEncoder, encode_chat
 
 SHARED = Path(os.environ.get("MATECONV_SHARED", Path(__file__).parents[4] / "shared")) / "tokenizers"
 TEMPLATES = {path.stem: path.read_text() for path in (Path(__file__).parent / "templates").glob("*.jinja")}
@@ -81,7 +80,7 @@ def transformers_ids(tokenizer, messages, tools=None, **options):
     return tokenizer.apply_chat_template(messages, tools=tools, return_dict=False, **options)
 
 
-def encode(tokenizer, messages, tools=None, learn="all"):
+def encode(tokenizer, messages, tools=None, learn="assistant"):
     return ChatEncoder(tokenizer, learn).encode(Dialogue(messages, tools))
 
 
