@@ -14,6 +14,7 @@ from mateconv_jax.data.tokenizer.stand_ins import Run, common_prefix
 
 LONGEST_GAP = 500  # characters; longer ones are not remembered
 MOST_GAPS = 10_000
+DIFFERENT = "the template writes the dialogue up to it differently from the whole"
 
 
 class Turn(NamedTuple):
@@ -131,17 +132,19 @@ class _Search:
             tail = gap.tail
         else:
             tail = self._after(message, gap.last, message + 1, add_generation_prompt=False)
+        if not self._control_token.search(tail):
+            raise self.unclear(message, f"no control token ends it (the template writes {tail[:80]!r} behind it)")
         common = tail[: common_prefix(tail, gap.tail)]
         end = max((found.end() for found in self._control_token.finditer(common)), default=0)
         if not end or self._control_token.sub("", tail[end:]).strip():
-            raise self.unclear(message, f"no control token ends it (the template writes {tail[:80]!r} behind it)")
+            raise self.unclear(message, DIFFERENT)
         return end
 
     def _after(self, message: int, last: Run | None, n_messages: int, add_generation_prompt: bool) -> str:
         """What stands behind `last` in the rendering of the first messages, in which it must be the last run, too."""
         text, runs, _ = self._renderer.beginning(n_messages, add_generation_prompt)
         if (runs[-1].after if runs else None) != (last.after if last else None):
-            raise self.unclear(message, "the template writes the dialogue up to it differently from the whole")
+            raise self.unclear(message, DIFFERENT)
         return text[runs[-1].end if runs else 0 :]
 
     def _first_header(self, gap: _Gap) -> int:

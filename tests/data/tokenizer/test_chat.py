@@ -15,7 +15,8 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 
 from mateconv_jax.data.text.dialogue import Dialogue
 from mateconv_jax.data.tokenizer import bpe, tokenizer as tokenizer_lib
-from mateconv_jax.data.tokenizer.chat import CHAT_TEMPLATE, ChatEncoder, encode_chat
+from mateconv_jax.data.tokenizer.chat import CHAT_TEMPLATE, ChatEncoder, TemplateRefuses, encode_chat
+from mateconv_jax.errors import UserError
 
 SHARED = Path(os.environ.get("MATECONV_SHARED", Path(__file__).parents[4] / "shared")) / "tokenizers"
 TEMPLATES = {path.stem: path.read_text() for path in (Path(__file__).parent / "templates").glob("*.jinja")}
@@ -201,6 +202,8 @@ dialogues = st.lists(turns, min_size=1, max_size=3).map(lambda turns: [message f
 names = texts.map(lambda text: f"f{text}")
 answers = st.builds(str.__add__, said, st.sampled_from(["。", '"好"\n', " ok"]))
 
+beside_calls = st.one_of(answers, st.sampled_from(["", "<think>\n想\n</think>\n\n", "<think>\n\n</think>\n\n"]))
+
 
 @st.composite
 def dialogues_with_all_fields(draw):
@@ -210,7 +213,7 @@ def dialogues_with_all_fields(draw):
         messages.append(user(draw(texts)))
         for _ in range(draw(st.integers(0, 2))):
             calls = draw(st.lists(st.builds(call, names, st.dictionaries(texts, texts, max_size=2)), min_size=1, max_size=2))
-            messages += [assistant(draw(said), tool_calls=calls), *[tool(draw(texts)) for _ in calls]]
+            messages += [assistant(draw(beside_calls), tool_calls=calls), *[tool(draw(texts)) for _ in calls]]
         messages.append(assistant(draw(answers), **({"reasoning_content": draw(texts)} if draw(st.booleans()) else {})))
     tools = [
         {"type": "function", "function": {"name": draw(texts), "description": draw(texts), "parameters": {draw(texts): 1}}}
