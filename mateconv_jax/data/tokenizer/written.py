@@ -38,7 +38,8 @@ def _refusal(messages: list[dict], message: int, field: str) -> TemplateRefuses:
         return TemplateRefuses("field_not_in_template", "the chat template does not write 'tools'")
     role = messages[message].get("role")
     if field == "content" and not any(messages[message].get(other) for other in FIELDS[1:]):
-        return TemplateRefuses("role_not_in_template", f"the chat template does not write what the role {role!r} says")
+        names = "'tool' (function, observation)" if role == "tool" else repr(role)  # as which it may have been written
+        return TemplateRefuses("role_not_in_template", f"the chat template does not write what the role {names} says")
     return TemplateRefuses(
         "field_not_in_template", f"the chat template does not write {field!r} of message {message + 1} ({role})"
     )

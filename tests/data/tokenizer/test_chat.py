@@ -519,7 +519,7 @@ NUMBERED = "{{ messages | length }}" + EACH.replace("CONTENT", "m.content | uppe
     "template, messages, tools, rule, reason",
     [
         ("mateconv", [{"role": "human", "content": "你好"}, assistant("好")], None, "role_not_in_template", "the role 'human' says"),
-        ("mateconv", [user("?"), tool("晴"), assistant("晴")], None, "role_not_in_template", "the role 'tool' says"),
+        ("mateconv", [user("?"), tool("晴"), assistant("晴")], None, "role_not_in_template", r"the role 'tool' \(function, observation\) says"),
         ("mateconv", [user("?"), system("晴"), assistant("晴")], None, "role_not_in_template", "the role 'system' says"),
         ("ours", CALLING, WEATHER, "field_not_in_template", "does not write 'tools'"),
         ("ours", CALLING, None, "field_not_in_template", r"'tool_calls' of message 2 \(assistant\)"),
