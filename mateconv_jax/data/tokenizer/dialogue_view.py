@@ -50,7 +50,7 @@ def show(tokenizer: PreTrainedTokenizerFast, file: str, text_key: str, learn: st
             continue
         if as_json:
             print(json.dumps({"ids": encoded.ids, "learned": list(map(int, encoded.learned))}))
-        elif console.is_terminal:
+        elif console.is_terminal and not console.no_color:
             console.print(_table(place, tokenizer, encoded))
         else:
             print(_title(place, encoded))
