@@ -198,9 +198,9 @@ def test_what_is_learned_of_a_dialogue_is_shown(folder, dialogues_jsonl, capsys)
     tokenizer = tokenizer_lib.load(folder, "")
     assert code == 2
     assert [error.partition(": ")[2] for error in errors] == [
-        f"{dialogues_jsonl}:2: plain text, no dialogue (its key 'text')",
         f"{dialogues_jsonl}:3: the chat template does not write 'reasoning_content' of message 2 (assistant)",
         f"{dialogues_jsonl}:5: not JSON (unexpected end of data: line 1 column 2 (char 1))",
+        "1 lines of plain text are not shown; all of a text is learned",
     ]
     texts = [line.split("\t")[0] for line in shown]
     turn = ["<s>user\\n", "你好</s>\\n", "<s>assistant\\n", "⟦好。\\n⟧", "⟦你呢？</s>⟧\\n"]

@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
-from mateconv_jax.data.dialogue import Dialogue
 from mateconv_jax.data.text import jsonl, sources as sources_lib
 from mateconv_jax.data.text.rejected import Rejected
 from mateconv_jax.data.tokenizer.chat import ChatEncoder, EncodedDialogue, TemplateRefuses
@@ -24,7 +23,7 @@ Piece = tuple[str, list[int], bool]  # text, its ids, whether it is learned
 
 
 def show(tokenizer: PreTrainedTokenizerFast, file: str, text_key: str, learn: str, as_json: bool) -> bool:
-    """Print every dialogue of a file. A line that is none, or that the chat template refuses, is an error on standard error.
+    """Print every dialogue of a file. A malformed line, or one that the chat template refuses, is an error on standard error.
 
     As JSON: {"ids": […], "learned": [0, 1, …]}, a line each. Otherwise a line for each line of the rendering, with its ids
     beside it: coloured on a terminal; elsewhere with a tab between the two, and brackets around what is learned.
@@ -33,17 +32,21 @@ def show(tokenizer: PreTrainedTokenizerFast, file: str, text_key: str, learn: st
       file: a path, a glob or -, as `prepare --input` takes them.
 
     Returns:
-      Whether all lines could be shown.
+      Whether there were no errors.
 
     Raises:
       UserError: no such file, or the tokenizer has no chat template.
     """
     encoder = ChatEncoder(tokenizer, learn)
     console = Console(highlight=False)
-    n_errors = 0
+    n_errors = n_texts = 0
     for place, record in _records(file):
         try:
-            encoded = encoder.encode(_dialogue(record, text_key))
+            document = _document(record, text_key)
+            if isinstance(document, str):
+                n_texts += 1
+                continue
+            encoded = encoder.encode(document)
         except (Rejected, TemplateRefuses) as error:
             print(f"error: {place}: {str(error).removeprefix('chat: ')}", file=sys.stderr)
             n_errors += 1
@@ -58,6 +61,8 @@ def show(tokenizer: PreTrainedTokenizerFast, file: str, text_key: str, learn: st
                 texts = ((text, learned) for text, _, learned in pieces)
                 ids = ((" ".join(map(str, ids)), learned) for _, ids, learned in pieces)
                 print(_bracketed(texts, ""), _bracketed(ids, " "), sep="\t")
+    if n_texts:
+        print(f"{file}: {n_texts:,} lines of plain text are not shown; all of a text is learned", file=sys.stderr)
     return n_errors == 0
 
 
@@ -77,12 +82,10 @@ def _records(file: str) -> Iterator[tuple[str, bytes | Rejected]]:
                 yield f"{source.path}:{line}", record
 
 
-def _dialogue(record: bytes | Rejected, text_key: str) -> Dialogue:
+def _document(record: bytes | Rejected, text_key: str) -> jsonl.Document:
     if isinstance(record, Rejected):
         raise record
     document, _, _ = jsonl.parse_line(record, text_key)
-    if not isinstance(document, Dialogue):
-        raise Rejected("no_dialogue", f"plain text, no dialogue (its key {text_key!r})")
     return document
 
 
