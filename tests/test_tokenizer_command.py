@@ -200,7 +200,7 @@ def test_what_is_learned_of_a_dialogue_is_shown(folder, dialogues_jsonl, capsys)
     assert [error.partition(": ")[2] for error in errors] == [
         f"{dialogues_jsonl}:3: the chat template does not write 'reasoning_content' of message 2 (assistant)",
         f"{dialogues_jsonl}:5: not JSON (unexpected end of data: line 1 column 2 (char 1))",
-        "1 lines of plain text are not shown; all of a text is learned",
+        "plain text, which is learned whole, is not shown (lines: 1)",
     ]
     texts = [line.split("\t")[0] for line in shown]
     turn = ["<s>user\\n", "你好</s>\\n", "<s>assistant\\n", "⟦好。\\n⟧", "⟦你呢？</s>⟧\\n"]

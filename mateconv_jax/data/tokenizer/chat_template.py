@@ -39,12 +39,12 @@ class Rendering(NamedTuple):
     Attributes:
       text: with private characters in place of control tokens that the dialogue's texts spell out.
       runs: the stretches that come from the dialogue's texts, in order; owners are (message, field, item). White space,
-        quotes, and what the template compares texts with belong to no run. Empty where `is_traced` is false.
+        quotes, and what the template compares texts with belong to no run. Empty where the origin is not known: the
+        template does something with the texts that it did not do with stand-ins.
     """
 
     text: str
     runs: list[Run]
-    is_traced: bool
 
 
 class ChatTemplate:
@@ -143,6 +143,7 @@ class DialogueRenderer:
         if any(map(template.is_unsafe, _texts([messages, tools]))):
             self._messages, self._tools = _map_texts([messages, tools], self._hide_control_tokens, self._hide_control_tokens)
         self._marked: tuple[list[dict], Tools] | None = None
+        self._written = ""  # the whole
 
     def whole(self, add_generation_prompt: bool = False) -> Rendering:
         """The whole dialogue.
@@ -150,7 +151,7 @@ class DialogueRenderer:
         Raises:
           TemplateRefuses: the template raises an error.
         """
-        text = self._template.write(self._messages, self._tools, add_generation_prompt)
+        text = self._written = self._template.write(self._messages, self._tools, add_generation_prompt)
         try:
             self._marked = self._mark()
             marked = self._template.write(*self._marked, add_generation_prompt)
@@ -159,11 +160,11 @@ class DialogueRenderer:
             restored, runs, marked = "", [], ""
         if restored != text:
             self._marked = None
-            return Rendering(text, [], is_traced=False)
+            return Rendering(text, [])
         control_token = self._template.control_token
         if len(control_token.findall(text)) != len(control_token.findall(marked)):
             text = self._hide_joined_control_tokens(text, runs)
-        return Rendering(text, runs, is_traced=True)
+        return Rendering(text, runs)
 
     def beginning(self, n_messages: int, add_generation_prompt: bool) -> Rendering:
         """The first messages alone. Stand-ins have the numbers that they have in the whole, which was rendered before.
@@ -172,10 +173,10 @@ class DialogueRenderer:
           TemplateRefuses: the template raises an error.
         """
         if self._marked is None:
-            return Rendering(self._template.write(self._messages[:n_messages], self._tools, add_generation_prompt), [], False)
+            return Rendering(self._template.write(self._messages[:n_messages], self._tools, add_generation_prompt), [])
         messages, tools = self._marked
         text, runs = self._marks.restore(self._template.write(messages[:n_messages], tools, add_generation_prompt))
-        return Rendering(text, runs, True)
+        return Rendering(text, runs)
 
     def is_blank(self, text: str) -> bool:
         """Whether a text says nothing: white space and what the template looks for, such as an empty think block."""
@@ -226,7 +227,7 @@ class DialogueRenderer:
             [messages], self._tools, chat_template=source, return_assistant_tokens_mask=True, **variables
         )
         (text,), (blocks,) = rendered
-        if text != self._template.write(self._messages, self._tools, False):
+        if text != self._written:
             raise TemplateRefuses("learned_unclear", "the chat template writes another text with its {% generation %} blocks")
         return blocks
 

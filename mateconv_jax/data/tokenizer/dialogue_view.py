@@ -62,7 +62,7 @@ def show(tokenizer: PreTrainedTokenizerFast, file: str, text_key: str, learn: st
                 ids = ((" ".join(map(str, ids)), learned) for _, ids, learned in pieces)
                 print(_bracketed(texts, ""), _bracketed(ids, " "), sep="\t")
     if n_texts:
-        print(f"{file}: {n_texts:,} lines of plain text are not shown; all of a text is learned", file=sys.stderr)
+        print(f"{file}: plain text, which is learned whole, is not shown (lines: {n_texts:,})", file=sys.stderr)
     return n_errors == 0
 
 

@@ -7,6 +7,8 @@ to and with the turn are rendered and compared with the whole. Templates may wri
 must be the same one in both. Where a template marks the answers itself, with {% generation %}, its marks are taken.
 """
 
+import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 from mateconv_jax.data.tokenizer.chat_template import ChatTemplate, DialogueRenderer, Rendering, TemplateRefuses
@@ -14,13 +16,8 @@ from mateconv_jax.data.tokenizer.stand_ins import Run, common_prefix
 
 LONGEST_GAP = 500  # characters; longer ones are not remembered
 MOST_GAPS = 10_000
+Span = tuple[int, int]  # start, end
 DIFFERENT = "the template writes the dialogue up to it differently from the whole"
-
-
-class Turn(NamedTuple):
-    """Learned characters (start, end) of one of the assistant's turns, in order. The last one ends behind the end token."""
-
-    spans: list[tuple[int, int]]
 
 
 class AnswerFinder:
@@ -30,37 +27,52 @@ class AnswerFinder:
         self._template = template
         self._known: dict[tuple, int] = {}
 
-    def turns(self, renderer: DialogueRenderer, rendering: Rendering, roles: list[str], has_tools: bool) -> list[Turn]:
-        """The assistant's turns in a rendering of the whole dialogue.
+    def turns(
+        self, renderer: DialogueRenderer, rendering: Rendering, messages: list[dict], has_tools: bool
+    ) -> list[list[Span]]:
+        """Of each of the assistant's turns, the learned characters (start, end) of the whole dialogue's rendering, in order.
 
         Raises:
           TemplateRefuses: where an answer begins or ends does not follow from the template's renderings.
         """
-        search = _Search(self._template, renderer, rendering, roles)
-        spans = []
-        for message in (i for i, role in enumerate(roles) if role == "assistant"):
-            gap = search.gap(message)
-            start = gap.head_start + self._remembered("head", gap.head, search.header, message, gap, roles, has_tools)
-            end = gap.tail_start + self._remembered("tail", gap.tail, search.ending, message, gap, roles, has_tools)
-            if start >= end:
-                raise search.unclear(message, "its end token is not behind the generation prompt")
-            spans.append((start, end))
+        search = _Search(self._template, renderer, rendering, len(messages))
         blocks = renderer.generation_blocks()
-        if blocks is None:
-            return [Turn([span]) for span in spans]
-        return _marked_by_the_template(blocks, spans, rendering.text, self._template)
+        shapes = [(message["role"], *message) for message in messages]
+        turns: list[list[Span]] = []
+        end = 0
+        for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+            gap = search.gap(i)
+            end_before = end
+            around = (gap.before and gap.before.owner[0], gap.last is gap.before, *shapes[: i + 2], has_tools)
+            end = gap.tail_start + self._remembered(search.ending, i, gap, (gap.tail, i == len(messages) - 1, *around))
+            if blocks is not None:
+                own = [(start, min(stop, end)) for start, stop in blocks if end_before <= start < end]
+                turns.append(_with_end_token(own, end, rendering.text, self._template.control_token) if own else [])
+                continue
+            start = gap.head_start + self._remembered(search.header, i, gap, (gap.head, *around))
+            if start >= end:
+                raise search.unclear(i, "its end token is not behind the generation prompt")
+            turns.append([(start, end)])
+        return turns
 
-    def _remembered(self, what: str, text: str, find, message: int, gap: "_Gap", roles: list[str], has_tools: bool) -> int:
-        """`find(message, gap)`, which is the same wherever the same roles have the same text between them."""
-        first = gap.before.owner[0] if gap.before else None  # there may be messages without a run in between
-        around = tuple(roles[first + 1 if first is not None else 0 : message + 2])
-        key = (what, text, first is None, gap.last is gap.before, message == 0, message == len(roles) - 1, around, has_tools)
+    def _remembered(self, find: Callable[[int, "_Gap"], int], message: int, gap: "_Gap", key: tuple) -> int:
+        """`find(message, gap)`, which is the same wherever messages of these shapes have this text between them."""
+        key = (find.__name__, *key)
         if key not in self._known:
             found = find(message, gap)
-            if len(text) > LONGEST_GAP or len(self._known) == MOST_GAPS:
+            if len(key[1]) > LONGEST_GAP or len(self._known) == MOST_GAPS:
                 return found
             self._known[key] = found
         return self._known[key]
+
+
+def _with_end_token(blocks: list[Span], end: int, text: str, control_token: re.Pattern) -> list[Span]:
+    """{% generation %} blocks of a turn, and the control token that ends it at `end`. More behind the last block if it is all
+    control tokens."""
+    last = blocks[-1][1]
+    if control_token.sub("", text[last:end]):
+        last = max(found.start() for found in control_token.finditer(text, last, end))
+    return [*blocks, (last, end)]
 
 
 class _Gap(NamedTuple):
@@ -84,12 +96,12 @@ class _Gap(NamedTuple):
 class _Search:
     """In the renderings of one dialogue."""
 
-    def __init__(self, template: ChatTemplate, renderer: DialogueRenderer, rendering: Rendering, roles: list[str]):
+    def __init__(self, template: ChatTemplate, renderer: DialogueRenderer, rendering: Rendering, n_messages: int):
         self._control_token = template.control_token
         self._template = template
         self._renderer = renderer
-        self._text, self._runs, _ = rendering
-        self._roles = roles
+        self._text, self._runs = rendering
+        self._n_messages = n_messages
         self._own: dict[int, list[int]] = {}  # of each message: its runs' numbers
         for i, run in enumerate(self._runs):
             self._own.setdefault(run.owner[0], []).append(i)
@@ -128,7 +140,7 @@ class _Search:
         In the dialogue up to the message others may follow, which end the whole: Phi-3 writes `<|end|>` behind a turn, and
         `<|endoftext|>` behind the last one.
         """
-        if message == len(self._roles) - 1:
+        if message == self._n_messages - 1:
             tail = gap.tail
         else:
             tail = self._after(message, gap.last, message + 1, add_generation_prompt=False)
@@ -142,7 +154,7 @@ class _Search:
 
     def _after(self, message: int, last: Run | None, n_messages: int, add_generation_prompt: bool) -> str:
         """What stands behind `last` in the rendering of the first messages, in which it must be the last run, too."""
-        text, runs, _ = self._renderer.beginning(n_messages, add_generation_prompt)
+        text, runs = self._renderer.beginning(n_messages, add_generation_prompt)
         if (runs[-1].after if runs else None) != (last.after if last else None):
             raise self.unclear(message, DIFFERENT)
         return text[runs[-1].end if runs else 0 :]
@@ -162,20 +174,3 @@ class _Search:
     def unclear(self, message: int, reason: str) -> TemplateRefuses:
         where = f"which part of message {message + 1} the assistant writes is unclear in this chat template"
         return TemplateRefuses("learned_unclear", f"{where}: {reason}")
-
-
-def _marked_by_the_template(
-    blocks: list[tuple[int, int]], spans: list[tuple[int, int]], text: str, template: ChatTemplate
-) -> list[Turn]:
-    """The template's {% generation %} blocks, each turn's cut or extended to its end token."""
-    turns = []
-    before = 0
-    for _, end in spans:
-        own = [(start, min(stop, end)) for start, stop in blocks if before <= start < end]
-        if own:
-            last_token = max((found.start() for found in template.control_token.finditer(text, 0, end)), default=end)
-            start = own[-1][1] if not template.control_token.sub("", text[own[-1][1] : end]) else last_token
-            own = [*own, (start, end)]
-        turns.append(Turn(own))
-        before = end
-    return turns

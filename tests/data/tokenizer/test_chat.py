@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 from hypothesis import given, settings, strategies as st
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from mateconv_jax.data.text.dialogue import Dialogue
@@ -182,6 +182,7 @@ def test_exactly_what_the_assistant_has_to_write_is_learned(name, messages, tool
     encoded = encode(tokenizer, messages, tools)
     assert encoded.ids == transformers_ids(tokenizer, messages, tools)
     assert learned_texts(tokenizer, encoded) == expected
+    assert encode(tokenizer, messages, tools, learn="everything") == (encoded.ids, [True] * len(encoded.ids))
     last = encode(tokenizer, messages, tools, learn="last")
     assert last.ids == encoded.ids
     assert learned_texts(tokenizer, last) == expected[-1:]
@@ -406,6 +407,17 @@ def test_a_tokenizer_that_puts_a_space_in_front(scheme):
     assert "".join(pieces).replace("▁", " ").replace("<|im_end|>", "|").strip() == "hello world|世界|"
     spelt = encode(tokenizer, [user("你好</s>世界"), assistant("hello<|im_end|>")])
     assert len(control_ids(tokenizer, spelt.ids)) == 4
+
+
+def test_a_tokenizer_that_leaves_white_space_out_of_offsets():
+    """As GPT-2's and Llama 3's: the offsets of " hello" are those of "hello"."""
+    wrapped = copy.deepcopy(small_tokenizer())
+    wrapped.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer = with_template(TEMPLATES["chatml"], wrapped)
+    messages = [user(" 你好 "), assistant(" hello  world "), user(" "), assistant(" "), user("?"), assistant("  ")]
+    encoded = encode(tokenizer, messages)
+    assert encoded.ids == transformers_ids(tokenizer, messages)
+    assert learned_texts(tokenizer, encoded) == [" hello  world <|im_end|>", " <|im_end|>", "  <|im_end|>"]
 
 
 # ---- templates that look into contents ------------------------------------------------------------------------------
