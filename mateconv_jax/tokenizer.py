@@ -14,9 +14,11 @@ from mateconv_jax import files
 from mateconv_jax.data.build import pipeline
 from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.build.unreadable import UnreadableInputs
+from mateconv_jax.data.dialogue import LEARN
 from mateconv_jax.data.text import sources as sources_lib
 from mateconv_jax.data.tokenizer import (
     bpe,
+    dialogue_view,
     folder as folder_lib,
     report as tokenizer_report,
     report_tables,
@@ -41,6 +43,9 @@ def train(args):
 def inspect(args):
     assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(errors="backslashreplace")  # a vocabulary may have characters that the log's encoding lacks
+    if args.dialogue is not None:
+        tokenizer = tokenizer_lib.load(args.folder, "inspect", needs_begin=False)
+        return 0 if dialogue_view.show(tokenizer, args.dialogue, args.text_key, args.learn, args.json) else 2
     tokenizer = tokenizer_lib.load(args.folder, "inspect")
     compare = tokenizer_lib.load(args.compare, "--compare") if args.compare else None
     if args.encode is not None:
@@ -142,8 +147,11 @@ def parse_args(argv):
     add = instead.add_mutually_exclusive_group().add_argument
     add("--vocab", action="store_true", help="list all tokens, one a line: id, tab, text (tab, id in the other tokenizer)")
     add("--encode", metavar="TEXT", help="show the pieces of a text")
-    add("--json", action="store_true", help="print the overview as JSON")
+    add("--json", action="store_true", help="print the overview as JSON, or {ids, learned} of each dialogue")
     instead.add_argument("--grep", metavar="TEXT", help="list only tokens that contain this text")
+    instead.add_argument("--dialogue", metavar="FILE", help="show the dialogues of a JSONL or CSV file (- for standard input): "
+        "what the model learns of them, with ids")  # fmt: skip
+    instead.add_argument("--learn", choices=LEARN, help="with --dialogue: what is learned (default: assistant)")
     args = parser.parse_args(argv)
     if args.run is inspect:
         listing = args.vocab or args.grep is not None
@@ -151,6 +159,11 @@ def parse_args(argv):
             parser.error("--input: only for the overview (expected no --vocab, --grep or --encode)")
         if args.grep is not None and (args.json or args.encode is not None):
             parser.error("--grep: only with --vocab, or alone (expected no --json or --encode)")
+        if args.dialogue is not None and (args.input or args.compare or listing or args.encode is not None):
+            parser.error("--dialogue: alone, or with --json (expected no --input, --compare, --vocab, --grep or --encode)")
+        if args.dialogue is None and args.learn:
+            parser.error("--learn: only with --dialogue")
+        args.learn = args.learn or LEARN[0]
     elif args.sample_mb <= 0:
         parser.error(f"--sample_mb: {args.sample_mb} is invalid (expected more than 0)")
     return args
