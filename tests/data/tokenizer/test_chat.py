@@ -371,8 +371,8 @@ def test_parts_that_a_template_joins_to_a_control_token_stay_text():
     assert tokenizer.decode(ids) == "<|User|>你好<|im_end|><|im_end|><|im_<|im_end|><|x|>end|><|im_end|>"
     assert control_ids(tokenizer, ids) == tokenizer.convert_tokens_to_ids(["<|im_end|>"] * 3)
     phi = with_template("{% for m in messages %}{{ '<|' ~ m.role ~ '|>' ~ m.content ~ '<|im_end|>' }}{% endfor %}")
-    by_role = encode_chat(phi, [user("你好"), {"role": "im_end", "content": "?"}], False)
-    assert len(control_ids(phi, by_role)) == 2 and phi.decode(by_role) == "<|user|>你好<|im_end|><|im_end|>?<|im_end|>"
+    by_role = encode_chat(phi, [user("\U000f0000"), {"role": "im_end", "content": "?"}], False)
+    assert len(control_ids(phi, by_role)) == 2 and phi.decode(by_role) == "<|user|>\U000f0000<|im_end|><|im_end|>?<|im_end|>"
 
 
 def test_text_around_a_spelt_out_control_token_is_encoded_as_one_plain_text():
@@ -477,19 +477,24 @@ def test_blocks_that_a_template_marks_are_learned_with_their_end_token(name, lea
     assert tokenizer.decode([encoded.ids[i] for i in theirs_alone]) == ("" if learned_more else "\n\n")
 
 
-def test_a_block_that_leaves_calls_out_is_taken_at_its_word():
-    """The end token is learned all the same; nothing is of a turn that has no block."""
-    template = (
-        "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' }}"
-        "{% if m.role == 'assistant' and m.content %}{% generation %}{{ m.content }}{% endgeneration %}"
-        "{% else %}{{ m.content }}{% endif %}"
-        "{% if m.tool_calls %}{{ '<tool_call>' ~ m.tool_calls | tojson ~ '</tool_call>' }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
-    )
-    tokenizer = with_template(template + PROMPT)
-    messages = [user("?"), assistant("看", tool_calls=[call("f", {})]), tool("晴"), assistant("", tool_calls=[call("g", {})])]
+WITHOUT_CALLS = (
+    "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' }}"
+    "{% if m.role == 'assistant' and m.content %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}"
+    "{% if m.tool_calls %}{{ '<tool_call>' ~ m.tool_calls | tojson ~ '</tool_call>' }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_a_block_that_leaves_calls_out_is_taken_at_its_word(trim_offsets):
+    """The end token is learned all the same; nothing is of a turn that has no block. (And no generation prompt is needed.)"""
+    tokenizer = with_template(WITHOUT_CALLS)
+    if trim_offsets:
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    messages = [user("?"), assistant("看 ", tool_calls=[call("f", {})]), tool("晴"), assistant("", tool_calls=[call("g", {})])]
     encoded = encode(tokenizer, messages)
     assert encoded.ids == transformers_ids(tokenizer, messages)
-    assert learned_texts(tokenizer, encoded) == ["看", "<|im_end|>"]
+    assert learned_texts(tokenizer, encoded) == ["看 ", "<|im_end|>"]
 
 
 def test_without_a_generation_prompt_the_header_is_learned_too():
@@ -524,6 +529,10 @@ NO_END = (
 )
 LAST_ONLY = "{{ '<|User|>' ~ messages[-1].content ~ '<|im_end|>' }}"
 OTHER_PROMPT = EACH.replace("CONTENT", "m.content") + "{% if add_generation_prompt %}{{ '<|Assistant|>' }}{% endif %}"
+SYSTEM_AGAIN = EACH.replace("CONTENT", "m.content") + PROMPT.replace("{{ '", "{{ messages[0].content ~ '")
+GOODBYE = EACH.replace("CONTENT", "m.content").replace(
+    "<|im_end|>\\n' }}", "<|im_end|>' ~ ('bye<|output|>' if loop.last else '') }}"
+)
 NUMBERED = "{{ messages | length }}" + EACH.replace("CONTENT", "m.content | upper") + PROMPT
 
 
@@ -548,6 +557,8 @@ NUMBERED = "{{ messages | length }}" + EACH.replace("CONTENT", "m.content | uppe
         (NO_END, [user("?"), assistant("")], None, "learned_unclear", "message 2 "),
         (OTHER_PROMPT, TALK, None, "learned_unclear", r"message 2 .* does not begin as the generation prompt ends, '<\|im_end\|>\\n<\|Assistant\|>'"),
         (NUMBERED, TALK, None, "learned_unclear", "message 2 "),
+        (SYSTEM_AGAIN, WITH_SYSTEM, None, "learned_unclear", "message 3 .* differently from the whole"),
+        (GOODBYE, TALK, None, "learned_unclear", "message 2 .* differently from the whole"),
     ],
 )  # fmt: skip
 def test_what_a_template_cannot_express_is_refused_by_name(template, messages, tools, rule, reason):
