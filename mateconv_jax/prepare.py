@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from mateconv_jax.data.build import pipeline
-from mateconv_jax.data.build.options import PrepareOptions
+from mateconv_jax.data.build.options import TOO_LONG_DIALOGUE, PrepareOptions
+from mateconv_jax.data.dialogue import LEARN
 from mateconv_jax.data.text import cleaning, sources
 from mateconv_jax.errors import UserError, exit_code, program
 
@@ -19,7 +20,16 @@ def main(args):
     options = PrepareOptions(
         **{
             key: getattr(args, key)
-            for key in ("text_key", "txt_document", "seq_len", "val_fraction", "dedup", "near_threshold")
+            for key in (
+                "text_key",
+                "txt_document",
+                "seq_len",
+                "learn",
+                "too_long_dialogue",
+                "val_fraction",
+                "dedup",
+                "near_threshold",
+            )
         },
         ignore_fields=tuple(sorted(set(args.ignore_fields))),
         sizes=sources.ChunkSizes(int(args.chunk_mb * 1e6), longest_record=int(args.max_line_mb * 1e6)),
@@ -71,8 +81,8 @@ def parse_args(argv):
         prog=program("prepare"), description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help="files or globs: JSONL, .csv, .tsv, .txt or .bin, optionally .gz, .bz2, .xz or "
-        ".zst; - for standard input; tfds:NAME/CONFIG:SPLIT:FEATURE")  # fmt: skip
+    add("--input", nargs="+", required=True, help="files or globs: JSONL, .csv, .tsv, .txt or .bin, optionally .gz, .bz2, .xz "
+        "or .zst; - for standard input; tfds:NAME/CONFIG:SPLIT:FEATURE")  # fmt: skip
     add("--output", required=True, help="dataset folder to create")
     add("--num_workers", type=int, default=len(os.sched_getaffinity(0)), help="worker processes")
     add(
@@ -91,14 +101,8 @@ def parse_args(argv):
     group.add_argument("--split_digits", action="store_true", help="make every digit a token of its own")
     group.add_argument("--sample_mb", type=float, default=training.sample_mb, help="MB of text to train on")
 
-    group = parser.add_argument_group("rows")
     rows = PrepareOptions()
-    group.add_argument("--seq_len", type=int, default=rows.seq_len, help="training tokens per row")
-    group.add_argument(
-        "--val_fraction", type=float, default=rows.val_fraction, help="fraction of documents held out for validation"
-    )
-    group.add_argument("--chunk_mb", type=float, default=rows.sizes.bytes / 1e6, help="MB of input per shard")
-
+    _add_rows(parser, rows)
     group = parser.add_argument_group("records")
     group.add_argument("--text_key", default=rows.text_key, help="JSON key that holds the text")
     group.add_argument("--ignore_fields", nargs="+", default=[], metavar="FIELD", help="drop these fields of lines and messages, such as tools or reasoning_content, as if they were not there")  # fmt: skip  # noqa: E501
@@ -116,6 +120,27 @@ def parse_args(argv):
     if args.beam_flags and not args.runner:
         parser.error(f"unrecognized arguments: {' '.join(args.beam_flags)}")
     return args
+
+
+def _add_rows(parser: argparse.ArgumentParser, rows: PrepareOptions) -> None:
+    group = parser.add_argument_group("rows")
+    group.add_argument("--seq_len", type=int, default=rows.seq_len, help="training tokens per row")
+    group.add_argument(
+        "--learn",
+        choices=LEARN,
+        default=rows.learn,
+        help="what is learned of a dialogue: the assistant's turns, the last of them, or every token, as of a text",
+    )
+    group.add_argument(
+        "--too_long_dialogue",
+        choices=TOO_LONG_DIALOGUE,
+        default=rows.too_long_dialogue,
+        help="a dialogue longer than a row loses its oldest turns, or is rejected",
+    )
+    group.add_argument(
+        "--val_fraction", type=float, default=rows.val_fraction, help="fraction of documents held out for validation"
+    )
+    group.add_argument("--chunk_mb", type=float, default=rows.sizes.bytes / 1e6, help="MB of input per shard")
 
 
 def _add_cleaning(parser: argparse.ArgumentParser, rows: PrepareOptions) -> None:

@@ -37,10 +37,10 @@ def demo_jsonl(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def dataset_folder(demo_jsonl, tmp_path_factory):
-    """The documents as rows of 32 tokens with their own tokenizer of 400."""
+    """The documents as rows of 32 tokens with their own tokenizer of 400; of dialogues everything is learned, as of texts."""
     folder = tmp_path_factory.mktemp("data") / "demo"
     flags = ["--train_tokenizer", "--vocab_size", "400", "--seq_len", "32", "--val_fraction", "0.05", "--num_workers", "1"]
-    prepare(parse_args(["--input", str(demo_jsonl), "--output", str(folder), *flags]))
+    prepare(parse_args(["--input", str(demo_jsonl), "--output", str(folder), "--learn", "everything", *flags]))
     return folder
 
 

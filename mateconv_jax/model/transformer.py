@@ -112,7 +112,7 @@ def float32_is_float32(method):
 
     @functools.wraps(method)
     def with_precision(self, *args, **kwargs):
-        is_plain = self.c.dtype == jnp.float32 and jax.config.jax_default_matmul_precision is None
+        is_plain = self.c.dtype == jnp.float32 and jax.config.jax_default_matmul_precision is None  # pyrefly: ignore[missing-attribute]
         with jax.default_matmul_precision("highest") if is_plain else contextlib.nullcontext():
             return method(self, *args, **kwargs)
 

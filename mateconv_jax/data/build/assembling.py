@@ -7,24 +7,29 @@ stats.json, stats.png                            see data/build/statistics.py
 rejected.jsonl                                   what was left out: file, line, rule, reason
 """
 
+import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from mateconv_jax import files
+from mateconv_jax.data.build import packing
 from mateconv_jax.data.build.options import SPLITS
 from mateconv_jax.data.build.statistics import Statistics, summary
-from mateconv_jax.data.shards import RowFormat, ShardRows, features
+from mateconv_jax.data.rows import Batch
+from mateconv_jax.data.shards import RowFormat, ShardRows, features, write_shard
 from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 
 NAME = "mateconv"  # of the TFDS dataset
 DESCRIPTION = (
-    "Rows of seq_len + 1 tokens that overlap by one; `length` of them are real. `document_starts`: a bit a token, the lowest "
-    "of a byte first; 1 where a document begins."
+    "Rows of seq_len + 1 tokens; those of texts overlap by one; `length` of them are real. `document_starts`: a bit a token, "
+    "the lowest of a byte first; 1 where a document begins. `learned`, where there are dialogues: bits, 1 for tokens to learn."
 )
 
 
@@ -41,7 +46,7 @@ def assemble(
     """Put the folders of finished chunks together as a dataset folder. The chunks' own folders stay as they are.
 
     Args:
-      chunks: folders that worker.ChunkWriter wrote, in order.
+      chunks: folders that ChunkWriter wrote, in order.
       folder: a new one.
       tokenizer_folder: the tokenizer that made the chunks; it is copied as it is.
       options, input_digest: what the dataset was made from, see build/identity.py.
@@ -58,15 +63,14 @@ def assemble(
 
     folder.mkdir(parents=True)
     tokenizer = tokenizer_lib.load(tokenizer_folder, "--tokenizer")
-    format = RowFormat(seq_len, tokenizer_lib.vocab_size(tokenizer))
-    statistics, shards = _gather(chunks, folder, format.vocab_size)
-    split_infos = [_link_split(folder, split, found) for split, found in shards.items() if found]
+    vocab_size = tokenizer_lib.vocab_size(tokenizer)
+    statistics, shards = _gather(chunks, folder, vocab_size)
+    format = RowFormat(seq_len, vocab_size, any(counts["learned"] for found in shards.values() for _, counts in found))
+    split_infos = [_place_split(folder, split, found, format) for split, found in shards.items() if found]
     if also_bin:
-        for split, found in shards.items():
-            if found:
-                _write_bin(folder / f"{split}.bin", [path for path, _ in found], format)
+        _write_bins(folder, shards, format)
     shutil.copytree(tokenizer_folder, folder / "tokenizer")
-    figures = summary(statistics, tokenizer, seconds)
+    figures = summary(statistics, tokenizer, seq_len, seconds)
     files.write_text(folder / "stats.json", json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
     write_plot(figures, folder / "stats.png")
     metadata = {
@@ -90,7 +94,7 @@ def assemble(
     return figures
 
 
-Shards = dict[str, list[tuple[Path, dict]]]  # split: each shard and its counts, {"rows", "bytes"}
+Shards = dict[str, list[tuple[Path, dict]]]  # split: each shard and its counts, see chunk_writer.py
 
 
 def _gather(chunks: list[Path], folder: Path, vocab_size: int) -> tuple[Statistics, Shards]:
@@ -116,25 +120,43 @@ def _gather(chunks: list[Path], folder: Path, vocab_size: int) -> tuple[Statisti
     return statistics, shards
 
 
-def _link_split(folder: Path, split: str, shards: list[tuple[Path, dict]]) -> tfds.core.SplitInfo:
-    """The shards under the names that TFDS gives them."""
+def _place_split(folder: Path, split: str, shards: list[tuple[Path, dict]], format: RowFormat) -> tfds.core.SplitInfo:
+    """The shards under the names that TFDS gives them, all in the same format: where any rows say what is learned, all do."""
     template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=NAME, split=split, filetype_suffix="array_record")
-    for index, (path, _) in enumerate(shards):
-        files.link(path, Path(template.sharded_filepath(shard_index=index, num_shards=len(shards))))
+    n_bytes = 0
+    for index, (path, counts) in enumerate(shards):
+        placed = Path(template.sharded_filepath(shard_index=index, num_shards=len(shards)))
+        if counts["learned"] == format.learned:
+            files.link(path, placed)
+        else:
+            rows = _read(path, dataclasses.replace(format, learned=False))
+            write_shard(placed, rows | {"learned": packing.is_real(rows)}, format)
+        n_bytes += placed.stat().st_size
     return tfds.core.SplitInfo(
         name=split,
         shard_lengths=[counts["rows"] for _, counts in shards],
-        num_bytes=sum(counts["bytes"] for _, counts in shards),
+        num_bytes=n_bytes,
         filename_template=template,
     )
 
 
-def _write_bin(path: Path, shards: list[Path], format: RowFormat) -> None:
-    """The shards' streams one behind the other: each row but for the token that it shares with the row before."""
-    with path.open("wb") as file:
-        for shard in shards:  # opened one at a time: there may be more than files may be open
-            rows = ShardRows([shard], format)
-            for start in range(0, len(rows), 4096):
-                batch = rows.read(np.arange(start, min(start + 4096, len(rows))))
-                for i, (tokens, length) in enumerate(zip(batch["tokens"], batch["length"], strict=True), start):
-                    file.write(tokens[min(i, 1) : length].tobytes())
+def _read(path: Path, format: RowFormat) -> Batch:
+    """All rows of a shard."""
+    shard = ShardRows([path], format, document_starts=(0, 0))  # they are recorded: the ids do not matter
+    return shard.read(np.arange(len(shard)))
+
+
+def _write_bins(folder: Path, shards: Shards, format: RowFormat) -> None:
+    if format.learned:
+        print("--also_bin: a .bin file does not say which tokens are learned, only the dataset folder does", file=sys.stderr)
+    for split, found in shards.items():
+        if found:
+            with (folder / f"{split}.bin").open("wb") as file:
+                for path, counts in found:  # opened one at a time: there may be more than files may be open
+                    _write_stream(file, _read(path, dataclasses.replace(format, learned=counts["learned"])), counts)
+
+
+def _write_stream(file: BinaryIO, rows: Batch, counts: dict) -> None:
+    """The shard's tokens: a row of a text lacks the one that it shares with the row before."""
+    for i, (tokens, length) in enumerate(zip(rows["tokens"], rows["length"], strict=True)):
+        file.write(tokens[0 < i < counts["streamed_rows"] : length].tobytes())

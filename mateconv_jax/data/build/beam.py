@@ -23,7 +23,7 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from mateconv_jax import files as files_lib
-from mateconv_jax.data.build import worker
+from mateconv_jax.data.build import chunk_reader
 from mateconv_jax.data.build.options import SPLITS
 from mateconv_jax.data.build.pipeline import WorkerSetup
 from mateconv_jax.data.text import duplicates, sources as sources_lib
@@ -93,7 +93,7 @@ def _chunks(numbered: tuple[int, list[Source]], setup: WorkerSetup) -> Iterator[
 
 def _clean(chunk: Chunk, setup: WorkerSetup) -> tuple[str, tuple[bytes, str, np.ndarray]]:
     """(name, (pickled, digest of the input, keys))."""
-    cleaned = worker.read_chunk(chunk, setup.options, setup.special_tokens, setup.vocab_size)
+    cleaned = chunk_reader.read_chunk(chunk, setup.options, setup.special_tokens, setup.vocab_size)
     return chunk.name, (pickle.dumps(cleaned), cleaned.digest, cleaned.keys)
 
 

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 END_BYTES = 1 << 16  # of each end of an input that are compared
-ADDED_OPTIONS = {"ignore_fields": []}  # options that earlier versions lacked, with the value that means what they did
+# Options that earlier versions lacked, with the value that means what they did.
+ADDED_OPTIONS = {"ignore_fields": [], "learn": "everything", "too_long_dialogue": "shorten"}
 
 
 def inputs(sources: list[Source]) -> list[list]:

@@ -1,4 +1,7 @@
-"""Token streams into rows."""
+"""Token streams and whole dialogues into rows."""
+
+import bisect
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -26,3 +29,57 @@ def pack(stream: dict[str, np.ndarray], seq_len: int) -> Batch:
 
     length = np.minimum(n - np.arange(n_rows) * seq_len, seq_len + 1).astype(np.int32)
     return {name: windows(values) for name, values in stream.items()} | {"length": length}
+
+
+def pack_whole(documents: Sequence[tuple[np.ndarray, np.ndarray]], seq_len: int, dtype: np.dtype) -> Batch:
+    """Put whole documents into rows, by best fit.
+
+    Args:
+      documents: (ids, learned) of each, (n,) arrays, n <= seq_len + 1.
+      dtype: of the rows' tokens.
+
+    Returns:
+      R rows: tokens, document_starts and learned, (R, S + 1), padded with 0; and length (R,) int32.
+    """
+    rows = best_fit([len(ids) for ids, _ in documents], seq_len + 1)
+    tokens_RS = np.zeros((len(rows), seq_len + 1), dtype)
+    starts_RS, learned_RS = (np.zeros(tokens_RS.shape, bool) for _ in range(2))
+    length_R = np.zeros(len(rows), np.int32)
+    for r, row in enumerate(rows):
+        for document in row:
+            ids, learned = documents[document]
+            place = slice(length_R[r], length_R[r] + len(ids))
+            tokens_RS[r, place], learned_RS[r, place] = ids, learned
+            starts_RS[r, length_R[r]] = True
+            length_R[r] += len(ids)
+    return {"tokens": tokens_RS, "document_starts": starts_RS, "learned": learned_RS, "length": length_R}
+
+
+def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Bins of at most `capacity`, each a list of items in order. The largest item comes first; each goes where the least room
+    is left (best-fit decreasing: at most 11/9 of the fewest bins; Johnson, 1973). Bins are in the order of their first items.
+    """
+    bins: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (room left, bin), sorted
+    for item in sorted(range(len(sizes)), key=lambda item: -sizes[item]):
+        i = bisect.bisect_left(rooms, (sizes[item], 0))
+        if i < len(rooms):
+            room, b = rooms.pop(i)
+        else:
+            room, b = capacity, len(bins)
+            bins.append([])
+        bins[b].append(item)
+        if room > sizes[item]:
+            bisect.insort(rooms, (room - sizes[item], b))
+    return sorted(map(sorted, bins))
+
+
+def join(rows: Batch, more: Batch) -> Batch:
+    """Rows one behind the other; where only one of the two says what is learned, all real tokens of the other are."""
+    filled = [batch if "learned" in batch else batch | {"learned": is_real(batch)} for batch in (rows, more)]
+    return {name: np.concatenate([batch[name] for batch in filled]) for name in filled[0]}
+
+
+def is_real(rows: Batch) -> np.ndarray:
+    """(R, S + 1) bool: no padding."""
+    return np.arange(rows["tokens"].shape[1]) < rows["length"][:, None]

@@ -31,16 +31,19 @@ import numpy as np
 from tqdm import tqdm
 
 from mateconv_jax import files
-from mateconv_jax.data.build import identity, work_folder, worker
+from mateconv_jax.data.build import chunk_reader, chunk_writer, identity, work_folder
+from mateconv_jax.data.build.chunk_reader import InputCounts
+from mateconv_jax.data.build.chunk_writer import ChunkWriter
 from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.build.unreadable import UnreadableInputs
-from mateconv_jax.data.build.worker import ChunkWriter, InputCounts
+from mateconv_jax.data.dialogue import Dialogue
 from mateconv_jax.data.shards import VERSION
 from mateconv_jax.data.text import duplicates, sources as sources_lib
+from mateconv_jax.data.text.dialogue import other_texts
 from mateconv_jax.data.text.sources import Chunk, Part, Source
 from mateconv_jax.errors import UserError
 
-CHUNK_VERSION = 2  # of the folders of finished chunks
+CHUNK_VERSION = 3  # of the folders of finished chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +158,7 @@ def _check_there(output: Path, described: dict, read: Callable[[], Iterator[Chun
             raise UserError(f"--input: what {str(output)!r} was made from cannot be compared with this (give --overwrite)")
         return
     print("the input may have changed: comparing it with what the dataset was made from", file=sys.stderr, flush=True)
-    if input_digest(map(worker.digest, read())) != metadata["input_digest"]:
+    if input_digest(map(chunk_reader.digest, read())) != metadata["input_digest"]:
         raise UserError(
             f"--input: the content is not what {str(output)!r} was made from (choose another --output, or --overwrite)"
         )
@@ -258,7 +261,7 @@ def _trained(training: TokenizerTraining, options: PrepareOptions, folder: Path,
         sampled, chunks = head, itertools.chain(head, chunks)
     else:
         sampled, chunks = list(sample(chunks, max_bytes)), read_again()
-    now = {"input": described["input"], "digest": input_digest(map(worker.digest, sampled))}
+    now = {"input": described["input"], "digest": input_digest(map(chunk_reader.digest, sampled))}
     if before:
         if before["digest"] != now["digest"]:
             raise UserError("--input: the content has changed since a tokenizer was trained on it (--overwrite begins again)")
@@ -304,7 +307,7 @@ def clean_texts(chunks: Iterable[Chunk], options: PrepareOptions, unreadable: Un
     from mateconv_jax.data.tokenizer.tokenizer import SPECIAL_TOKENS
 
     for chunk in chunks:
-        cleaned = worker.read_chunk(chunk, options, tuple(SPECIAL_TOKENS.values()), 0)
+        cleaned = chunk_reader.read_chunk(chunk, options, tuple(SPECIAL_TOKENS.values()), 0)
         if unreadable:
             unreadable.begin(counts.path for counts in cleaned.inputs)
             unreadable.done(cleaned.inputs)
@@ -312,8 +315,9 @@ def clean_texts(chunks: Iterable[Chunk], options: PrepareOptions, unreadable: Un
             for piece in document:
                 if isinstance(piece, str):
                     yield piece
-                else:
+                elif isinstance(piece, Dialogue):
                     yield from (f"{message['role']}\n{message['content']}" for message in piece.messages)
+                    yield from other_texts(piece)
     if unreadable:
         unreadable.finish()
 
@@ -447,7 +451,7 @@ def _keys_of_done(folder: Path, chunk: Chunk) -> np.ndarray | None:
     done = folder / chunk.name
     if not done.exists():
         return None
-    if json.loads((done / "chunk.json").read_text())["digest"] != worker.digest(chunk):
+    if json.loads((done / "chunk.json").read_text())["digest"] != chunk_reader.digest(chunk):
         first = chunk.parts[0]
         raise UserError(
             f"--input: {first.source.path!r} has changed since part of it was prepared, near line "
@@ -485,7 +489,7 @@ def _pool(num_workers: int, setup: WorkerSetup) -> concurrent.futures.Executor:
         return _ThisProcess()
     # Not fork: the tokenizer's and other threads of this process would not survive it. The server imports once for all.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([worker.__name__, __name__])
+    context.set_forkserver_preload([chunk_writer.__name__, __name__])
     return concurrent.futures.ProcessPoolExecutor(num_workers, context, _start_worker, (setup,))
 
 
@@ -517,7 +521,7 @@ def _die_with_parent() -> None:
 
 
 def _read(chunk: Chunk) -> tuple[bytes, np.ndarray]:
-    cleaned = worker.read_chunk(chunk, _setup.options, _setup.special_tokens, _setup.vocab_size)
+    cleaned = chunk_reader.read_chunk(chunk, _setup.options, _setup.special_tokens, _setup.vocab_size)
     return pickle.dumps(cleaned), cleaned.keys  # pickled here, the documents only pass through the parent
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from mateconv_jax import files
-from mateconv_jax.data.build import pipeline, work_folder, worker
+from mateconv_jax.data.build import chunk_reader, pipeline, work_folder
 from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.dataset import is_dataset
+from mateconv_jax.data.dialogue import Dialogue
 from mateconv_jax.data.text import duplicates, sources
 from mateconv_jax.data.text.cleaning import CleaningOptions
 from mateconv_jax.data.text.dialogue import as_record
@@ -61,14 +62,14 @@ class DataProcessor:
             rejects_path.open("w", encoding="utf-8") as rejected_file,
         ):
             for chunk in pipeline.all_chunks(found, self._options, None):
-                cleaned = worker.read_chunk(chunk, self._options, tuple(SPECIAL_TOKENS.values()), 0)
+                cleaned = chunk_reader.read_chunk(chunk, self._options, tuple(SPECIAL_TOKENS.values()), 0)
                 codes = seen.mark(cleaned.keys)
                 for i in np.flatnonzero(codes == duplicates.KEPT):
                     for piece in cleaned.documents[i]:
-                        record = {"text": piece} if isinstance(piece, str) else as_record(piece)
+                        record = as_record(piece) if isinstance(piece, Dialogue) else {"text": piece}
                         cleaned_file.write(json.dumps(record, ensure_ascii=False) + "\n")
                         counts["documents"] += 1
-                for reject in worker.rejects_of(cleaned, codes):
+                for reject in chunk_reader.rejects_of(cleaned, codes):
                     rejected_file.write(json.dumps(reject, ensure_ascii=False) + "\n")
                     counts[reject["rule"]] += 1
                 counts["lines"] += cleaned.statistics.lines

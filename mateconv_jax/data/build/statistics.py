@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mateconv_jax import files
+from mateconv_jax.data.rows import Batch, learned_targets
 from mateconv_jax.data.tokenizer.pieces import readable, visible
 
 if TYPE_CHECKING:  # its import costs seconds, and workers import this module
@@ -31,6 +32,8 @@ class SplitCounts:
     tokens: int = 0
     rows: int = 0
     bytes: int = 0  # on disk
+    filled: int = 0  # places of rows that hold a token; two rows of a text share one
+    targets: int = 0  # tokens that are learned
 
     def __add__(self, other: "SplitCounts") -> "SplitCounts":
         return SplitCounts(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
@@ -57,24 +60,25 @@ class Statistics:
         self.token_counts = np.zeros(self.vocab_size, np.int64)
 
     def add_documents(
-        self, split: str, texts: list[str], lengths: np.ndarray, stream: np.ndarray, rows: int, n_bytes: int
+        self, split: str, texts: list[str], lengths: list[int], tokens: np.ndarray, rows: Batch, n_bytes: int
     ) -> None:
         """Add a shard of a split.
 
         Args:
           texts: the documents' texts, in any partition; empty if only their tokens are known.
-          lengths: (documents,) integers >= 1, tokens of each document, control tokens included.
-          stream: (tokens,) token ids below vocab_size, all documents one behind the other.
-          rows: that the stream was packed into.
+          lengths: tokens of each document, control tokens included.
+          tokens: (n,) token ids below vocab_size of all documents.
+          rows: that they were packed into.
           n_bytes: of the shard on disk.
         """
         # A lone surrogate is counted like any code point.
         characters = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
-        counts = SplitCounts(len(lengths), len(characters), len(stream), rows, n_bytes)
+        filled, targets = int(rows["length"].sum()), int(learned_targets(rows).sum())
+        counts = SplitCounts(len(lengths), len(characters), len(tokens), len(rows["length"]), n_bytes, filled, targets)
         self.splits[split] = self.splits.get(split, SplitCounts()) + counts
-        self.document_lengths.update(_occurrences(lengths))
+        self.document_lengths.update(_occurrences(np.array(lengths)))
         self.code_points.update(_occurrences(characters))
-        self.token_counts += np.bincount(stream, minlength=self.vocab_size)
+        self.token_counts += np.bincount(tokens, minlength=self.vocab_size)
 
     def __iadd__(self, other: "Statistics") -> "Statistics":
         self.lines += other.lines
@@ -147,11 +151,12 @@ def _as_array(counter: Counter[int]) -> np.ndarray:
 # ---- figures ------------------------------------------------------------------------------------------------------
 
 
-def summary(statistics: Statistics, tokenizer: "PreTrainedTokenizerFast", seconds: float) -> dict:
+def summary(statistics: Statistics, tokenizer: "PreTrainedTokenizerFast", seq_len: int, seconds: float) -> dict:
     """The content of stats.json. The same sums give the same figures, whatever the order in which they were added.
 
     Args:
       tokenizer: the one that the tokens are of.
+      seq_len: of the rows.
       seconds: that the preparation took.
 
     Returns:
@@ -169,6 +174,8 @@ def summary(statistics: Statistics, tokenizer: "PreTrainedTokenizerFast", second
         "tokens": total.tokens,
         "rows": total.rows,
         "splits": {split: dataclasses.asdict(statistics.splits[split]) for split in sorted(statistics.splits)},
+        "targets": total.targets,
+        "filled_share": _ratio(total.filled, total.rows * (seq_len + 1)),
         "lines": statistics.lines,
         "bytes_in": statistics.bytes_in,
         "bytes_out": total.bytes,
@@ -328,6 +335,8 @@ def print_table(summary: dict, folder: str | Path) -> None:
         counts.add_column(Text(split), justify="right")
     for key in ("documents", "characters", "tokens", "rows"):
         counts.add_row(key, *(f"{split[key]:,}" for split in splits.values()))
+    if summary["targets"] < summary["tokens"] - summary["rows"]:  # dialogues, of which not every token is learned
+        counts.add_row("learned tokens", *(f"{split['targets']:,}" for split in splits.values()))
     counts.add_row("on disk", *(_size(split["bytes"]) for split in splits.values()))
 
     figures = {
@@ -345,6 +354,7 @@ def print_table(summary: dict, folder: str | Path) -> None:
         shares = {script: n / summary["characters"] for script, n in summary["characters_by_script"].items()}
         figures["text"] = f"a token is {summary['characters_per_token']:.3f} characters, {summary['bytes_per_token']:.3f} bytes"
         figures["scripts"] = ", ".join(f"{script} {share:.1%}" for script, share in shares.items() if share >= 0.0005)
+    figures["rows"] = f"{summary['filled_share']:.1%} filled" if summary["rows"] else "none"
     if summary["documents"]:
         length = summary["document_length"]
         figures["document length"] = (

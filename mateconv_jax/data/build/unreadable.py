@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from mateconv_jax.data.build.worker import InputCounts
+from mateconv_jax.data.build.chunk_reader import InputCounts
 from mateconv_jax.errors import UserError
 
 HOPELESS = 1000  # records, all of them unreadable, after which a file's end is not waited for

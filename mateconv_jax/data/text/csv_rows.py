@@ -1,8 +1,8 @@
 """CSV and TSV files as lines of JSON, one a row: {column: text}.
 
-A quote in a quoted field is doubled, and a backslash is a backslash (RFC 4180). In some files a backslash escapes: those that write
-\\" for a quote, and MateConv's sft_data*.csv, where pandas' `escapechar` doubled every backslash. The header and the row itself tell
-which it is, so that text with backslashes, such as LaTeX, stays as it is everywhere else.
+A quote in a quoted field is doubled, and a backslash is a backslash (RFC 4180). In some files a backslash escapes: those that
+write \\" for a quote, and MateConv's sft_data*.csv, where pandas' `escapechar` doubled every backslash. The header and the row
+tell which it is, so that text with backslashes, such as LaTeX, stays as it is everywhere else.
 """
 
 import csv
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import orjson
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Excel writes one
 MATECONV_COLUMNS = {"history", "q", "a"}
 Line = tuple[bytes, int]  # without its line feed, and its bytes; empty where it is longer than a row may be
 
@@ -41,7 +42,9 @@ class _Lines:
     def __next__(self) -> str:
         if self.taken == len(self._held):
             line, size = next(self._lines)
-            self._held.append((line.decode(errors="surrogateescape") + "\n", size))
+            if self.first == 1 and not self._held:
+                line = line.removeprefix(BYTE_ORDER_MARK)
+            self._held.append((line.decode(errors="surrogateescape") + "\n", size + 1))
         line, size = self._held[self.taken]
         self.taken += 1
         self._bytes += size
@@ -82,7 +85,7 @@ class _Reader:
         return next(self._as_text)
 
     def row(self, n_columns: int, doubled: bool) -> list[str]:
-        """The next row. `doubled`: the file's writer doubled every backslash; a lone one shows that it did not write this row."""
+        """The next row. `doubled`: the file's writer doubled every backslash; a row with a lone one is not by it."""
         first, other = (self._as_escape, self._as_text) if doubled else (self._as_text, self._as_escape)
         error, row = None, []
         try:
@@ -129,14 +132,16 @@ def rows(lines: Iterator[Line], delimiter: str, longest: int) -> Iterator[tuple[
         except StopIteration:
             return
         except (csv.Error, _TooLong) as error:
-            yield source.first, _reject(error, source, longest)
-            if not header:
-                return
-            continue
+            rule, reason = _reject(error, source, longest)
+            if header:
+                yield source.first, (rule, reason)
+                continue
+            yield source.first, ("broken_file", f"the row of column names is {reason}")
+            return
         if not source.text().strip():
             continue
-        if not header:
-            header = [name.removeprefix("\ufeff") for name in row]
+        elif not header:
+            header = row
             if twice := {name for name in header if name and header.count(name) > 1}:
                 yield source.first, ("broken_file", f"two columns are named {min(twice)!r}")
                 return

@@ -1,23 +1,9 @@
-"""What a dialogue is."""
+"""The texts of a dialogue."""
 
-import dataclasses
 from collections.abc import Callable, Iterator
 
+from mateconv_jax.data.dialogue import Dialogue
 from mateconv_jax.data.text.rejected import Rejected
-
-
-@dataclasses.dataclass(frozen=True)
-class Dialogue:
-    """A conversation, in the shapes that transformers' `apply_chat_template` takes.
-
-    Attributes:
-      messages: not empty; each {"role": text, "content": text}, and where there are such: "reasoning_content" (text),
-        "tool_calls" (list), "tool_call_id", "name".
-      tools: descriptions of the functions that the assistant may call, as JSON schemas.
-    """
-
-    messages: list[dict]
-    tools: list[dict] | None = None
 
 
 def is_dialogue(messages) -> bool:
@@ -35,16 +21,20 @@ def as_record(dialogue: Dialogue) -> dict:
 
 
 def texts(dialogue: Dialogue) -> list[str]:
-    """Everything that people wrote and a chat template may write, but the roles: contents, reasoning, names, and the keys and
-    texts in tool calls and tools.
-    """
-    found = []
-    for message in dialogue.messages:
-        for field, value in message.items():
-            if field != "role":
-                found.extend([value] if isinstance(value, str) else _texts_in(value))
-    found.extend(_texts_in(dialogue.tools))
-    return found
+    """Everything that people wrote and a chat template may write, but the roles."""
+    return [message["content"] for message in dialogue.messages] + other_texts(dialogue)
+
+
+def other_texts(dialogue: Dialogue) -> list[str]:
+    """Those of the `texts` that are no content: reasoning, names, and the keys and texts in tool calls and tools."""
+    return [
+        text
+        for message in [*dialogue.messages, {"tools": dialogue.tools}]
+        if len(message) != 2  # of ordinary ones nothing is looked at
+        for field, value in message.items()
+        if field not in ("role", "content")
+        for text in _texts_in(value)
+    ]
 
 
 def _texts_in(value) -> Iterator[str]:
@@ -78,11 +68,10 @@ def map_texts(dialogue: Dialogue, prose: Callable[[str], str], data: Callable[[s
             return result
         return value
 
-    messages = [
-        {
-            field: value if field == "role" else prose(value) if isinstance(value, str) else changed(value)
-            for field, value in message.items()
-        }
-        for message in dialogue.messages
-    ]
+    messages = [{**message, "content": prose(message["content"])} for message in dialogue.messages]
+    for message in messages:
+        if len(message) > 2:
+            for field, value in message.items():
+                if field not in ("role", "content"):
+                    message[field] = prose(value) if isinstance(value, str) else changed(value)
     return Dialogue(messages, changed(dialogue.tools))

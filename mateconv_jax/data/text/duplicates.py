@@ -11,7 +11,7 @@ from hashlib import blake2b
 import numpy as np
 import orjson
 
-from mateconv_jax.data.text.dialogue import texts
+from mateconv_jax.data.text.dialogue import other_texts
 from mateconv_jax.data.text.jsonl import Document
 
 KEPT, DUPLICATE, NEAR_DUPLICATE = 0, 1, 2
@@ -56,9 +56,8 @@ def document_text(document: Document) -> str:
     """What near duplicates are compared by: the text, or all of a dialogue's roles and texts, one a line."""
     if isinstance(document, str):
         return document
-    if document.tools is None and all(len(message) == 2 for message in document.messages):
-        return "\n".join(part for message in document.messages for part in (message["role"], message["content"]))
-    return "\n".join([*(message["role"] for message in document.messages), *texts(document)])
+    turns = [part for message in document.messages for part in (message["role"], message["content"])]
+    return "\n".join(turns + other_texts(document))
 
 
 class SeenKeys:

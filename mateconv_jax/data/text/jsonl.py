@@ -1,34 +1,31 @@
 """One record of an input as a document, or the rule that it breaks."""
 
-from typing import NamedTuple
+from collections.abc import Set
 
 import orjson
 
+from mateconv_jax.data.dialogue import Dialogue
 from mateconv_jax.data.text import dialogue_schemas
-from mateconv_jax.data.text.dialogue import Dialogue
+from mateconv_jax.data.text.dialogue_schemas import text_of
 from mateconv_jax.data.text.rejected import Rejected
 
 Document = str | Dialogue
 
+NOTHING = frozenset()
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-class Parsed(NamedTuple):
-    """A line's document, its schema (a name of `dialogue_schemas`, or text), and the fields that were dropped from it."""
-
-    document: Document
-    schema: str = "text"
-    dropped: set[str] | frozenset[str] = frozenset()
-
-
-def parse_line(line: bytes, text_key: str, ignore_fields: tuple[str, ...] = ()) -> Parsed:
+def parse_line(line: bytes, text_key: str, ignore_fields: tuple[str, ...] = ()) -> tuple[Document, str, Set[str]]:
     """One JSONL line as a document.
 
-    A line with "messages" or "conversations" is a dialogue; otherwise one with `text_key` is text; otherwise it is a dialogue in
-    the first of `dialogue_schemas.SCHEMAS` whose keys it has. Other keys of the line are metadata.
+    A line with "messages" or "conversations" is a dialogue; otherwise one with `text_key` is text; otherwise it is a dialogue
+    in the first of `dialogue_schemas.SCHEMAS` whose keys it has. Other keys of the line are metadata.
 
     Args:
       ignore_fields: dropped from the line, its messages and their parts before anything else.
+
+    Returns:
+      The document; "text", or the name of its dialogue schema; those of ignore_fields that it had.
 
     Raises:
       Rejected: what is wrong with the line.
@@ -41,14 +38,15 @@ def parse_line(line: bytes, text_key: str, ignore_fields: tuple[str, ...] = ()) 
         raise Rejected(rule, f"not JSON ({error})") from error
     if not isinstance(record, dict):
         raise Rejected("not_an_object", f"not a JSON object but {type(record).__name__}")
-    dropped = dialogue_schemas.drop_fields(record, ignore_fields) if ignore_fields else frozenset()
-    if record.get("messages") is None and record.get("conversations") is None and record.get(text_key) is not None:
-        return Parsed(dialogue_schemas.text_of(record, text_key), "text", dropped)
+    dropped = dialogue_schemas.drop_fields(record, ignore_fields) if ignore_fields else NOTHING
+    is_chat = "messages" in record and record["messages"] is not None
+    if not is_chat and ("conversations" not in record or record["conversations"] is None) and record.get(text_key) is not None:
+        return text_of(record, text_key), "text", dropped
     if found := dialogue_schemas.parse(record):
         schema, dialogue = found
-        return Parsed(dialogue, schema, dropped)
+        return dialogue, schema, dropped
     keys = ", ".join(f"{key[:40]!r}" + " (null)" * (record[key] is None) for key in list(record)[:8]) or "none"
-    raise Rejected("no_text", f"no key {text_key!r}, and not the keys of a dialogue (there are: {keys})")
+    raise Rejected("no_text", f"no key {text_key!r} or those of a dialogue (there are: {keys})")
 
 
 def parse_text(record: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Inputs as chunks of raw records: JSONL, CSV and text files, plain or compressed, standard input, TFDS datasets, flat `.bin` files.
+"""Inputs as chunks of raw records: JSONL, CSV and text, plain or compressed, standard input, TFDS datasets, flat `.bin` files.
 
 What a chunk holds depends on the input's bytes alone, so that it means the same to any number of workers and to a later run.
 """

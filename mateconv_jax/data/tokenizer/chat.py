@@ -1,9 +1,11 @@
 """Dialogues as token ids, through a tokenizer's chat template."""
 
-from typing import NamedTuple, Protocol
+import bisect
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
+from mateconv_jax.data.dialogue import LEARN, Dialogue
 from mateconv_jax.data.tokenizer import written
 from mateconv_jax.data.tokenizer.chat_template import ChatTemplate, DialogueRenderer, TemplateRefuses
 from mateconv_jax.data.tokenizer.learned import AnswerFinder
@@ -17,16 +19,6 @@ CHAT_TEMPLATE = (
 )
 
 
-class Dialogue(Protocol):
-    """See data/text/dialogue.py."""
-
-    @property
-    def messages(self) -> list[dict]: ...
-
-    @property
-    def tools(self) -> list[dict] | None: ...
-
-
 class EncodedDialogue(NamedTuple):
     """A dialogue's tokens. `learned[i]` says whether `ids[i]` is learned as a target."""
 
@@ -37,16 +29,16 @@ class EncodedDialogue(NamedTuple):
 class ChatEncoder:
     """Encodes dialogues for training with one tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, learn: str = "all"):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, learn: str = "assistant"):
         """
         Args:
-          learn: "all" of the assistant's turns, or the "last" of a dialogue.
+          learn: what the "assistant" says in every turn, in the "last" one, or "everything".
 
         Raises:
           UserError: the tokenizer has no chat template.
         """
-        if learn not in ("all", "last"):
-            raise UserError(f"learn: {learn!r} is invalid (expected 'all' or 'last')")
+        if learn not in LEARN:
+            raise UserError(f"learn: {learn!r} is invalid (expected {' or '.join(LEARN)})")
         self._template = _template(tokenizer)
         self._answers = AnswerFinder(self._template)
         self._learn = learn
@@ -68,9 +60,11 @@ class ChatEncoder:
         written.check(renderer, rendering, messages, tools)
         if not rendering.text.strip():
             raise TemplateRefuses("chat_template", "the chat template writes nothing for these messages")
-        turns = self._answers.turns(renderer, rendering, [message["role"] for message in messages], tools is not None)
         ids, offsets = renderer.token_ids(rendering.text)
-        spans = [span for turn in (turns if self._learn == "all" else turns[-1:]) for span in turn.spans]
+        if self._learn == "everything":
+            return EncodedDialogue(ids, len(ids) * [True])
+        turns = self._answers.turns(renderer, rendering, [message["role"] for message in messages], tools is not None)
+        spans = [span for turn in (turns if self._learn == "assistant" else turns[-1:]) for span in turn.spans]
         return EncodedDialogue(ids, _tokens_within(spans, offsets))
 
 
@@ -100,18 +94,18 @@ def _template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
 
 
 def _tokens_within(spans: list[tuple[int, int]], offsets: list[tuple[int, int]]) -> list[bool]:
-    """Which tokens hold a character of a span. Both are in order.
+    """Which tokens hold a character of a span.
 
-    Some tokenizers leave white space out of a token's offsets; it belongs to the token behind it. A token without
-    characters, as SentencePiece's prefix, belongs to the character behind it.
+    Some tokenizers leave white space out of a token's offsets: it belongs to the token behind it. A token of no characters,
+    as SentencePiece's prefix, belongs to the character behind it.
     """
-    learned = []
-    waiting = [*spans, (1 << 62, 1 << 62)]
-    i = end_before = 0
-    for start, end in offsets:
-        start = min(start, end_before)
-        end_before = end
-        while waiting[i][1] <= start:
-            i += 1
-        learned.append(waiting[i][0] < max(end, start + 1))
+    starts = [start for start, _ in offsets]
+    ends = [end for _, end in offsets]
+    learned = [False] * len(offsets)
+    for start, end in spans:
+        first = bisect.bisect_right(ends, start)
+        while first and offsets[first - 1] == (start, start):
+            first -= 1
+        after = max(first, min(bisect.bisect_left(ends, end) + 1, len(ends)), bisect.bisect_left(starts, end))
+        learned[first:after] = [True] * (after - first)
     return learned

@@ -16,8 +16,10 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from mateconv_jax.data.tokenizer.stand_ins import STAND_INS, NotAStandIn, Run, StandIns, TooLong
+from mateconv_jax.data.tokenizer.tokenizer import encode_with_offsets
 from mateconv_jax.errors import UserError
 
+Tools = list[Any] | None  # JSON schemas
 ROLES = {"system", "developer", "user", "assistant", "tool"}
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")  # where a template says itself what the assistant writes
 
@@ -51,7 +53,6 @@ class ChatTemplate:
     Attributes:
       control_token: matches a control token, that is an added token that is special.
       control_ids: their ids.
-      unsafe: matches a control token or private characters, as its one group.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
@@ -60,10 +61,8 @@ class ChatTemplate:
         longest_first = sorted(map(re.escape, control.values()), key=len, reverse=True)
         self.control_token = re.compile("|".join(longest_first) or r"(?!)")
         self.control_ids = set(control)
-        # The private characters themselves, too: what the dialogue holds of them must not be mistaken for stand-ins.
-        self.unsafe = re.compile(f"({self.control_token.pattern}|{STAND_INS.pattern})")
 
-    def write(self, messages: list[dict], tools: list[dict] | None, add_generation_prompt: bool) -> str:
+    def write(self, messages: list[dict], tools: Tools, add_generation_prompt: bool) -> str:
         """transformers' rendering.
 
         Raises:
@@ -79,26 +78,45 @@ class ChatTemplate:
         assert isinstance(text, str)
         return text
 
-    def source(self, tools: list[dict] | None) -> str:
+    def is_unsafe(self, text: str) -> bool:
+        """Whether a text holds control tokens, or private characters, which must not be mistaken for stand-ins."""
+        return bool(self.control_token.search(text) or STAND_INS.search(text))
+
+    def source(self, tools: Tools) -> str:
         """The template's text. There may be another one for dialogues with tools."""
         return self.tokenizer.get_chat_template(None, tools)
 
-    def compared(self, tools: list[dict] | None) -> tuple[re.Pattern, frozenset[str]]:
-        """What the template may look for in a text: a pattern, and words that it may compare whole texts with."""
+    def compared(self, tools: Tools) -> "Compared":
+        """What the template may look for in the texts that it is given."""
         return _compared(self.source(tools), self.control_token)
 
 
+class Compared(NamedTuple):
+    """What a template may look for in a text, as far as its string constants tell.
+
+    Attributes:
+      words: it may compare whole texts with them.
+      symbols: a pattern; it may look for them inside of a text, or split it there.
+      kept: a pattern, as one group, of these symbols and all that templates look for or change: JSON escapes quotes,
+        backslashes and control characters, and white space is trimmed at the ends of a text, and where it is split.
+    """
+
+    words: frozenset[str]
+    symbols: re.Pattern
+    kept: re.Pattern
+
+
 @functools.lru_cache(32)
-def _compared(source: str, control_token: re.Pattern) -> tuple[re.Pattern, frozenset[str]]:
-    symbols, words = set(), set(ROLES)
+def _compared(source: str, control_token: re.Pattern) -> Compared:
+    words, symbols = set(ROLES), set()
     for constant in _compared_constants(source):
         if re.fullmatch(r"\w+", constant):
             words.add(constant)
         elif not constant.isspace() and not control_token.search(constant):
             symbols.add(constant)
-    alternatives = sorted(map(re.escape, symbols), key=len, reverse=True)
-    # JSON escapes quotes, backslashes and control characters.
-    return re.compile("(" + "|".join([*alternatives, r'[\s"\\\x00-\x1f]+']) + ")"), frozenset(words)
+    symbol = "|".join(re.escape(text) for text in sorted(symbols, key=len, reverse=True)) or r"(?!)"
+    kept = rf"((?:\s{{2,}}|\A\s|\s\Z|[\"\\\x00-\x1f]|\s?(?:{symbol})\s?)+)"
+    return Compared(frozenset(words), re.compile(symbol), re.compile(kept))
 
 
 def _compared_constants(source: str) -> Iterator[str]:
@@ -117,14 +135,14 @@ def _compared_constants(source: str) -> Iterator[str]:
 class DialogueRenderer:
     """Renders one dialogue, whole or its beginnings, and tokenizes the result."""
 
-    def __init__(self, template: ChatTemplate, messages: list[dict], tools: list[dict] | None):
+    def __init__(self, template: ChatTemplate, messages: list[dict], tools: Tools):
         self._template = template
         self._spelt_out = StandIns()  # for control tokens that the dialogue spells out
         self._marks = StandIns()  # for everything else that it says
         self._messages, self._tools = messages, tools
-        if any(template.unsafe.search(text) for text in _texts([messages, tools])):
+        if any(map(template.is_unsafe, _texts([messages, tools]))):
             self._messages, self._tools = _map_texts([messages, tools], self._hide_control_tokens)
-        self._marked: tuple[list[dict], list[dict] | None] | None = None
+        self._marked: tuple[list[dict], Tools] | None = None
 
     def whole(self, add_generation_prompt: bool = False) -> Rendering:
         """The whole dialogue.
@@ -138,7 +156,7 @@ class DialogueRenderer:
             marked = self._template.write(*self._marked, add_generation_prompt)
             restored, runs = self._marks.restore(marked)
         except (TooLong, NotAStandIn, TemplateRefuses):
-            restored, runs = "", []
+            restored, runs, marked = "", [], ""
         if restored != text:
             self._marked = None
             return Rendering(text, [], is_traced=False)
@@ -159,17 +177,37 @@ class DialogueRenderer:
         text, runs = self._marks.restore(self._template.write(messages[:n_messages], tools, add_generation_prompt))
         return Rendering(text, runs, True)
 
-    def without(self, message: int, field: str | None = None) -> str:
-        """The text of the dialogue without a message, or without one field of it; without `tools` for message -1.
+    def is_blank(self, text: str) -> bool:
+        """Whether a text says nothing: white space and what the template looks for, such as an empty think block."""
+        return not self._template.compared(self._tools).symbols.sub("", text).strip()
 
-        Raises:
-          TemplateRefuses: the template raises an error.
+    def depends_on(self, message: int, field: str, item: int) -> bool:
+        """Whether the dialogue, or its beginning up to this message, is rendered differently without an item of a field.
+
+        Of a content that is all there is, this asks for the dialogue without the message. Message -1 has the tools.
         """
+        ends = {len(self._messages), message + 1} if message >= 0 else {len(self._messages)}
+        messages, tools = self._without(message, field, item)
+        for end in ends:
+            try:
+                shorter = self._template.write(messages[: end - len(self._messages) + len(messages)], tools, False)
+            except TemplateRefuses:  # it cannot do without
+                return True
+            if shorter != self._template.write(self._messages[:end], self._tools, False):
+                return True
+        return False
+
+    def _without(self, message: int, field: str, item: int) -> tuple[list[dict], Tools]:
         if message < 0:
-            return self._template.write(self._messages, None, False)
-        rest = {key: value for key, value in self._messages[message].items() if key != field}
-        between = [rest] if field else []
-        return self._template.write([*self._messages[:message], *between, *self._messages[message + 1 :]], self._tools, False)
+            return self._messages, [tool for i, tool in enumerate(self._tools or []) if i != item] or None
+        rest = dict(self._messages[message])
+        value = rest.pop(field)
+        if isinstance(value, list) and len(value) > 1:
+            rest[field] = [value[i] for i in range(len(value)) if i != item]
+        elif field == "content":
+            rest[field] = ""
+        is_empty = not any(rest.get(key) for key in rest if key != "role")
+        return [*self._messages[:message], *([] if is_empty else [rest]), *self._messages[message + 1 :]], self._tools
 
     def generation_blocks(self) -> list[tuple[int, int]] | None:
         """Characters (start, end) of the whole that stand in {% generation %}, in order; None without such blocks.
@@ -181,21 +219,14 @@ class DialogueRenderer:
         if not GENERATION.search(source):
             return None
         messages = [{key: value for key, value in message.items() if value is not None} for message in self._messages]
-        (text,), (blocks,) = render_jinja_template(
-            [messages],
-            tools=self._tools,
-            chat_template=source,
-            return_assistant_tokens_mask=True,
-            **self._template.tokenizer.special_tokens_map,
+        variables: dict[str, Any] = self._template.tokenizer.special_tokens_map
+        rendered: Any = render_jinja_template(
+            [messages], self._tools, chat_template=source, return_assistant_tokens_mask=True, **variables
         )
+        (text,), (blocks,) = rendered
         if text != self._template.write(self._messages, self._tools, False):
             raise TemplateRefuses("learned_unclear", "the chat template writes another text with its {% generation %} blocks")
         return blocks
-
-    @property
-    def marked_texts(self) -> set[tuple]:
-        """(message, field, item) of the texts that have characters by which they can be found in a traced rendering."""
-        return self._marks.owners()
 
     def token_ids(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a rendering's text, and the characters (start, end) of each token.
@@ -204,7 +235,10 @@ class DialogueRenderer:
           TemplateRefuses: the tokenizer makes a control token of plain text.
         """
         ids, offsets = self._encode(text, False)
-        spelt_out, runs = self._spelt_out.restore(text) if len(self._spelt_out) else (text, [])
+        try:
+            spelt_out, runs = self._spelt_out.restore(text) if len(self._spelt_out) else (text, [])
+        except NotAStandIn as error:
+            raise TemplateRefuses("chat_template", f"the chat template itself writes {error}") from error
         if not runs:
             return ids, offsets
         control = self._template.control_ids
@@ -228,23 +262,23 @@ class DialogueRenderer:
         return found_ids, found_offsets
 
     def _encode(self, text: str, plain: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        encoding = self._template.tokenizer(
-            text,
-            add_special_tokens=False,
-            split_special_tokens=plain,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            return_offsets_mapping=True,
-        )
-        ids = encoding["input_ids"]
+        ids, offsets = encode_with_offsets(self._template.tokenizer, text, plain)
         tokenizer = self._template.tokenizer
         if plain and (control := self._template.control_ids.intersection(ids) - {tokenizer.unk_token_id}):
             token = tokenizer.convert_ids_to_tokens(control.pop())
             raise TemplateRefuses("control_token", f"the tokenizer makes {token!r} of plain text")
-        return ids, encoding["offset_mapping"]
+        return ids, offsets
 
     def _hide_control_tokens(self, text: str) -> str:
-        return self._spelt_out.replace(self._template.unsafe.split(text), 1, ())
+        unsafe = f"({self._template.control_token.pattern}|{STAND_INS.pattern})"
+        return self._hide(re.split(unsafe, text))
+
+    def _hide(self, pieces: list[str]) -> str:
+        """The pieces joined, the odd ones hidden."""
+        try:
+            return self._spelt_out.replace(pieces, 1, ())
+        except TooLong:
+            raise TemplateRefuses("control_token", "the texts spell out too many control tokens") from None
 
     def _hide_joined_control_tokens(self, text: str, runs: list[Run]) -> str:
         """The text with stand-ins for control tokens that the template joined from parts, any of which the dialogue wrote."""
@@ -253,16 +287,16 @@ class DialogueRenderer:
             if any(run.start < found.end() and found.start() < run.end for run in runs):
                 pieces += [text[end : found.start()], found[0]]
                 end = found.end()
-        return self._spelt_out.replace([*pieces, text[end:]], 1, ())
+        return self._hide([*pieces, text[end:]])
 
-    def _mark(self) -> tuple[list[dict], list[dict] | None]:
-        compared, words = self._template.compared(self._tools)
+    def _mark(self) -> tuple[list[dict], Tools]:
+        compared = self._template.compared(self._tools)
 
         def mark(value, owner: tuple):
-            whole_words = () if owner[1] in ("content", "reasoning_content") else words
+            words = () if owner[1] in ("content", "reasoning_content") else compared.words
             return _map_texts(
                 value,
-                lambda text: text if text in whole_words else self._marks.replace(compared.split(text), 0, owner),
+                lambda text: text if text in words else self._marks.replace(compared.kept.split(text), 0, owner),
                 keys=False,
             )
 

@@ -84,14 +84,19 @@ class _Search:
         self._renderer = renderer
         self._text, self._runs, _ = rendering
         self._roles = roles
-        self._messages = [run.owner[0] for run in self._runs]
+        self._own: dict[int, list[int]] = {}  # of each message: its runs' numbers
+        for i, run in enumerate(self._runs):
+            self._own.setdefault(run.owner[0], []).append(i)
 
     def gap(self, message: int) -> _Gap:
-        own = [i for i, owner in enumerate(self._messages) if owner == message]
-        first = own[0] if own else sum(owner < message for owner in self._messages)
-        last = own[-1] + 1 if own else first
-        in_order = len(own) == last - first and (own or all(owner > message for owner in self._messages[first:]))
-        if not in_order:
+        own = self._own.get(message)
+        if own:
+            first, last = own[0], own[-1] + 1
+            in_one_piece = last - first == len(own)
+        else:
+            first = last = sum(len(runs) for other, runs in self._own.items() if other < message)
+            in_one_piece = all(run.owner[0] > message for run in self._runs[first:])
+        if not in_one_piece:
             raise self._unclear(message, "its text is not in one piece, or not where it is in the dialogue")
         before = self._runs[first - 1] if first else None
         own_last = self._runs[last - 1] if last else None

@@ -47,10 +47,6 @@ class StandIns:
     def __len__(self) -> int:
         return len(self._owner_of)
 
-    def owners(self) -> set[tuple]:
-        """Whose characters were replaced."""
-        return {owner for owner in self._owner_of if owner is not None}
-
     def replace(self, pieces: list[str], which: int, owner: tuple) -> str:
         """The pieces joined, with every second one, from index `which`, replaced by as many stand-ins.
 

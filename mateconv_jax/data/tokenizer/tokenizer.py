@@ -44,3 +44,17 @@ def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
     """Token ids of plain texts; a literal `</s>` in a text is five ordinary characters."""
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)["input_ids"]
+
+
+def encode_with_offsets(tokenizer: PreTrainedTokenizerFast, text: str, plain: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a text, and the characters (start, end) that each token stands for.
+
+    Equal to `tokenizer(text, add_special_tokens=False, split_special_tokens=plain)` in three quarters of the time.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = plain
+    if backend.padding or backend.truncation:
+        backend.no_padding()
+        backend.no_truncation()
+    encoding = backend.encode(text, add_special_tokens=False)
+    return encoding.ids, encoding.offsets

@@ -48,7 +48,7 @@ def test_chunks_of_another_run_in_the_work_folder_are_not_taken(tmp_path, datase
     for name, text, tokenizer in (("a", "甲", dataset_folder / "tokenizer"), ("b", "乙", dataset_folder / "tokenizer"),
                                   ("c", "乙", tmp_path / "other")):  # fmt: skip
         path = write_jsonl(tmp_path / "raw.jsonl", [{"prompt": f"{text}{i}", "response": "答"} for i in range(20)])
-        flags = ["--input", str(path), "--seq_len", "16", "--tokenizer", str(tokenizer), "--val_fraction", "0"]
+        flags = ["--input", str(path), "--seq_len", "40", "--tokenizer", str(tokenizer), "--val_fraction", "0"]
         main(parse_args([*flags, "--output", str(tmp_path / f"local-{name}"), "--num_workers", "1"]))
         beam = ["--runner", "DirectRunner", "--direct_num_workers", "1", "--beam_work_folder", str(tmp_path / "work")]
         main(parse_args([*flags, "--output", str(tmp_path / name), *beam]))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from mateconv_jax import DataProcessor
-from mateconv_jax.data.build import pipeline, worker
+from mateconv_jax.data.build import chunk_writer, pipeline
 from mateconv_jax.errors import UserError
 from tests.data.build.test_prepare import (
     TRAIN_TOKENIZER,
@@ -198,7 +198,7 @@ def test_a_changed_chat_template_is_noticed(tmp_path, dataset_folder, capsys):
 def test_an_input_that_changed_under_a_run_that_was_stopped(tmp_path, monkeypatch, dataset_folder):
     path = write_jsonl(tmp_path / "raw.jsonl", texts(100))
     flags = ("--tokenizer", dataset_folder / "tokenizer", "--chunk_mb", "0.0005")
-    monkeypatch.setattr(worker.ChunkWriter, "write_chunk", stop_after(2, worker.ChunkWriter.write_chunk))
+    monkeypatch.setattr(chunk_writer.ChunkWriter, "write_chunk", stop_after(2, chunk_writer.ChunkWriter.write_chunk))
     with pytest.raises(KeyboardInterrupt):
         prepare(path, tmp_path / "zh", *flags)
     monkeypatch.undo()

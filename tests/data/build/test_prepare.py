@@ -16,7 +16,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from mateconv_jax.data import dataset
-from mateconv_jax.data.build import pipeline, work_folder, worker
+from mateconv_jax.data.build import chunk_writer, pipeline, work_folder
 from mateconv_jax.data.dataset import open_dataset
 from mateconv_jax.data.text import jsonl
 from mateconv_jax.data.text.sources import Chunk, Part
@@ -91,7 +91,8 @@ def test_the_dataset_holds_every_document_once(tmp_path):
     texts = [f"第{i}个故事：</s>从前有一座山。" for i in range(30)]
     dialogue = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]
     path = write_jsonl(tmp_path / "raw.jsonl", [*({"text": text} for text in texts), {"messages": dialogue}])
-    folder = prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER, "--val_fraction", "0.3", "--chunk_mb", "0.0003")
+    flags = (*TRAIN_TOKENIZER, "--learn", "everything")
+    folder = prepare(path, tmp_path / "zh", *flags, "--val_fraction", "0.3", "--chunk_mb", "0.0003")
 
     # The literal </s> of a text stayed text: no document was cut there.
     turns = ["user\n你好</s>\n", "assistant\n你好！</s>\n"]
@@ -117,7 +118,7 @@ def test_all_shapes_of_input(tmp_path, monkeypatch):
     stdin = SimpleNamespace(buffer=io.BytesIO(b'{"text": "stdin"}\n'))
     monkeypatch.setattr(sys, "stdin", stdin)
     inputs = [tmp_path / "*.gz", tmp_path / "b.txt", "-"]
-    flags = (*TRAIN_TOKENIZER, "--val_fraction", "0", "--txt_document", "blank_line")
+    flags = (*TRAIN_TOKENIZER, "--val_fraction", "0", "--txt_document", "blank_line", "--learn", "everything")
     assert documents(prepare(inputs, tmp_path / "zh", *flags)) == [
         "一</s>", "user\n问</s>\n", "assistant\n答</s>\n", "user\n译\n春</s>\n", "assistant\nspring</s>\n",
         "user\n说</s>\n", "assistant\n好</s>\n", "system\n令</s>\n", "第一段\n还是第一段</s>", "第二段</s>", "stdin</s>",
@@ -209,7 +210,7 @@ def starts_of(folder, tokenizer):
 
 def test_documents_start_where_they_were_packed_and_not_at_each_turn(tmp_path):
     lines = [*({"messages": messages} for messages in DIALOGUES), {"text": "一"}, {"text": "二"}]
-    flags = (*TRAIN_TOKENIZER, "--val_fraction", "0", "--seq_len", "500", "--also_bin")
+    flags = (*TRAIN_TOKENIZER, "--val_fraction", "0", "--seq_len", "500", "--learn", "everything", "--also_bin")
     folder = prepare(write_jsonl(tmp_path / "raw.jsonl", lines), tmp_path / "zh", *flags)
     tokenizer = tokenizer_lib.load(folder / "tokenizer", "")
     dialogues = [f"<s>user\n问{i}</s>\n<s>assistant\n答</s>\n<s>user\n再问{i}</s>\n" for i in range(8)]
@@ -224,7 +225,7 @@ def test_documents_start_where_they_were_packed_and_not_at_each_turn(tmp_path):
 def test_a_flat_files_turns_are_no_documents(tmp_path):
     """Equal turns are no duplicates, and none is held out without the others."""
     lines = [{"messages": messages} for messages in DIALOGUES for _ in range(2)]
-    flags = ("--val_fraction", "0", "--seq_len", "500")
+    flags = ("--val_fraction", "0", "--seq_len", "500", "--learn", "everything")
     folder = prepare(
         write_jsonl(tmp_path / "raw.jsonl", lines), tmp_path / "zh", *TRAIN_TOKENIZER, *flags, "--dedup", "none", "--also_bin"
     )
@@ -335,12 +336,12 @@ def test_a_bad_line_says_why(line, rule, reason):
     assert error.value.rule == rule
 
 
-@pytest.mark.parametrize("template, reason", [
-    ("{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}<s>{{ messages[0].content }}</s>", "user first"),
-    ("{% for m in messages %}{% if m.role == 'user' %}<s>{{ m.content }}</s>{% endif %}{% endfor %}", "writes nothing"),
-    ("", "no chat template"),
+@pytest.mark.parametrize("template, rule, reason", [
+    ("{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}<s>{{ messages[0].content }}</s>", "chat_template", "user first"),
+    ("{% for m in messages %}{% if m.role == 'user' %}<s>{{ m.content }}</s>{% endif %}{% endfor %}", "role_not_in_template", "assistant"),
+    ("", "chat_template", "no chat template"),
 ])  # fmt: skip
-def test_a_dialogue_that_the_template_cannot_write_is_a_reject(tmp_path, dataset_folder, template, reason):
+def test_a_dialogue_that_the_template_cannot_write_is_a_reject(tmp_path, dataset_folder, template, rule, reason):
     shutil.copytree(dataset_folder / "tokenizer", tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "chat_template.jinja").write_text(template)
     if not template:
@@ -350,10 +351,11 @@ def test_a_dialogue_that_the_template_cannot_write_is_a_reject(tmp_path, dataset
         lines[2] = {"messages": [{"role": "user", "content": "你好"}]}
     bad = {"messages": [{"role": "assistant", "content": "好"}]}
     path = write_jsonl(tmp_path / "raw.jsonl", [*lines, bad])
-    folder = prepare(path, tmp_path / "zh", "--tokenizer", tmp_path / "tokenizer", "--val_fraction", "0")
+    flags = ("--tokenizer", tmp_path / "tokenizer", "--val_fraction", "0", "--learn", "everything")
+    folder = prepare(path, tmp_path / "zh", *flags)
     [reject] = map(json.loads, (folder / "rejected.jsonl").read_text().splitlines())
-    assert (reject["line"], reject["rule"]) == (5, "chat_template") and reason in reject["reason"]
-    assert stats(folder)["rejects"] == {"chat_template": 1} and stats(folder)["documents"] == 4
+    assert (reject["line"], reject["rule"]) == (5, rule) and reason in reject["reason"]
+    assert stats(folder)["rejects"] == {rule: 1} and stats(folder)["documents"] == 4
     with pytest.raises(
         UserError, match=f"raw.jsonl' is mostly unusable: 1 of 1 records rejected, the first at line 1: .*{reason}"
     ):
@@ -491,7 +493,7 @@ def test_the_same_command_again_does_nothing_and_another_refuses(tmp_path, capsy
 
 def test_what_was_begun_with_other_options_or_another_input_is_refused(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "raw.jsonl", [{"text": f"文字{i}"} for i in range(100)])
-    monkeypatch.setattr(worker.ChunkWriter, "write_chunk", stop_after(2, worker.ChunkWriter.write_chunk))
+    monkeypatch.setattr(chunk_writer.ChunkWriter, "write_chunk", stop_after(2, chunk_writer.ChunkWriter.write_chunk))
     flags = (*TRAIN_TOKENIZER, "--chunk_mb", "0.0005")
     with pytest.raises(KeyboardInterrupt):
         prepare(path, tmp_path / "zh", *flags)

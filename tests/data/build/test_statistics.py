@@ -28,9 +28,14 @@ def tokenizer():
 def add(statistics, split, documents):
     """Documents as (text, token ids); each a row of its own and 100 bytes."""
     texts = [text for text, _ in documents]
-    lengths = np.array([len(ids) for _, ids in documents], np.int64)
+    lengths = [len(ids) for _, ids in documents]
     stream = np.array([token for _, ids in documents for token in ids], np.uint16)
-    statistics.add_documents(split, texts, lengths, stream, len(documents), 100 * len(documents))
+    statistics.add_documents(split, texts, lengths, stream, rows(lengths), 100 * len(documents))
+
+
+def rows(lengths, seq_len=49):
+    """As many tokens as given in each."""
+    return {"tokens": np.zeros((len(lengths), seq_len + 1), np.uint16), "length": np.array(lengths, np.int32)}
 
 
 def encoded(tokenizer, texts):
@@ -51,21 +56,21 @@ def state(statistics):
 # ---- sums ---------------------------------------------------------------------------------------------------------
 
 VOCAB = 20
+COUNTERS = ("schemas", "ignored_fields", "rejects", "cleaned")
 DOCUMENT = st.tuples(st.text(alphabet=st.characters()), st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40))
 CHUNK = st.fixed_dictionaries(
     {
         "train": st.lists(DOCUMENT, max_size=4),
         "validation": st.lists(DOCUMENT, max_size=2),
-        "rejects": st.dictionaries(st.text(), st.integers(1, 9), max_size=3),
-        "cleaned": st.dictionaries(st.text(), st.integers(1, 9), max_size=3),
+        **{counter: st.dictionaries(st.text(), st.integers(1, 9), max_size=3) for counter in COUNTERS},
     }
 )
 
 
 def of_chunk(chunk):
     statistics = Statistics(VOCAB, lines=7, bytes_in=1000)
-    statistics.rejects.update(chunk["rejects"])
-    statistics.cleaned.update(chunk["cleaned"])
+    for counter in COUNTERS:
+        getattr(statistics, counter).update(chunk[counter])
     for split in ("train", "validation"):
         if chunk[split]:
             add(statistics, split, chunk[split])
@@ -79,7 +84,7 @@ def test_merged_chunks_equal_one_pass(chunks):
         merged += of_chunk(chunk)
 
     whole = Statistics(VOCAB, lines=7 * len(chunks), bytes_in=1000 * len(chunks))
-    for key in ("rejects", "cleaned"):
+    for key in COUNTERS:
         for chunk in chunks:
             getattr(whole, key).update(chunk[key])
     for split in ("train", "validation"):
@@ -96,7 +101,9 @@ def test_counts_are_those_of_a_plain_loop(documents):
     tokens = Counter(token for _, ids in documents for token in ids)
     characters = Counter(ord(character) for text, _ in documents for character in text)
     n = len(documents)
-    assert statistics.splits == {"train": SplitCounts(n, characters.total(), tokens.total(), n, 100 * n)}
+    assert statistics.splits == {
+        "train": SplitCounts(n, characters.total(), tokens.total(), n, 100 * n, tokens.total(), tokens.total() - n)
+    }
     assert statistics.code_points == characters
     assert statistics.document_lengths == Counter(len(ids) for _, ids in documents)
     assert {token: count for token, count in enumerate(statistics.token_counts.tolist()) if count} == tokens
@@ -129,8 +136,8 @@ def test_workers_import_nothing_heavy():
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=150))
 def test_document_lengths_equal_numpys_of_the_whole_list(tokenizer, lengths):
     statistics = Statistics(len(tokenizer))
-    statistics.add_documents("train", [], np.array(lengths), np.zeros(sum(lengths), np.uint16), 1, 1)
-    figures = summary(statistics, tokenizer, 0)
+    statistics.add_documents("train", [], lengths, np.zeros(sum(lengths), np.uint16), rows(lengths), 1)
+    figures = summary(statistics, tokenizer, 49, 0)
     assert figures["document_length"] == {
         "mean": round(np.mean(lengths), 3),
         "min": min(lengths),
@@ -167,7 +174,7 @@ def test_top_tokens_can_be_read(tokenizer):
     assert (len(parts), len(common)) == (3, 1)
     statistics = Statistics(len(tokenizer))
     add(statistics, "train", [("", [1, *common * 5, *parts[:1] * 3, *parts[1:2] * 2, 2, 2, 2, 2])])
-    top = summary(statistics, tokenizer, 0)["top_tokens"]
+    top = summary(statistics, tokenizer, 49, 0)["top_tokens"]
     assert [(token["text"], token["count"], token["control"]) for token in top] == [
         ("长江", 5, False), ("</s>", 4, True), (r"\xe9", 3, False), (r"\xbe", 2, False), ("<s>", 1, True),
     ]  # fmt: skip
@@ -179,7 +186,7 @@ def test_rates(tokenizer):
     statistics = Statistics(len(tokenizer))
     add(statistics, "train", [("长a", [0, 7, 8, 9]), ("𠀀", [0, 7, 7, 7, 7, 10])])
     statistics.rejects.update(duplicate=3, near_duplicate=2, too_short=9)
-    figures = summary(statistics, tokenizer, 1.5)
+    figures = summary(statistics, tokenizer, 49, 1.5)
     assert figures["unknown_token_rate"] == 0.2
     assert (figures["characters_per_token"], figures["bytes_per_token"]) == (0.3, 0.8)
     assert figures["vocabulary"] == {"size": len(tokenizer), "used": 5, "used_share": round(5 / len(tokenizer), 6)}
@@ -196,7 +203,7 @@ def test_figures_do_not_depend_on_the_order_of_chunks(tokenizer):
             part.rejects.update({split: 1})
             add(part, split, encoded(tokenizer, [text]))
             merged += part
-        return json.dumps(summary(merged, tokenizer, 0))
+        return json.dumps(summary(merged, tokenizer, 49, 0))
 
     splits = [("train", TEXTS[0]), ("validation", TEXTS[1])]
     assert in_order(*splits) == in_order(*reversed(splits))
@@ -204,8 +211,8 @@ def test_figures_do_not_depend_on_the_order_of_chunks(tokenizer):
 
 def test_of_tokens_alone_the_characters_are_not_known(tokenizer):
     statistics = Statistics(len(tokenizer))
-    statistics.add_documents("train", [], np.array([3]), np.array([1, 9, 2], np.uint16), 1, 1)
-    figures = summary(statistics, tokenizer, 0)
+    statistics.add_documents("train", [], [3], np.array([1, 9, 2], np.uint16), rows([3]), 1)
+    figures = summary(statistics, tokenizer, 49, 0)
     assert (figures["characters"], figures["characters_per_token"], figures["bytes_per_token"]) == (0, None, None)
 
 
@@ -221,9 +228,9 @@ def shown(tokenizer):
     )
     many.cleaned["unicode"] = 4
     tokens = Statistics(len(tokenizer))
-    tokens.add_documents("train", [], np.array([3]), np.array([1, 9, 2], np.uint16), 1, 1)
+    tokens.add_documents("train", [], [3], np.array([1, 9, 2], np.uint16), rows([3]), 1)
     kinds = {"many": many, "one": of_texts(tokenizer, TEXTS[:1]), "tokens": tokens, "none": Statistics(len(tokenizer))}
-    return {kind: summary(statistics, tokenizer, 2.5) for kind, statistics in kinds.items()}
+    return {kind: summary(statistics, tokenizer, 49, 2.5) for kind, statistics in kinds.items()}
 
 
 @pytest.mark.parametrize("kind", ["many", "one", "tokens", "none"])

@@ -1,0 +1,163 @@
+"""The first half of a chunk's work: parse and clean its documents. Local processes and Beam call the same function."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence, Set
+from hashlib import blake2b
+
+import numpy as np
+
+from mateconv_jax.data.build.options import PrepareOptions
+from mateconv_jax.data.build.statistics import Statistics
+from mateconv_jax.data.text import duplicates
+from mateconv_jax.data.text.cleaning import Cleaner, control_token_pattern
+from mateconv_jax.data.text.jsonl import Document, parse_line, parse_text
+from mateconv_jax.data.text.rejected import Rejected
+from mateconv_jax.data.text.sources import Chunk
+
+# Rules for records that could not be read as what they were taken for; the others are choices (cleaning, duplicates).
+UNREADABLE = {
+    "broken_file", "line_too_long", "invalid_utf8", "invalid_json", "lone_surrogate", "not_an_object", "no_text",
+    "no_such_token", "chat_template", "bad_row", "bad_history", "unknown_role", "unsupported_field", "unsupported_part",
+    "role_not_in_template", "field_not_in_template", "learned_unclear", "control_token", "nothing_to_learn",
+}  # fmt: skip
+REFUSED = 255  # among the codes of duplicates: the chat template cannot write it, or a shard of it would have no target
+
+
+@dataclasses.dataclass
+class InputCounts:
+    """What became of one input's records in one chunk.
+
+    Attributes:
+      first: "line: reason" of the first that was unreadable.
+      broken: the file could not be read to its end.
+      head: the first bytes of the first unreadable record, to tell what the file is, as text.
+    """
+
+    path: str
+    records: int = 0
+    unreadable: int = 0
+    first: str = ""
+    broken: bool = False
+    head: str = ""
+
+    def add(self, rule: str, line: int, reason: str, record: bytes = b"") -> None:
+        """Count a rejected record."""
+        if rule in UNREADABLE:
+            self.unreadable += 1
+            self.broken |= rule == "broken_file"
+            if not self.first:
+                self.first, self.head = f"{line}: {reason}", record[:16].decode("latin-1")
+
+
+@dataclasses.dataclass
+class CleanChunk:
+    """What `read_chunk` found: n documents that passed every rule but duplicates.
+
+    Attributes:
+      documents: pieces of each; an array is token ids already.
+      places: (input, line) of each.
+      keys: (n, k) uint64.
+      rejects: (input, line, rule, reason).
+      inputs: the chunk's, in order; an input above is an index into this.
+    """
+
+    name: str
+    digest: str
+    documents: list[Sequence[Document | np.ndarray]]
+    places: list[tuple[int, int]]
+    keys: np.ndarray
+    rejects: list[tuple[int, int, str, str]]
+    statistics: Statistics
+    inputs: list[InputCounts]
+
+
+def digest(chunk: Chunk) -> str:
+    """Of the chunk's input."""
+    hasher = blake2b(digest_size=16)
+    for part in chunk.parts:
+        for line, record in part.records:
+            hasher.update(b"%d:%d:" % (line, len(record)))
+            hasher.update(record)
+        for line, rule, _ in part.rejects:
+            hasher.update(f"{line}:{rule}".encode())
+    return hasher.hexdigest()
+
+
+def read_chunk(chunk: Chunk, options: PrepareOptions, special_tokens: tuple[str, ...], vocab_size: int) -> CleanChunk:
+    """Parse and clean a chunk's records."""
+    cleaner = Cleaner(options.cleaning, control_token_pattern(special_tokens))
+    result = CleanChunk(chunk.name, digest(chunk), [], [], np.zeros(0), [], Statistics(vocab_size), [])
+    cleaned: Counter[str] = Counter()
+    keys = []
+    for i, part in enumerate(chunk.parts):
+        counts = InputCounts(part.source.path, len(part.records) + len(part.rejects))
+        result.inputs.append(counts)
+        for line, rule, reason in part.rejects:
+            result.rejects.append((i, line, rule, reason))
+            counts.add(rule, line, reason)
+        for line, record in part.records:
+            try:
+                if part.source.format == "bin":
+                    pieces, key = _token_ids_of(record, vocab_size)
+                else:
+                    parsed, schema, dropped = _parse(record, part.source.format, options)
+                    result.statistics.schemas[schema] += 1
+                    if dropped:
+                        result.statistics.ignored_fields.update(dropped)
+                    pieces, key, changed, text = _document_of(parsed, cleaner, options)
+                    result.statistics.control_tokens_as_text += any(token in text for token in special_tokens)
+                    cleaned.update(changed, split=len(pieces) > 1)
+            except Rejected as error:
+                result.rejects.append((i, line, error.rule, str(error)))
+                counts.add(error.rule, line, str(error), record)
+                continue
+            result.documents.append(pieces)
+            result.places.append((i, line))
+            keys.append(key)
+        result.statistics.lines += counts.records
+        result.statistics.bytes_in += sum(len(record) for _, record in part.records)
+    n_bands = duplicates.bands(options.near_threshold)[0] if options.dedup == "near" else 0
+    result.keys = np.array(keys, np.uint64).reshape(len(keys), 1 + n_bands)
+    result.statistics.cleaned.update(+cleaned)
+    return result
+
+
+def _token_ids_of(record: bytes, vocab_size: int) -> tuple[Sequence[np.ndarray], list[int]]:
+    """A document of a .bin file, and its key."""
+    ids = np.frombuffer(record, np.uint16)
+    if ids.max() >= vocab_size:
+        raise Rejected("no_such_token", f"token id {ids.max()} (the vocabulary has {vocab_size})")
+    return [ids], [int.from_bytes(blake2b(record, digest_size=8).digest(), "little")]
+
+
+def _parse(record: bytes, format: str, options: PrepareOptions) -> tuple[Document, str, Set[str]]:
+    if format == "txt":
+        return parse_text(record), "text", frozenset()
+    return parse_line(record, options.text_key, options.ignore_fields)
+
+
+def _document_of(
+    parsed: Document, cleaner: Cleaner, options: PrepareOptions
+) -> tuple[Sequence[Document], list[int], set[str], str]:
+    """A document's pieces, its keys, the rules that changed it, and its text."""
+    document, changed = cleaner.clean(parsed)
+    text = duplicates.document_text(document)
+    key = [duplicates.document_key(document)]
+    if options.dedup == "near":
+        key.extend(duplicates.band_keys(text, options.near_threshold).tolist())
+    return cleaner.pieces(document), key, changed, text
+
+
+def rejects_of(chunk: CleanChunk, codes: np.ndarray) -> list[dict]:
+    """{"file", "line", "rule", "reason"} of what a chunk left out, in order. `codes` (n,) as for `write_chunk`."""
+    names = {duplicates.DUPLICATE: "duplicate", duplicates.NEAR_DUPLICATE: "near_duplicate"}
+    copies = [
+        (*place, names[code], "as an earlier document")
+        for place, code in zip(chunk.places, codes.tolist(), strict=True)
+        if code in names
+    ]
+    return [
+        {"file": chunk.inputs[i].path, "line": line, "rule": rule, "reason": reason}
+        for i, line, rule, reason in sorted(chunk.rejects + copies)
+    ]

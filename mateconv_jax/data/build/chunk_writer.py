@@ -1,0 +1,174 @@
+"""The second half of a chunk's work: tokenise, pack and write the documents that are no duplicates of earlier ones.
+
+A finished chunk is a folder:
+
+    train, validation    shards, where there are such documents
+    statistics.npz       see data/build/statistics.py
+    keys.npy             (documents, keys) uint64, what later chunks' duplicates are found by
+    rejected.jsonl       {"file", "line", "rule", "reason"}
+    chunk.json           {"digest": of the input, "splits": {split: {"rows", "streamed_rows", "bytes", "learned"}},
+                         "inputs": see InputCounts}
+"""
+
+import array
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from mateconv_jax import files
+from mateconv_jax.data.build import packing
+from mateconv_jax.data.build.chunk_reader import REFUSED, CleanChunk, InputCounts, rejects_of
+from mateconv_jax.data.build.dialogues import RowDialogue, RowDialogues
+from mateconv_jax.data.build.options import SPLITS, PrepareOptions
+from mateconv_jax.data.dialogue import Dialogue
+from mateconv_jax.data.rows import starts_after_end
+from mateconv_jax.data.shards import RowFormat, token_dtype, write_shard
+from mateconv_jax.data.text import duplicates
+from mateconv_jax.data.text.dialogue import texts as texts_of
+from mateconv_jax.data.text.rejected import Rejected
+
+ENCODE_CHARACTERS = 50_000  # of text given to the tokenizer at once: 4 times as much was 10 % slower and took more memory
+
+Piece = str | np.ndarray | RowDialogue  # of a document: text, token ids of a .bin file, or a dialogue's tokens
+
+
+class ChunkWriter:
+    """Tokenises, packs and writes chunks. One in each worker: it holds the tokenizer."""
+
+    def __init__(
+        self, folder: Path, options: PrepareOptions, tokenizer_folder: Path, bos_eos: tuple[int, int], vocab_size: int
+    ):
+        self.folder = folder
+        self.options = options
+        self.bos_token_id, self.eos_token_id = bos_eos
+        self._vocab_size = vocab_size
+        self._tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+        self._tokenizer.encode_special_tokens = True  # a literal `</s>` in a text is five ordinary characters
+        self._dialogues = RowDialogues(tokenizer_folder, options)
+
+    def write_chunk(self, chunk: CleanChunk, codes: np.ndarray) -> list[InputCounts]:
+        """Write the chunk's folder aside and rename it. A worker that was killed leaves nothing but what lies aside.
+
+        Args:
+          codes: (n,) KEPT, DUPLICATE or NEAR_DUPLICATE for each document.
+
+        Returns:
+          The chunk's inputs, with those counted that only tokenising finds out to be unusable.
+        """
+        with files.aside(self.folder / chunk.name, folder=True) as written:
+            self._write_files(written, chunk, codes.copy())
+            for path in written.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        return chunk.inputs
+
+    def _write_files(self, folder: Path, chunk: CleanChunk, codes: np.ndarray) -> None:
+        dialogues = self._encode_dialogues(chunk, codes)
+        # The same key decides for every piece of a document, and for every copy of it in any input.
+        is_validation = chunk.keys[:, 0] < int(self.options.val_fraction * 2**64)
+        splits = {}
+        for split in SPLITS:
+            chosen = np.flatnonzero((codes == duplicates.KEPT) & (is_validation == (split == "validation"))).tolist()
+            if counts := self._write_split(folder / split, split, chunk, codes, chosen, dialogues):
+                splits[split] = counts
+        rejects = rejects_of(chunk, codes)
+        chunk.statistics.rejects.update(reject["rule"] for reject in rejects)
+        chunk.statistics.save(folder / "statistics.npz")
+        np.save(folder / "keys.npy", chunk.keys)
+        (folder / "rejected.jsonl").write_text(
+            "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects),
+            encoding="utf-8",
+            errors="backslashreplace",  # a file's name may be no text
+        )
+        inputs = [dataclasses.asdict(counts) for counts in chunk.inputs]
+        (folder / "chunk.json").write_text(json.dumps({"digest": chunk.digest, "splits": splits, "inputs": inputs}))
+
+    def _encode_dialogues(self, chunk: CleanChunk, codes: np.ndarray) -> dict[int, RowDialogue]:
+        """{document: its tokens} of the dialogues that are kept. Those that cannot be written become rejects."""
+        found = {}
+        for i in np.flatnonzero(codes == duplicates.KEPT).tolist():
+            if isinstance(dialogue := chunk.documents[i][0], Dialogue):
+                try:
+                    found[i] = self._dialogues.encode(dialogue)
+                    chunk.statistics.cleaned.update(oldest_turns=found[i].n_dropped > 0)
+                except Rejected as error:
+                    self._refuse(chunk, codes, i, error.rule, str(error))
+        chunk.statistics.cleaned = +chunk.statistics.cleaned
+        return found
+
+    def _refuse(self, chunk: CleanChunk, codes: np.ndarray, document: int, rule: str, reason: str) -> None:
+        number, line = chunk.places[document]
+        codes[document] = REFUSED
+        chunk.rejects.append((number, line, rule, reason))
+        chunk.inputs[number].add(rule, line, reason)
+
+    def _write_split(
+        self, path: Path, split: str, chunk: CleanChunk, codes: np.ndarray, chosen: list[int], encoded: dict[int, RowDialogue]
+    ) -> dict | None:
+        """Write the chosen documents' rows: first texts, cut where a row ends, then whole dialogues. None if there are none."""
+        whole = [i for i in chosen if i in encoded] if self.options.learn != "everything" else []
+        streamed = [i for i in chosen if i not in encoded or self.options.learn == "everything"]
+        pieces = [piece for i in streamed for piece in ([encoded[i]] if i in encoded else chunk.documents[i])]
+        ids = list(self._token_ids(pieces))
+        if sum(map(len, ids)) == 1:
+            for i in streamed:
+                self._refuse(chunk, codes, i, "one_token", "one token alone has no next token to learn")
+            streamed, ids = [], []
+        if not ids and not whole:
+            return None
+        dtype = token_dtype(self._vocab_size)
+        rows = packing.pack(self._stream(pieces, ids, dtype), self.options.seq_len) if ids else None
+        streamed_rows = 0 if rows is None else len(rows["length"])
+        if whole:
+            packed = packing.pack_whole([encoded[i][:2] for i in whole], self.options.seq_len, dtype)
+            rows = packed if rows is None else packing.join(rows, packed)
+        format = RowFormat(self.options.seq_len, self._vocab_size, learned=bool(whole))
+        write_shard(path, rows, format)
+        counts = {"rows": len(rows["length"]), "streamed_rows": streamed_rows, "bytes": path.stat().st_size}
+        ids += [encoded[i].ids for i in whole]
+        texts = [text for i in streamed + whole for piece in chunk.documents[i] for text in _texts_of(piece)]
+        chunk.statistics.add_documents(split, texts, list(map(len, ids)), np.concatenate(ids), rows, counts["bytes"])
+        return counts | {"learned": format.learned}
+
+    def _stream(self, pieces: list[Piece], ids: list[np.ndarray], dtype: np.dtype) -> dict[str, np.ndarray]:
+        tokens = np.concatenate(ids).astype(dtype, copy=False)
+        if any(isinstance(piece, np.ndarray) for piece in pieces):  # parts of a .bin file's stream, which may be turns
+            starts = starts_after_end(tokens[None], self.bos_token_id, self.eos_token_id)[0]
+            starts[0] = True
+        else:
+            starts = np.zeros(len(tokens), bool)
+            starts[np.cumsum([0, *map(len, ids[:-1])])] = True
+        return {"tokens": tokens, "document_starts": starts}
+
+    def _token_ids(self, pieces: list[Piece]) -> Iterator[np.ndarray]:
+        """A text becomes `<s>` text `</s>`; the chat template has brought a dialogue its own control tokens."""
+        for batch in _batches(pieces):
+            texts = [piece for piece in batch if isinstance(piece, str)]
+            encodings = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+            for piece in batch:
+                if isinstance(piece, str):
+                    # array.array takes a list at 12 ns a number, np.array at 40.
+                    ids = [self.bos_token_id, *next(encodings).ids, self.eos_token_id]
+                    yield np.frombuffer(array.array("I", ids), np.uint32)
+                else:
+                    yield piece if isinstance(piece, np.ndarray) else piece.ids
+
+
+def _texts_of(piece: str | Dialogue | np.ndarray) -> Sequence[str]:
+    return [piece] if isinstance(piece, str) else texts_of(piece) if isinstance(piece, Dialogue) else []
+
+
+def _batches(pieces: list[Piece]) -> Iterator[list[Piece]]:
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece) if isinstance(piece, str) else 0
+        if size >= ENCODE_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    yield batch

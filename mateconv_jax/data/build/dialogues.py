@@ -1,0 +1,97 @@
+"""A dialogue's tokens, at most as many as a row has."""
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mateconv_jax.data.build.options import PrepareOptions
+from mateconv_jax.data.dialogue import Dialogue
+from mateconv_jax.data.text.rejected import Rejected
+from mateconv_jax.errors import UserError
+
+
+class RowDialogue(NamedTuple):
+    """ids (n,) uint32; learned (n,) bool, which of them are learned as targets; n_dropped: oldest turns that were left out."""
+
+    ids: np.ndarray
+    learned: np.ndarray
+    n_dropped: int = 0
+
+
+class RowDialogues:
+    """Encodes dialogues with the tokenizer of a folder, which is loaded with the first (transformers' import takes 2 s)."""
+
+    def __init__(self, tokenizer_folder: Path, options: PrepareOptions):
+        self._tokenizer_folder = tokenizer_folder
+        self._options = options
+        self._encoder = None
+
+    def encode(self, dialogue: Dialogue) -> RowDialogue:
+        """The dialogue's tokens. One that is longer than a row loses its oldest turns, unless options.too_long_dialogue is
+        "drop"; with options.learn "everything" it is cut like a text instead.
+
+        Raises:
+          Rejected: the chat template refuses it, nothing of it is learned, or not even its last turn fits a row.
+        """
+        encoded = self._encode(dialogue)
+        most = self._options.seq_len + 1
+        if self._options.learn == "everything":
+            return encoded
+        if len(encoded.ids) > most:
+            encoded = self._shortened(dialogue, most, len(encoded.ids))
+        if not encoded.learned[1:].any():
+            raise Rejected("nothing_to_learn", "no turn of the assistant")
+        return encoded
+
+    def _encode(self, dialogue: Dialogue) -> RowDialogue:
+        if self._encoder is None:
+            from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
+            from mateconv_jax.data.tokenizer.chat import ChatEncoder
+
+            tokenizer = tokenizer_lib.load(self._tokenizer_folder, "--tokenizer")
+            try:
+                self._encoder = ChatEncoder(tokenizer, self._options.learn)
+            except UserError as error:  # no chat template
+                raise Rejected("chat_template", str(error).removeprefix("chat: ")) from error
+        from mateconv_jax.data.tokenizer.chat import TemplateRefuses
+
+        try:
+            ids, learned = self._encoder.encode(dialogue)
+        except TemplateRefuses as error:
+            raise Rejected(error.rule, error.reason) from error
+        return RowDialogue(np.array(ids, np.uint32), np.array(learned, bool))
+
+    def _shortened(self, dialogue: Dialogue, most: int, length: int) -> RowDialogue:
+        if self._options.too_long_dialogue == "drop":
+            raise Rejected("too_long_dialogue", f"{length} tokens (a row holds {most})")
+        head, turns = split_turns(dialogue.messages)
+
+        def without(n: int) -> RowDialogue:
+            messages = head + [message for turn in turns[n:] for message in turn]
+            return self._encode(dataclasses.replace(dialogue, messages=messages))._replace(n_dropped=n)
+
+        shortest = without(len(turns) - 1) if turns else None
+        if shortest is None or len(shortest.ids) > most:
+            n_tokens = length if shortest is None else len(shortest.ids)
+            raise Rejected("too_long_dialogue", f"{n_tokens} tokens in the last turn alone (a row holds {most})")
+        too_few, enough, fitting = 0, len(turns) - 1, shortest  # turns to leave out
+        while enough - too_few > 1:
+            middle = (too_few + enough) // 2
+            if len((encoded := without(middle)).ids) <= most:
+                enough, fitting = middle, encoded
+            else:
+                too_few = middle
+        return fitting
+
+
+def split_turns(messages: list[dict]) -> tuple[list[dict], list[list[dict]]]:
+    """The system messages in front, and the turns: each a question with everything up to the next question."""
+    n_head = next((i for i, message in enumerate(messages) if message["role"] not in ("system", "developer")), len(messages))
+    turns: list[list[dict]] = []
+    for message in messages[n_head:]:
+        if not turns or message["role"] == "user" and turns[-1][-1]["role"] != "user":
+            turns.append([])
+        turns[-1].append(message)
+    return messages[:n_head], turns
