@@ -8,9 +8,9 @@ from mateconv_jax.model.moe import ROUTED
 from mateconv_jax.model.transformer import abstract_model
 
 # {jax's device_kind, which is the driver's name: dense peak of matrix products in FLOP/s, accumulated in float32 as XLA does}.
-# GeForce cards accumulate in float32 at half the rate that is advertised. Where a data sheet gives only the sparse peak, half of
-# it. Names: NVIDIA/open-gpu-kernel-modules, README.md, "Compatible GPUs". One that is not here stays unknown: cards of one name
-# may differ (RTX 3080 with 10 and 12 GB), and a laptop's have no fixed clock.
+# GeForce cards accumulate in float32 at half the advertised rate; where a data sheet has only the sparse peak, half of it.
+# Names: NVIDIA/open-gpu-kernel-modules, README.md, "Compatible GPUs". One that is not here stays unknown: cards of one name may
+# differ (RTX 3080 with 10 and 12 GB), and a laptop's have no fixed clock.
 PEAKS = {
     # HGX B200 and GB200 NVL72 data sheets (4.5 and 5 PFLOP/s sparse).
     "NVIDIA B200": 2250e12, "NVIDIA GB200": 2500e12,

@@ -24,9 +24,10 @@ from mateconv_jax.training.train_state import TrainState
 
 @dataclasses.dataclass
 class Progress:
-    """What a run knows besides its TrainState. The position in the data is not part of it: a batch follows from the step.
+    """What a run knows besides its TrainState.
 
     Attributes:
+      rows: of the data read so far; None in a checkpoint of an older version, whose global batch never changed.
       best_loss, best_step: of all evaluations.
       bad_evaluations: since the best one.
       evaluated_step: of the last evaluation.
@@ -36,6 +37,7 @@ class Progress:
     best_step: int | None = None
     bad_evaluations: int = 0
     evaluated_step: int | None = None
+    rows: int | None = None
 
     def evaluated(self, step: int, loss: float) -> bool:
         """Record the loss of an evaluation. Returns whether it is the best so far."""

@@ -69,10 +69,11 @@ def _train(config: ConfigDict, signals: Signals) -> int:
     )
     if training.early_stopping and val_rows is None:
         raise UserError("training.early_stopping: there are no validation rows (expected data.val_data_path)")
-    length = Length.of(training, len(train_rows))
+    origin = resume.find_origin(config)
+    position = resume.position(origin)
+    length = Length.of(training, len(train_rows), position)
     programs = setup.build(config, c, mesh, length.total_steps)
     shape = setup.batch_shape(config)
-    source = RowBatches(train_rows, shape, training.seed, config.data.shuffle, config.data.num_workers, mesh)
     evaluator = None
     if val_rows is not None:
         bytes_per_token_V = token_bytes.bytes_per_token(tokenizer)
@@ -83,14 +84,17 @@ def _train(config: ConfigDict, signals: Signals) -> int:
 
     # ---- from where: see resume.find_origin -------------------------------------------------------------------------
     folder = Path(training.out_dir)
-    origin = resume.find_origin(config)
     differences = resume.check_compatible(origin, config, tokenizer)
     resume.make_folder(folder)
     with (
         logging_to(folder / "train.log"),
         Checkpoints(folder, training.keep_latest, training.keep_every, training.keep_best) as checkpoints,
     ):
-        state, progress, start = resume.start(origin, checkpoints, programs.init, programs.abstract_state)
+        state, progress, read, start = resume.start(origin, checkpoints, programs.init, programs.abstract_state)
+        if read != position:  # the newest checkpoint was damaged
+            length = Length.of(training, len(train_rows), read)
+            programs = setup.build(config, c, mesh, length.total_steps)
+        source = RowBatches(train_rows, shape, training.seed, config.data.shuffle, config.data.num_workers, mesh, read)
         if distributed.is_first():
             run_folder.write_config(folder, config)
             tokenizer.save_pretrained(folder / "tokenizer")
@@ -147,6 +151,7 @@ class Run:
             with metrics.waiting_for_input():
                 batch = self.source(step, state.params)
             step += 1
+            progress.rows = self.source.rows_before(step)
             state, step_metrics = train_step(state, batch)  # dispatched, not waited for
             skipped.check(metrics.push(step, step_metrics), step, save)  # reads the previous step while this one runs
 

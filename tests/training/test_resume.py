@@ -1,5 +1,6 @@
 """Going on: in a new process, from another run, on other settings; and which checkpoints there are to go on from."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from mateconv_jax import config as config_lib
+from mateconv_jax.data import loader
+from mateconv_jax.data.dataset import open_dataset
 from mateconv_jax.errors import UserError
 from mateconv_jax.training import loop
 from mateconv_jax.training.checkpoints import Progress
@@ -93,6 +96,66 @@ def test_the_log_names_every_changed_key_that_makes_the_resumed_run_diverge(tiny
     assert "log_interval" not in log
 
 
+# ---- another global batch -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows_read(monkeypatch):
+    """The tokens of every row that the loop takes, in order."""
+    tokens, original = [], loader.training_batches
+
+    def batches(*args):
+        for batch in original(*args):
+            tokens.extend(batch["tokens"].tolist())
+            yield batch
+
+    monkeypatch.setattr(loader, "training_batches", batches)
+    return tokens
+
+
+def in_order(config, n):
+    rows = open_dataset(config.data.train_data_path, "", 32).rows("train")
+    return rows.read(loader.rows_at(np.arange(n), len(rows), config.training.seed, True))["tokens"].tolist()
+
+
+def test_a_changed_global_batch_goes_on_at_the_next_row(tiny_config, tmp_path, rows_read):
+    train(tiny_config, tmp_path / "out", max_steps=3)
+    train(tiny_config, tmp_path / "out", max_steps=4, batch_size=16)
+    train(tiny_config, tmp_path / "out", max_steps=6, batch_size=4, accumulation_steps=3)
+    train(tiny_config, tmp_path / "other", max_steps=7, batch_size=12, resume_from=str(tmp_path / "out"))
+    assert rows_read == in_order(tiny_config, 3 * 8 + 16 + 3 * 12)
+    log = (tmp_path / "out" / "train.log").read_text()
+    assert "the global batch was 8 rows, now 16: the run goes on at the next row" in log
+    assert "start: step 3, resumed, 24 rows read" in log and "start: step 4, resumed, 40 rows read" in log
+    other = (tmp_path / "other" / "train.log").read_text()
+    assert "checkpoints/6, 64 rows read" in other and "the global batch was" not in other  # 12 x 1 for 4 x 3
+    assert saved(tmp_path / "other", 7)[1]["rows"] == 76
+
+
+def test_checkpoints_that_do_not_know_their_rows_go_on_where_they_were(tiny_config, tmp_path, rows_read):
+    train(tiny_config, tmp_path / "out", max_steps=3)
+    path = tmp_path / "out" / "checkpoints" / "3" / "progress" / "metadata"
+    progress = json.loads(path.read_text())
+    assert progress.pop("rows") == 24
+    path.write_text(json.dumps(progress))
+    train(tiny_config, tmp_path / "out", max_steps=4, batch_size=16)
+    assert rows_read == in_order(tiny_config, 40)
+
+
+def test_epochs_are_rows_whatever_the_batches_were(tiny_config, tmp_path, rows_read):
+    """Half of an epoch in batches of 8, the other half in batches of 16; a damaged checkpoint makes no difference."""
+    n_rows = len(open_dataset(tiny_config.data.train_data_path, "", 32).rows("train"))
+    half = n_rows // 16
+    train(tiny_config, tmp_path / "out", max_steps=half, save_interval=half - 1, eval_interval=1000)
+    (tmp_path / "out" / "checkpoints" / str(half) / "state" / "manifest.ocdbt").write_bytes(b"")
+    rows_read.clear()
+    train(tiny_config, tmp_path / "out", max_steps=None, epochs=1, batch_size=16, eval_interval=1000, save_interval=1000)
+    first = 8 * (half - 1)
+    whole_steps = (n_rows - first) // 16
+    assert rows_read == in_order(tiny_config, n_rows)[first : first + 16 * whole_steps]
+    assert steps_in(tmp_path / "out")[-1] == half - 1 + whole_steps
+
+
 # ---- checkpoints that are kept, and early stopping ----------------------------------------------------------------------
 
 
@@ -102,7 +165,9 @@ def test_which_checkpoints_are_kept(tiny_config, tmp_path, monkeypatch):
     train(tiny_config, tmp_path / "out", max_steps=10, save_interval=1, eval_interval=2, keep_latest=2, keep_every=3)
     assert steps_in(tmp_path / "out") == [3, 6, 9, 10]
     assert [path.name for path in (tmp_path / "out" / "best").iterdir() if path.name.isdigit()] == ["4"]
-    assert saved(tmp_path / "out", 10)[1] == {"best_loss": 3.0, "best_step": 4, "bad_evaluations": 3, "evaluated_step": 10}
+    assert saved(tmp_path / "out", 10)[1] == {
+        "best_loss": 3.0, "best_step": 4, "bad_evaluations": 3, "evaluated_step": 10, "rows": 80,
+    }  # fmt: skip
     monkeypatch.setattr(loop, "validation_losses", lambda *args: {"val/loss": 1.0})
     train(tiny_config, tmp_path / "none", max_steps=2, eval_interval=1, keep_best=False)
     assert not (tmp_path / "none" / "best").exists()
