@@ -9,6 +9,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from mateconv_jax import config as config_lib, run_folder
+from mateconv_jax.data.dataset import Rows, fingerprint
 from mateconv_jax.data.tokenizer import token_bytes
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
@@ -86,6 +87,8 @@ def _train(config: ConfigDict, signals: Signals) -> int:
     folder = Path(training.out_dir)
     differences = resume.check_compatible(origin, config, tokenizer)
     resume.make_folder(folder)
+    if training.keep_best:
+        resume.bring_best(origin, folder)
     with (
         logging_to(folder / "train.log"),
         Checkpoints(folder, training.keep_latest, training.keep_every, training.keep_best) as checkpoints,
@@ -94,6 +97,7 @@ def _train(config: ConfigDict, signals: Signals) -> int:
         if read != position:  # the newest checkpoint was damaged
             length = Length.of(training, len(train_rows), read)
             programs = setup.build(config, c, mesh, length.total_steps)
+        differences += progress.reads(*_fingerprints(train_rows, val_rows, training))
         source = RowBatches(train_rows, shape, training.seed, config.data.shuffle, config.data.num_workers, mesh, read)
         if distributed.is_first():
             run_folder.write_config(folder, config)
@@ -197,10 +201,8 @@ class Run:
 
     def stops_early(self, progress: Progress) -> bool:
         if self.out_of_patience(progress):
-            logging.info(
-                "early stopping: %d evaluations without a lower loss than %.4f, of step %d",
-                progress.bad_evaluations, progress.best_loss, progress.best_step,
-            )  # fmt: skip
+            best = "" if progress.best_loss is None else f" than {progress.best_loss:.4f}, of step {progress.best_step}"
+            logging.info("early stopping: %d evaluations without a lower loss%s", progress.bad_evaluations, best)
         return self.out_of_patience(progress)
 
     def write_samples(self, step: int, state: TrainState) -> None:
@@ -224,6 +226,15 @@ def validation_losses(evaluator: Evaluator, state: TrainState, should_stop: Call
     if result.bytes:
         losses["val/bits_per_byte"] = result.bits_per_byte(list(weights)[-1])
     return losses
+
+
+def _fingerprints(train_rows: Rows, val_rows: Rows | None, training: ConfigDict) -> tuple[str, str | None]:
+    """Of the training rows, and of what a validation loss is measured on."""
+    train = fingerprint(train_rows, len(train_rows))
+    if val_rows is None:
+        return train, None
+    n_measured = min(len(val_rows), training.eval_iters * training.batch_size)
+    return train, fingerprint(val_rows, n_measured) + " within documents" * training.document_mask
 
 
 def _metrics(

@@ -2,18 +2,22 @@
 
 import dataclasses
 import errno
+import shutil
 from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
-from mateconv_jax import run_folder
+from mateconv_jax import files, run_folder
 from mateconv_jax.config_keys import KEYS, OnResume
+from mateconv_jax.data.tokenizer.tokenizer import fingerprint, load
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop.formats import open_model
 from mateconv_jax.interop.stored_model import StoredModel
 from mateconv_jax.run_folder import Checkpoint
+from mateconv_jax.runtime import distributed
 from mateconv_jax.training import checkpoints as checkpoints_lib, initial_weights
 from mateconv_jax.training.batch_shape import START, Position
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
@@ -81,6 +85,7 @@ def check_compatible(origin: Origin, config: ConfigDict, tokenizer: PreTrainedTo
     if origin.checkpoint is None or origin.key is None:
         return []
     theirs = run_folder.read_config(origin.checkpoint.run, origin.key)
+    _check_tokenizer(origin.checkpoint.run, tokenizer)
     differences = []
     for key in KEYS:
         section, name = key.path.split(".")
@@ -98,6 +103,30 @@ def check_compatible(origin: Origin, config: ConfigDict, tokenizer: PreTrainedTo
     if was != now:
         differences.append(f"the global batch was {was:,} rows, now {now:,}: the run goes on at the next row")
     return differences
+
+
+def _check_tokenizer(run: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    if not (run / "tokenizer").is_dir():
+        return
+    if fingerprint(load(run / "tokenizer", str(run), needs_begin=False)) != fingerprint(tokenizer):
+        raise UserError(
+            f"data.tokenizer_path: the run in {str(run)!r} has another tokenizer than the data (expected the same; "
+            "training.init_from takes its weights for a new run)"
+        )
+
+
+def bring_best(origin: Origin, folder: Path) -> None:
+    """Copy the best checkpoint of the run that training.resume_from names, if it is what the best loss so far belongs to."""
+    if origin.checkpoint is None or origin.key != "training.resume_from":
+        return
+    best_step = run_folder.read_progress(origin.checkpoint.path).get("best_step")
+    source, target = (run_folder.best(run) / str(best_step) for run in (origin.checkpoint.run, folder))
+    if distributed.is_first() and source.is_dir() and not target.is_dir():
+        target.parent.mkdir(exist_ok=True)
+        with files.aside(target) as written:
+            shutil.copytree(source, written)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("best checkpoint copied")
 
 
 def position(origin: Origin) -> Position:
