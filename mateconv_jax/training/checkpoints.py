@@ -222,11 +222,28 @@ def _memory_stats() -> list[dict | None]:
 
 def restore(folder: Path, abstract_state: TrainState) -> tuple[TrainState, Progress]:
     """A checkpoint from its own folder. Raises whatever Orbax raises for what it cannot read."""
+    has_no_clipping = _has_no_clipping(folder)
+    if has_no_clipping:
+        clipping, optimizer = abstract_state.opt_state
+        abstract_state = abstract_state.replace(opt_state=optimizer)
     handler = ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), progress=ocp.JsonCheckpointHandler())
     with ocp.Checkpointer(handler) as checkpointer:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), progress=ocp.args.JsonRestore())
         restored = checkpointer.restore(folder, args=args)
-    return restored.state, Progress(**restored.progress)
+    state = restored.state
+    if has_no_clipping:
+        state = state.replace(opt_state=(clipping, state.opt_state))
+    return state, Progress(**restored.progress)
+
+
+def _has_no_clipping(folder: Path) -> bool:
+    """Whether an older version saved this with training.grad_clip 0: the optimizer's state then did not begin with that of the
+    clipping, which is empty.
+    """
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        saved = checkpointer.metadata(folder / "state").item_metadata.tree
+    opt_state = saved.get("opt_state")
+    return opt_state is not None and not (isinstance(opt_state, list) and len(opt_state) == 2 and opt_state[0] is None)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """A training run from top to bottom."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,7 +46,10 @@ def train(config: ConfigDict) -> int:
     try:
         with Signals() as signals:
             return _train(config, signals)
-    except OSError as error:  # the log, the metrics
+    except OSError as error:  # of writing the log and the metrics, if it names no other file
+        out_dir = Path(config.training.out_dir).absolute()
+        if error.filename is not None and not Path(os.fsdecode(error.filename)).absolute().is_relative_to(out_dir):
+            raise UserError(f"{os.fsdecode(error.filename)}: {error.strerror or error}") from error
         raise UserError(
             f"training.out_dir: cannot write {error.filename or config.training.out_dir!r}: {error.strerror or error} "
             "(finished checkpoints stay; the same command continues from the newest)"

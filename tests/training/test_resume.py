@@ -1,6 +1,9 @@
 """Going on: in a new process, from another run, on other settings; and which checkpoints there are to go on from."""
 
+import errno
+import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,10 +17,13 @@ from mateconv_jax import config as config_lib
 from mateconv_jax.data import loader
 from mateconv_jax.data.dataset import open_dataset
 from mateconv_jax.errors import UserError
+from mateconv_jax.interop import model_card
 from mateconv_jax.prepare import main as prepare, parse_args
-from mateconv_jax.training import loop
+from mateconv_jax.training import checkpoints, loop, optimizer, train_state
 from mateconv_jax.training.checkpoints import Progress
+from mateconv_jax.training.optimizer import OptimizerOptions
 from mateconv_jax.training.preemption import RESUMABLE
+from tests import llama
 from tests.training.processes import Training
 from tests.training.runs import assert_equal_checkpoints, flags_of, losses_of, metrics_of, saved, steps_in, train
 
@@ -96,6 +102,73 @@ def test_the_log_names_every_changed_key_that_makes_the_resumed_run_diverge(tiny
     ):
         assert f"the resumed run diverges: {said}" in log
     assert "log_interval" not in log
+
+
+@pytest.mark.parametrize("was, now", [(1.0, 0.0), (0.0, 1.0)])
+def test_clipping_may_be_turned_off_and_on(tiny_config, tmp_path, was, now):
+    train(tiny_config, tmp_path / "out", max_steps=2, grad_clip=was)
+    train(tiny_config, tmp_path / "out", max_steps=3, grad_clip=now)
+    log = (tmp_path / "out" / "train.log").read_text()
+    assert f"the resumed run diverges: training.grad_clip was {was}, now {now}" in log
+    assert steps_in(tmp_path / "out") == [2, 3]
+
+
+@pytest.mark.parametrize("optimizer_type", ["adamw", "adam", "muon"])
+def test_an_older_checkpoint_without_clipping_is_read(tmp_path, optimizer_type):
+    """Its optimizer's state is not the second of a pair."""
+    options = OptimizerOptions(optimizer_type, 0.9, 0.95, 0.95, 0.1, grad_clip=0.0)
+    c = llama.model_config(n_layers=1)
+    state = train_state.init(c, optimizer.make_optimizer(options, c), 0, False)
+    older = state.replace(opt_state=jax.tree.map(lambda x: x + 3, state.opt_state[1]))
+    with checkpoints.Checkpoints(tmp_path, 1, None, False) as saves:
+        saves.save(2, older, Progress())
+    restored, _ = checkpoints.restore(tmp_path / "checkpoints" / "2", jax.eval_shape(lambda: state))
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, restored.opt_state[1], older.opt_state)
+
+
+def test_garbled_metrics_are_dropped_and_said(tiny_config, tmp_path):
+    """A power loss may leave blocks of zeros, and anything else."""
+    train(tiny_config, tmp_path / "out", max_steps=2)
+    path = tmp_path / "out" / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(
+        lines[0] + b"\x00" * 40 + b"\n" + b'{"step": 1, "train/lo\xff\n[1]\n{"loss": 2}\n' + b"".join(lines[1:]) + b'{"st'
+    )
+    train(tiny_config, tmp_path / "out", max_steps=3)
+    assert [record["step"] for record in metrics_of(tmp_path / "out")] == [1, 2, 2, 3, 3]
+    assert (
+        "metrics.jsonl: dropped 4 lines that are not a JSON object with a step" in (tmp_path / "out" / "train.log").read_text()
+    )
+    bits = metrics_of(tmp_path / "out")[-1]["val/bits_per_byte"]
+    path.write_bytes(b"\xff\n[1]\n" + path.read_bytes())
+    assert model_card._bits_per_byte(path, 3) == bits
+
+
+def test_data_that_cannot_be_read_is_not_blamed_on_the_run_folder(tiny_config, dataset_folder, tmp_path, monkeypatch):
+    np.random.default_rng(0).integers(4, 400, 2000).astype("<u2").tofile(tmp_path / "tokens.bin")
+    tiny_config.data.update(
+        dict(train_data_path=str(tmp_path / "tokens.bin"), tokenizer_path=str(dataset_folder / "tokenizer"))
+    )
+    pread, calls = os.pread, itertools.count()
+
+    def failing(*args):
+        if next(calls) > 64 + 2 * 8:
+            raise OSError(errno.EIO, "Input/output error")
+        return pread(*args)
+
+    monkeypatch.setattr(os, "pread", failing)
+    with pytest.raises(UserError, match=r"^'.*tokens\.bin': cannot read token ids \(Input/output error\)"):
+        train(tiny_config, tmp_path / "out", max_steps=60)
+
+
+def test_a_file_elsewhere_is_not_blamed_on_the_run_folder(tiny_config, tmp_path, monkeypatch):
+    def fails(*args):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(tmp_path / "elsewhere"))
+
+    monkeypatch.setattr(loop.resume, "start", fails)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/elsewhere: No such file or directory$"):
+        train(tiny_config, tmp_path / "out", max_steps=1)
 
 
 # ---- another global batch -------------------------------------------------------------------------------------------------
