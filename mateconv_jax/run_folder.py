@@ -163,6 +163,14 @@ def load_params(checkpoint: Path, abstract_params, use_ema: bool):
     return restored["ema_params" if use_ema else "params"]
 
 
+def read_progress(checkpoint: Path) -> dict:
+    """What a checkpoint holds besides the state, without reading that; empty if it is damaged."""
+    try:
+        return json.loads((checkpoint / "progress" / "metadata").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
 def write_params(folder: Path, step: int, params) -> None:
     """Write a checkpoint with only weights: good for sampling, evaluation and training.init_from, but not for resuming."""
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler())) as checkpointer:

@@ -63,6 +63,7 @@ def test_every_option_of_train_changes_the_tokenizer(numbers_jsonl, tmp_path):
         fingerprint("plain"), fingerprint("size", "--vocab_size", 300), fingerprint("digits", "--split_digits"),
         fingerprint("special", "--special_tokens", "<think>", "</think>"), fingerprint("key", "--text_key", "other"),
         fingerprint("sample", *sample), fingerprint("seed", *sample, "--seed", 1),
+        fingerprint("short", "--max_token_bytes", 3),
     ]  # fmt: skip
     assert len(set(different)) == len(different)
     assert tokenizer_lib.load(tmp_path / "special", "").convert_tokens_to_ids("</think>") == 5

@@ -19,6 +19,7 @@ def main(args) -> None:
     from mateconv_jax import config as config_lib
     from mateconv_jax.runtime import sharding
     from mateconv_jax.training import setup
+    from mateconv_jax.training.batch_shape import Position
     from mateconv_jax.training.batches import RowBatches
     from mateconv_jax.training.open_data import DataOptions, open_data
 
@@ -29,7 +30,9 @@ def main(args) -> None:
     rows, _, _ = open_data(config_lib.options(DataOptions, data), config.model.vocab_size, config.training.document_mask)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     run = setup.build(config, setup.model_config(config), mesh, args.steps)
-    batches = RowBatches(rows, setup.batch_shape(config), config.training.seed, data.shuffle, data.num_workers, mesh)
+    batches = RowBatches(
+        rows, setup.batch_shape(config), config.training.seed, data.shuffle, data.num_workers, mesh, Position()
+    )
     state, losses = run.fresh_state(), []
     if args.round_weights:
         rounded = jax.tree.map(lambda p: p.astype(args.round_weights).astype(p.dtype), state.params)

@@ -13,9 +13,12 @@ A flat `.bin` file: MateConv's stream of 16-bit token ids, see token_bin.py. All
 """
 
 import dataclasses
+import hashlib
 import json
 import re
 from pathlib import Path
+
+import numpy as np
 
 from mateconv_jax.data.shards import VERSION, RowFormat, ShardRows
 from mateconv_jax.data.token_bin import FlatRows, n_rows
@@ -116,6 +119,19 @@ def open_dataset(path: str | Path, key: str, seq_len: int) -> Dataset:
         metadata["tokenizer_fingerprint"],
         RowFormat(metadata["seq_len"], metadata["vocab_size"], metadata.get("learned", False), version),
     )
+
+
+def fingerprint(rows: Rows, n: int) -> str:
+    """16 hex digits that tell the first n rows from others: their number, and 64 of them, evenly spread. Rows are packed from a
+    stream, so a changed document moves nearly all that follow it.
+    """
+    digest = hashlib.sha256(f"{n}".encode())
+    if n == 0:
+        return digest.hexdigest()[:16]
+    batch = rows.read(np.unique(np.linspace(0, n - 1, 64).astype(np.int64)))
+    for key in sorted(set(batch) - {"document_starts"}):  # in batches of runs that ask for it
+        digest.update(key.encode() + np.ascontiguousarray(batch[key]).tobytes())
+    return digest.hexdigest()[:16]
 
 
 _OWN_FILES = re.compile(

@@ -1,4 +1,4 @@
-"""Batches of rows. What a step reads is a pure function of (seed, step), whatever the number of processes."""
+"""Batches of rows. What a batch holds is a pure function of (seed, its first row), whatever the number of processes."""
 
 from collections.abc import Iterator
 
@@ -11,14 +11,15 @@ from mateconv_jax.data.rows import Batch
 
 
 def training_batches(
-    rows: Rows, batch_size: int, seed: int, shuffle: bool, start_step: int, num_workers: int
+    rows: Rows, batch_size: int, seed: int, shuffle: bool, start_row: int, num_workers: int
 ) -> Iterator[Batch]:
-    """This process's part of every global batch from `start_step` on, without end.
+    """This process's part of every global batch, without end.
 
     Args:
       rows: at least one.
       batch_size: rows of a global batch, divisible by the number of processes. It may span two epochs.
       shuffle: every epoch is another permutation of the rows, by seed; otherwise every epoch reads them in order.
+      start_row: the first row of the first batch, a place in the endless sequence of epochs.
       num_workers: threads that read ahead.
 
     Returns:
@@ -26,15 +27,13 @@ def training_batches(
     """
     part = _this_process(batch_size)
 
-    def read(step: int) -> Batch:
-        return rows.read(rows_at(step * batch_size + part, len(rows), seed, shuffle))
+    def read(number: int) -> Batch:
+        return rows.read(rows_at(start_row + number * batch_size + part, len(rows), seed, shuffle))
 
-    # A step is one element and one read: Grain's own shuffle, repeat and batch of row numbers take 400 us a batch of 32 rows,
+    # A batch is one element and one read: Grain's own shuffle, repeat and batch of row numbers take 400 us a batch of 32 rows,
     # rows_at 110.
     batches = grain.MapDataset.range(np.iinfo(np.int64).max).map(read)
-    iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=num_workers, prefetch_buffer_size=2 * num_workers)))
-    iterator.set_state({"next_index": start_step})
-    return iterator
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=num_workers, prefetch_buffer_size=2 * num_workers)))
 
 
 def rows_at(position_B: np.ndarray, n_rows: int, seed: int, shuffle: bool) -> np.ndarray:

@@ -48,9 +48,16 @@ class FlatRows:
         return self._n_rows
 
     def read(self, indices: np.ndarray) -> Batch:
-        """Rows by number (B,), in any order; the file's last row is padded with 0."""
+        """Rows by number (B,), in any order; the file's last row is padded with 0.
+
+        Raises:
+          UserError: the file cannot be read.
+        """
         n_bytes = 2 * (self._seq_len + 1)
-        records = [os.pread(self._file.fileno(), n_bytes, 2 * self._seq_len * index) for index in indices.tolist()]
+        try:
+            records = [os.pread(self._file.fileno(), n_bytes, 2 * self._seq_len * index) for index in indices.tolist()]
+        except OSError as error:
+            raise UserError(f"{os.fspath(self._path)!r}: cannot read token ids ({error.strerror})") from error
         tokens = np.frombuffer(b"".join(record.ljust(n_bytes, b"\0") for record in records), "<u2")
         length = np.array([len(record) // 2 for record in records], np.int32)
         batch = {"tokens": tokens.reshape(len(records), self._seq_len + 1), "length": length}

@@ -125,11 +125,11 @@ def _shares(counts: dict[str, int]) -> list[tuple[str, float]]:
 def _bits_per_byte(path: Path, step: int) -> float | None:
     """Of the last evaluation at or before `step`; None if there was none."""
     found = None
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             metrics = json.loads(line)
-        except ValueError:  # the last line may be incomplete
+        except ValueError:  # the last line may be incomplete, and others garbled by a power loss
             continue
-        if metrics.get("step", step + 1) <= step:
+        if isinstance(metrics, dict) and metrics.get("step", step + 1) <= step:
             found = metrics.get("val/bits_per_byte", found)
     return found

@@ -1,4 +1,4 @@
-"""How large a step's batch is. A file of its own: planning needs it without the libraries that read data."""
+"""How large a step's batch is, and where a run stands. Planning needs them without the libraries that read data."""
 
 import dataclasses
 
@@ -25,3 +25,16 @@ class BatchShape:
     def tokens(self) -> int:
         """Targets."""
         return self.rows * self.seq_len
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a run stands: `step` optimizer steps are done, and `rows` rows of its data are read. A resumed run may change its
+    global batch, so one does not follow from the other.
+    """
+
+    step: int = 0
+    rows: int = 0
+
+
+START = Position()

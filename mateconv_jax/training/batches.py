@@ -15,15 +15,15 @@ from mateconv_jax.data import loader
 from mateconv_jax.data.dataset import Rows
 from mateconv_jax.data.rows import Batch
 from mateconv_jax.runtime import sharding
-from mateconv_jax.training.batch_shape import BatchShape
+from mateconv_jax.training.batch_shape import BatchShape, Position
 
 
 class RowBatches:
     """Rows of a dataset, read ahead by threads; the parameters are ignored."""
 
-    def __init__(self, rows: Rows, shape: BatchShape, seed: int, shuffle: bool, num_workers: int, mesh: Mesh):
-        """seed, shuffle, num_workers: see loader.training_batches."""
-        self._rows, self._shape, self._mesh = rows, shape, mesh
+    def __init__(self, rows: Rows, shape: BatchShape, seed: int, shuffle: bool, num_workers: int, mesh: Mesh, start: Position):
+        """seed, shuffle, num_workers: see loader.training_batches. start: from where on steps are of this shape."""
+        self._rows, self._shape, self._mesh, self._start = rows, shape, mesh, start
         self._seed, self._shuffle, self._num_workers = seed, shuffle, num_workers
         self._read_ahead: Iterator[Batch] | None = None
         self._next_step = 0
@@ -38,13 +38,17 @@ class RowBatches:
     def _read(self, step: int) -> dict[str, jax.Array]:
         if self._read_ahead is None or step != self._next_step:
             self._read_ahead = loader.training_batches(
-                self._rows, self._shape.rows, self._seed, self._shuffle, step, self._num_workers
+                self._rows, self._shape.rows, self._seed, self._shuffle, self.rows_before(step), self._num_workers
             )
         self._next_step = step + 1
         batch = loader.micro_batches(next(self._read_ahead), self._shape.accumulation_steps)
         return sharding.to_devices(batch, self._mesh, rows_axis=1)
 
+    def rows_before(self, step: int) -> int:
+        """Rows that are read before a step's batch."""
+        return self._start.rows + (step - self._start.step) * self._shape.rows
+
     def describe(self, step: int) -> str:
-        positions = step * self._shape.rows + np.arange(self._shape.rows)
+        positions = self.rows_before(step) + np.arange(self._shape.rows)
         rows = loader.rows_at(positions, len(self._rows), self._seed, self._shuffle)
         return f"rows {rows.tolist()}"

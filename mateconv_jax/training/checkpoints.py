@@ -6,6 +6,7 @@ A checkpoint is a folder (see run_folder.py) with `state`, a TrainState, and `pr
 import contextlib
 import dataclasses
 import errno
+import math
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,23 +25,46 @@ from mateconv_jax.training.train_state import TrainState
 
 @dataclasses.dataclass
 class Progress:
-    """What a run knows besides its TrainState. The position in the data is not part of it: a batch follows from the step.
+    """What a run knows besides its TrainState.
 
     Attributes:
-      best_loss, best_step: of all evaluations.
+      best_loss, best_step: of all evaluations on what is measured now; None: there is none.
       bad_evaluations: since the best one.
       evaluated_step: of the last evaluation.
+      rows, train_data, measured: rows read so far; fingerprints of what is read, see `reads`. None in older checkpoints.
     """
 
     best_loss: float | None = None
     best_step: int | None = None
     bad_evaluations: int = 0
     evaluated_step: int | None = None
+    rows: int | None = None
+    train_data: str | None = None
+    measured: str | None = None
+
+    def reads(self, train_data: str, measured: str | None) -> list[str]:
+        """Record fingerprints of the training rows, and of the rows that a validation loss is measured on (None: there are
+        none). If those are others than before, best_loss and bad_evaluations start anew. Returns a line for the log for each
+        change.
+        """
+        changes = []
+        if self.train_data not in (None, train_data):
+            changes.append("the resumed run diverges: the training rows are not those that it read so far")
+        self.train_data = train_data
+        if measured is None:
+            return changes
+        if self.measured not in (None, measured):
+            changes.append("the validation loss is measured on other rows than before: best loss and patience start anew")
+            self.best_loss, self.best_step, self.bad_evaluations = None, None, 0
+        self.measured = measured
+        return changes
 
     def evaluated(self, step: int, loss: float) -> bool:
-        """Record the loss of an evaluation. Returns whether it is the best so far."""
+        """Record the loss of an evaluation. Returns whether it is the best so far; NaN and infinity never are."""
         self.evaluated_step = step
-        if self.best_loss is None or loss < self.best_loss:
+        # NaN: older versions took it for the best, and nothing is below it.
+        best = math.inf if self.best_loss is None or math.isnan(self.best_loss) else self.best_loss
+        if loss < best:
             self.best_loss, self.best_step, self.bad_evaluations = loss, step, 0
             return True
         self.bad_evaluations += 1
@@ -58,7 +82,10 @@ class Checkpoints:
         self._folder = Path(os.path.abspath(run))
         self._thread = ThreadPoolExecutor(1, "checkpoints")  # one: all processes reach Orbax's barriers in the same order
         self._latest = _Saves(self._thread, run_folder.checkpoints(run), max_to_keep=keep_latest, keep_period=keep_every)
-        self._best = _Saves(self._thread, run_folder.best(run), max_to_keep=1) if keep_best else None
+        self._best = None
+        if keep_best:
+            self._best = _Saves(self._thread, run_folder.best(run), max_to_keep=1)
+            self._best.last_step = None  # the run may return to an earlier step, and do that one again
 
     def __enter__(self):
         return self
@@ -136,7 +163,8 @@ class _Saves:
         self.last_step = self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, progress: Progress) -> None:
-        if step == self.last_step:
+        """See Checkpoints. What a run saved before it returned to an earlier step is replaced, unless it comes out the same."""
+        if step == self.last_step or run_folder.read_progress(self.folder / str(step)) == dataclasses.asdict(progress):
             return
         with _clear_errors(self.folder.parent):
             self._wait_for_last_save()
@@ -147,10 +175,17 @@ class _Saves:
             args = ocp.args.Composite(
                 state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(dataclasses.asdict(progress))
             )
-            self._handed_over = self._thread.submit(self._manager.save, step, args=args)
+            self._handed_over = self._thread.submit(self._write, step, args)
             if not copy_fits:  # Orbax returns when the state is on the host
                 self._wait_for_last_save()
         self.last_step = step
+
+    def _write(self, step: int, args: ocp.args.Composite) -> None:
+        if step in self._manager.all_steps():
+            self._manager.delete(step)
+        # Forced: otherwise Orbax answers False, and saves nothing, for a step below its last. It keeps those saved last.
+        if not self._manager.save(step, args=args, force=True):
+            raise RuntimeError(f"Orbax did not save step {step}")
 
     def all_steps(self) -> list[int]:
         """Newest first."""
@@ -187,11 +222,28 @@ def _memory_stats() -> list[dict | None]:
 
 def restore(folder: Path, abstract_state: TrainState) -> tuple[TrainState, Progress]:
     """A checkpoint from its own folder. Raises whatever Orbax raises for what it cannot read."""
+    has_no_clipping = _has_no_clipping(folder)
+    if has_no_clipping:
+        clipping, optimizer = abstract_state.opt_state
+        abstract_state = abstract_state.replace(opt_state=optimizer)
     handler = ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), progress=ocp.JsonCheckpointHandler())
     with ocp.Checkpointer(handler) as checkpointer:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), progress=ocp.args.JsonRestore())
         restored = checkpointer.restore(folder, args=args)
-    return restored.state, Progress(**restored.progress)
+    state = restored.state
+    if has_no_clipping:
+        state = state.replace(opt_state=(clipping, state.opt_state))
+    return state, Progress(**restored.progress)
+
+
+def _has_no_clipping(folder: Path) -> bool:
+    """Whether an older version saved this with training.grad_clip 0: the optimizer's state then did not begin with that of the
+    clipping, which is empty.
+    """
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        saved = checkpointer.metadata(folder / "state").item_metadata.tree
+    opt_state = saved.get("opt_state")
+    return opt_state is not None and not (isinstance(opt_state, list) and len(opt_state) == 2 and opt_state[0] is None)
 
 
 @contextlib.contextmanager

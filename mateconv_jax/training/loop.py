@@ -1,6 +1,7 @@
 """A training run from top to bottom."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from mateconv_jax import config as config_lib, run_folder
+from mateconv_jax.data.dataset import Rows, fingerprint
 from mateconv_jax.data.tokenizer import token_bytes
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
@@ -44,7 +46,10 @@ def train(config: ConfigDict) -> int:
     try:
         with Signals() as signals:
             return _train(config, signals)
-    except OSError as error:  # the log, the metrics
+    except OSError as error:  # of writing the log and the metrics, if it names no other file
+        out_dir = Path(config.training.out_dir).absolute()
+        if error.filename is not None and not Path(os.fsdecode(error.filename)).absolute().is_relative_to(out_dir):
+            raise UserError(f"{os.fsdecode(error.filename)}: {error.strerror or error}") from error
         raise UserError(
             f"training.out_dir: cannot write {error.filename or config.training.out_dir!r}: {error.strerror or error} "
             "(finished checkpoints stay; the same command continues from the newest)"
@@ -73,10 +78,11 @@ def _train(config: ConfigDict, signals: Signals) -> int:
     )
     if training.early_stopping and val_rows is None:
         raise UserError("training.early_stopping: there are no validation rows (expected data.val_data_path)")
-    length = Length.of(training, len(train_rows))
+    origin = resume.find_origin(config)
+    position = resume.position(origin)
+    length = Length.of(training, len(train_rows), position)
     programs = setup.build(config, c, mesh, length.total_steps)
     shape = setup.batch_shape(config)
-    source = RowBatches(train_rows, shape, training.seed, config.data.shuffle, config.data.num_workers, mesh)
     evaluator = None
     if val_rows is not None:
         bytes_per_token_V = token_bytes.bytes_per_token(tokenizer)
@@ -91,11 +97,18 @@ def _train(config: ConfigDict, signals: Signals) -> int:
     folder = Path(training.out_dir)
     differences = resume.check_compatible(origin, config, tokenizer)
     resume.make_folder(folder)
+    if training.keep_best:
+        resume.bring_best(origin, folder)
     with (
         logging_to(folder / "train.log"),
         Checkpoints(folder, training.keep_latest, training.keep_every, training.keep_best) as checkpoints,
     ):
-        state, progress, start = resume.start(origin, checkpoints, programs.init, programs.abstract_state)
+        state, progress, read, start = resume.start(origin, checkpoints, programs.init, programs.abstract_state)
+        if read != position:  # the newest checkpoint was damaged
+            length = Length.of(training, len(train_rows), read)
+            programs = setup.build(config, c, mesh, length.total_steps)
+        differences += progress.reads(*_fingerprints(train_rows, val_rows, training))
+        source = RowBatches(train_rows, shape, training.seed, config.data.shuffle, config.data.num_workers, mesh, read)
         if distributed.is_first():
             run_folder.write_config(folder, config)
             tokenizer.save_pretrained(folder / "tokenizer")
@@ -154,6 +167,7 @@ class Run:
             with metrics.waiting_for_input():
                 batch = self.source(step, state.params)
             step += 1
+            progress.rows = self.source.rows_before(step)
             state, step_metrics = train_step(state, batch)  # dispatched, not waited for
             skipped.check(metrics.push(step, step_metrics), step, save)  # reads the previous step while this one runs
 
@@ -199,10 +213,8 @@ class Run:
 
     def stops_early(self, progress: Progress) -> bool:
         if self.out_of_patience(progress):
-            logging.info(
-                "early stopping: %d evaluations without a lower loss than %.4f, of step %d",
-                progress.bad_evaluations, progress.best_loss, progress.best_step,
-            )  # fmt: skip
+            best = "" if progress.best_loss is None else f" than {progress.best_loss:.4f}, of step {progress.best_step}"
+            logging.info("early stopping: %d evaluations without a lower loss%s", progress.bad_evaluations, best)
         return self.out_of_patience(progress)
 
     def write_samples(self, step: int, state: TrainState) -> None:
@@ -226,6 +238,15 @@ def validation_losses(evaluator: Evaluator, state: TrainState, should_stop: Call
     if result.bytes:
         losses["val/bits_per_byte"] = result.bits_per_byte(list(weights)[-1])
     return losses
+
+
+def _fingerprints(train_rows: Rows, val_rows: Rows | None, training: ConfigDict) -> tuple[str, str | None]:
+    """Of the training rows, and of what a validation loss is measured on."""
+    train = fingerprint(train_rows, len(train_rows))
+    if val_rows is None:
+        return train, None
+    n_measured = min(len(val_rows), training.eval_iters * training.batch_size)
+    return train, fingerprint(val_rows, n_measured) + " within documents" * training.document_mask
 
 
 def _metrics(

@@ -113,7 +113,8 @@ def make_optimizer(options: OptimizerOptions, c: ModelConfig) -> optax.GradientT
             tx = on_parts(optax.partition({"muon": hidden, "adamw": adamw}, muon_labels), c)
         case other:
             raise ValueError(other)  # config.resolve has checked it
-    return optax.chain(clip(options.grad_clip), tx) if options.grad_clip else tx
+    # A resumed run may turn clipping on or off, so the state has the same tree with it and without it.
+    return optax.chain(clip(options.grad_clip) if options.grad_clip else optax.identity(), tx)
 
 
 def clip(max_norm: float) -> optax.GradientTransformation:

@@ -2,19 +2,24 @@
 
 import dataclasses
 import errno
+import shutil
 from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
-from mateconv_jax import config as config_lib, run_folder
+from mateconv_jax import config as config_lib, files, run_folder
 from mateconv_jax.config_keys import KEYS, OnResume
+from mateconv_jax.data.tokenizer.tokenizer import fingerprint, load
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop.formats import open_model
 from mateconv_jax.interop.stored_model import StoredModel
 from mateconv_jax.run_folder import Checkpoint
+from mateconv_jax.runtime import distributed
 from mateconv_jax.training import checkpoints as checkpoints_lib, initial_weights
+from mateconv_jax.training.batch_shape import START, Position
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
 from mateconv_jax.training.train_state import TrainState
 
@@ -103,6 +108,7 @@ def check_compatible(origin: Origin, config: ConfigDict, tokenizer: PreTrainedTo
     if origin.checkpoint is None or origin.key is None:
         return []
     theirs = run_folder.read_config(origin.checkpoint.run, origin.key)
+    _check_tokenizer(origin.checkpoint.run, tokenizer)
     differences = []
     for key in KEYS:
         section, name = key.path.split(".")
@@ -116,11 +122,54 @@ def check_compatible(origin: Origin, config: ConfigDict, tokenizer: PreTrainedTo
                 "training.out_dir)"
             )
         differences.append(f"the resumed run diverges: {key.path} was {was}, now {now}")
+    was, now = (c.training.batch_size * c.training.accumulation_steps for c in (theirs, config))
+    if was != now:
+        differences.append(f"the global batch was {was:,} rows, now {now:,}: the run goes on at the next row")
     return differences
 
 
-def start(origin: Origin, checkpoints: Checkpoints, init, abstract: TrainState) -> tuple[TrainState, Progress, str]:
-    """The state to train from, the run's progress so far, and where they come from, in words.
+def _check_tokenizer(run: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    if not (run / "tokenizer").is_dir():
+        return
+    if fingerprint(load(run / "tokenizer", str(run), needs_begin=False)) != fingerprint(tokenizer):
+        raise UserError(
+            f"data.tokenizer_path: the run in {str(run)!r} has another tokenizer than the data (expected the same; "
+            "training.init_from takes its weights for a new run)"
+        )
+
+
+def bring_best(origin: Origin, folder: Path) -> None:
+    """Copy the best checkpoint of the run that training.resume_from names, if it is what the best loss so far belongs to."""
+    if origin.checkpoint is None or origin.key != "training.resume_from":
+        return
+    best_step = run_folder.read_progress(origin.checkpoint.path).get("best_step")
+    source, target = (run_folder.best(run) / str(best_step) for run in (origin.checkpoint.run, folder))
+    if distributed.is_first() and source.is_dir() and not target.is_dir():
+        target.parent.mkdir(exist_ok=True)
+        with files.aside(target) as written:
+            shutil.copytree(source, written)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("best checkpoint copied")
+
+
+def position(origin: Origin) -> Position:
+    """Where a run from `origin` starts, without reading the state."""
+    if origin.checkpoint is None or origin.key is None:
+        return START
+    step = int(origin.checkpoint.path.name)
+    rows = run_folder.read_progress(origin.checkpoint.path).get("rows")
+    return Position(step, _rows_read(origin, step) if rows is None else rows)
+
+
+def _rows_read(origin: Origin, step: int) -> int:
+    """In a run of an older version."""
+    assert origin.checkpoint is not None and origin.key is not None
+    training = run_folder.read_config(origin.checkpoint.run, origin.key).training
+    return step * training.batch_size * training.accumulation_steps
+
+
+def start(origin: Origin, checkpoints: Checkpoints, init, abstract: TrainState) -> tuple[TrainState, Progress, Position, str]:
+    """The state to train from, the run's progress so far, where it stands, and where they come from, in words.
 
     Args:
       init: makes a fresh TrainState; called inside jit.
@@ -129,24 +178,30 @@ def start(origin: Origin, checkpoints: Checkpoints, init, abstract: TrainState) 
     Raises:
       UserError: the checkpoint cannot be read.
     """
-    if origin.key == "training.out_dir":
-        state, progress = checkpoints.restore(abstract)
-        return state, progress, f"step {int(state.step):,}, resumed"
     if origin.checkpoint is not None:
-        path = origin.checkpoint.path
-        try:
-            state, progress = checkpoints_lib.restore(path, abstract)
-        except Exception as error:  # the libraries raise anything for a broken file
-            raise UserError(
-                f"training.resume_from: {str(path)!r} cannot be read ({' '.join(str(error).split())[:300]})"
-            ) from error
-        return state, progress, f"step {int(state.step):,} of {path}"
+        if origin.key == "training.out_dir":
+            state, progress = checkpoints.restore(abstract)
+            words = f"step {int(state.step):,}, resumed"
+        else:
+            state, progress = _read(origin.checkpoint.path, abstract)
+            words = f"step {int(state.step):,} of {origin.checkpoint.path}"
+        if progress.rows is None:
+            progress.rows = _rows_read(origin, int(state.step))
+        return state, progress, Position(int(state.step), progress.rows), f"{words}, {progress.rows:,} rows read"
     state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
     if origin.model is None:
-        return state, Progress(), FROM_SCRATCH
+        return state, Progress(), START, FROM_SCRATCH
     params = initial_weights.read(origin.model, abstract.params)
     ema_params = None if state.ema_params is None else jax.tree.map(lambda x: x.copy(), params)
-    return state.replace(params=params, ema_params=ema_params), Progress(), f"the weights of {origin.model.path}"
+    state = state.replace(params=params, ema_params=ema_params)
+    return state, Progress(), START, f"the weights of {origin.model.path}"
+
+
+def _read(path: Path, abstract: TrainState) -> tuple[TrainState, Progress]:
+    try:
+        return checkpoints_lib.restore(path, abstract)
+    except Exception as error:  # the libraries raise anything for a broken file
+        raise UserError(f"training.resume_from: {str(path)!r} cannot be read ({' '.join(str(error).split())[:300]})") from error
 
 
 def make_folder(folder: Path) -> None:

@@ -22,7 +22,7 @@ from mateconv_jax.model.device import Device
 from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.runtime import sharding
 from mateconv_jax.training import optimizer, train_state
-from mateconv_jax.training.batch_shape import BatchShape
+from mateconv_jax.training.batch_shape import START, BatchShape, Position
 from mateconv_jax.training.optimizer import OptimizerOptions, ScheduleOptions
 from mateconv_jax.training.step import LossFn, StepOptions, make_eval_step, make_train_step
 from mateconv_jax.training.train_state import TrainState
@@ -133,15 +133,15 @@ class Length:
     samples_interval: int | None
 
     @staticmethod
-    def of(training: ConfigDict, n_rows: int) -> "Length":
-        """Of a run over a dataset of n_rows.
+    def of(training: ConfigDict, n_rows: int, position: Position) -> "Length":
+        """Of a run over a dataset of n_rows that stands at `position`.
 
         Raises:
           UserError: the run is shorter than one step, or keys contradict its length.
         """
-        steps = total_steps(training, n_rows)
+        steps = total_steps(training, n_rows, position)
         rows_per_step = training.batch_size * training.accumulation_steps
-        if steps == 0:
+        if steps <= 0:
             raise UserError(
                 f"training.batch_size: a step takes {rows_per_step} rows, more than {training.epochs} epochs of the dataset's "
                 f"{n_rows} rows (expected a smaller batch or more epochs)"
@@ -177,6 +177,7 @@ def _check_schedule(training: ConfigDict, steps: int) -> None:
         raise UserError(f"training.profile_step: {training.profile_step}, but the run has {steps} steps (expected fewer)")
 
 
-def total_steps(training: ConfigDict, n_rows: int) -> int:
-    """training.max_steps, else what training.epochs over n_rows amount to."""
-    return training.max_steps or math.floor(training.epochs * n_rows / (training.batch_size * training.accumulation_steps))
+def total_steps(training: ConfigDict, n_rows: int, position: Position = START) -> int:
+    """training.max_steps, else the steps that are done and those that the rest of training.epochs over n_rows gives."""
+    rows_per_step = training.batch_size * training.accumulation_steps
+    return training.max_steps or position.step + math.floor((training.epochs * n_rows - position.rows) / rows_per_step)

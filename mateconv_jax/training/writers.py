@@ -75,18 +75,23 @@ class JsonlWriter:
     """One JSON object per line, {"step": 340, "train/loss": 0.7301, …}.
 
     Lines after `start_step` are dropped first: a run that was killed after its last checkpoint repeats those steps. So is the
-    evaluation at `start_step` unless the checkpoint includes it (`evaluated`), and a line cut short by a kill.
+    evaluation at `start_step` unless the checkpoint includes it (`evaluated`), a line cut short by a kill, and the garbage that
+    a power loss may leave.
     """
 
     def __init__(self, path: Path, start_step: int, evaluated: bool):
         if path.exists():
-            kept = []
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if line.endswith("\n"):
-                    record = json.loads(line)
-                    if record["step"] < start_step or record["step"] == start_step and (evaluated or "val/loss" not in record):
-                        kept.append(line)
-            files.write_text(path, "".join(kept))
+            *lines, _ = path.read_bytes().split(b"\n")  # behind the last line's end there is nothing, or a line cut short
+            records = [_record(line) for line in lines]
+            if garbled := records.count(None):
+                logging.warning("%s: dropped %d lines that are not a JSON object with a step", path, garbled)
+            kept = [
+                line
+                for line, record in zip(lines, records, strict=True)
+                if record is not None
+                and (record["step"] < start_step or record["step"] == start_step and (evaluated or "val/loss" not in record))
+            ]
+            files.write_text(path, "".join(line.decode() + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -95,6 +100,15 @@ class JsonlWriter:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _record(line: bytes) -> dict | None:
+    """None: the line is no JSON object with a step."""
+    try:
+        record = json.loads(line)
+    except ValueError:  # UnicodeDecodeError too
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 @dataclasses.dataclass(frozen=True)

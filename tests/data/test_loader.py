@@ -25,7 +25,7 @@ class NumberedRows:
 
 
 def numbers(n_batches, rows=10, batch_size=4, seed=0, start_step=0, shuffle=True):
-    batches = loader.training_batches(NumberedRows(rows), batch_size, seed, shuffle, start_step, num_workers=2)
+    batches = loader.training_batches(NumberedRows(rows), batch_size, seed, shuffle, start_step * batch_size, num_workers=2)
     return np.concatenate([batch["tokens"][:, 0] for batch in itertools.islice(batches, n_batches)])
 
 
@@ -60,6 +60,11 @@ def test_the_seed_decides_the_order():
 @pytest.mark.parametrize("start_step", [1, 2, 7])
 def test_starting_at_a_step_equals_having_read_up_to_it(start_step):
     np.testing.assert_array_equal(numbers(4, start_step=start_step), numbers(4 + start_step)[4 * start_step :])
+
+
+def test_another_batch_size_goes_on_at_the_next_row():
+    batches = loader.training_batches(NumberedRows(10), 8, 0, True, 12, num_workers=2)
+    assert next(iter(batches))["tokens"][:, 0].tolist() == numbers(5)[12:20].tolist()
 
 
 @pytest.mark.parametrize("processes", [2, 4])

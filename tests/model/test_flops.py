@@ -31,7 +31,13 @@ def test_the_compiler_counts_about_the_same():
     "kind, dtype, peak",
     [
         ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12), ("NVIDIA A100-SXM4-40GB", "float16", 312e12), ("NVIDIA L4", "bfloat16", 121e12),
-        ("NVIDIA L40S", "bfloat16", 362e12), ("NVIDIA H100 PCIe", "float32", None), ("cpu", "bfloat16", None),
+        ("NVIDIA L40S", "bfloat16", 362e12), ("NVIDIA L40", "bfloat16", 181e12), ("NVIDIA H100 PCIe", "bfloat16", 756e12),
+        ("NVIDIA H100 NVL", "bfloat16", 835e12), ("NVIDIA H20", "bfloat16", 148e12), ("NVIDIA GeForce RTX 3090", "bfloat16", 71e12),
+        ("NVIDIA RTX A6000", "float16", 154.8e12), ("Tesla V100-SXM2-32GB", "float16", 125e12), ("Tesla T4", "float16", 65e12),
+        # Unknown: other cards, parts of cards, other names, other dtypes.
+        ("NVIDIA RTX A1000", "bfloat16", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bfloat16", None), ("NVIDIA H100", "bfloat16", None), ("Tesla T4", "bfloat16", None),
+        ("NVIDIA H100 PCIe", "float32", None), ("NVIDIA GeForce RTX 3080", "bfloat16", None), ("cpu", "bfloat16", None),
     ],
 )  # fmt: skip
 def test_peaks(kind, dtype, peak):

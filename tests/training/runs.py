@@ -24,7 +24,7 @@ def losses_of(folder):
 
 def train(config, out_dir=None, **changes):
     config = copy.deepcopy(config)
-    config.training.update(changes | ({"out_dir": str(out_dir)} if out_dir else {}))
+    config.training.update(({"out_dir": str(out_dir)} if out_dir else {}) | changes)
     return loop.train(config_lib.resolve(config))
 
 

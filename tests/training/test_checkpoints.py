@@ -38,6 +38,24 @@ def held_up(monkeypatch):
     return event
 
 
+def test_a_run_that_returns_to_an_earlier_step_saves_its_best_there(tmp_path, state):
+    """Orbax alone says no to a step below its last, and again to one that is there."""
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+    def best_after(step, loss, state):
+        with Checkpoints(tmp_path, 2, None, True) as saves:
+            saves.save_best(step, state, Progress(best_loss=loss, best_step=step))
+        (path,) = (path for path in (tmp_path / "best").iterdir() if path.name.isdigit())
+        restored, progress = checkpoints.restore(path, abstract)
+        return path.name, float(restored["w"][0, 1]), progress.best_loss, path.stat().st_ino
+
+    assert best_after(8, 3.0, state)[:3] == ("8", 1.0, 3.0)
+    assert best_after(6, 4.0, state)[:3] == ("6", 1.0, 4.0)
+    again = best_after(6, 3.5, next_state(state))
+    assert again[:3] == ("6", 2.0, 3.5)
+    assert best_after(6, 3.5, {"w": jnp.zeros((2, 3)), "step": jnp.int32(0)}) == again  # the same once more: left alone
+
+
 def test_the_loop_goes_on_while_orbax_is_held_up_and_what_was_saved_is_of_that_moment(tmp_path, state, held_up):
     want = {"w": np.arange(6.0).reshape(2, 3), "step": 0}  # not read from `state`: what NumPy looks at cannot be donated
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)

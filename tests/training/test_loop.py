@@ -18,6 +18,7 @@ from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.runtime import sharding
 from mateconv_jax.training import loop, setup
+from mateconv_jax.training.batch_shape import Position
 from mateconv_jax.training.batches import RowBatches
 from mateconv_jax.training.checkpoints import Checkpoints
 from mateconv_jax.training.open_data import DataOptions, open_data
@@ -37,9 +38,9 @@ def spy(monkeypatch):
     spy = Spy()
     original_batches, original_save = loader.training_batches, Checkpoints.save
 
-    def batches(rows, batch_size, seed, shuffle, start_step, num_workers):
-        original = original_batches(rows, batch_size, seed, shuffle, start_step, num_workers)
-        for step, batch in enumerate(original, start_step + 1):
+    def batches(rows, batch_size, seed, shuffle, start_row, num_workers):
+        original = original_batches(rows, batch_size, seed, shuffle, start_row, num_workers)
+        for step, batch in enumerate(original, start_row // batch_size + 1):
             spy.batches[step] = batch["tokens"].copy()
             yield batch
 
@@ -391,7 +392,7 @@ def test_a_batch_is_a_function_of_its_step(tiny_config):
     mesh = sharding.make_mesh()
     rows = open_dataset(config.data.train_data_path, "", 32).rows("train")
     training, shape = config.training, setup.batch_shape(config)
-    in_order, source = (RowBatches(rows, shape, training.seed, config.data.shuffle, 2, mesh) for _ in range(2))
+    in_order, source = (RowBatches(rows, shape, training.seed, config.data.shuffle, 2, mesh, Position()) for _ in range(2))
     batches = [in_order(step, None) for step in range(6)]
     for step in (3, 3, 4, 1, 0, 5):
         jax.tree.map(np.testing.assert_array_equal, source(step, None), batches[step])
