@@ -204,6 +204,8 @@ def sentences(text: str) -> list[str]:
     return re.findall(r"[^。？]+[。？]?", text)
 
 
+REPEAT = "跟我说："
+
 # ---- documents ----------------------------------------------------------------------------------------------------
 
 
@@ -220,7 +222,10 @@ def statements(rng: random.Random) -> str:
 
 
 def dialogue(rng: random.Random) -> list[dict[str, str]]:
-    """One to three questions with their answers."""
+    """One to three questions with their answers, or a sentence of a story to repeat."""
+    if rng.random() < 0.5:
+        sentence = rng.choice(sentences(story(rng)))
+        return [{"role": "user", "content": REPEAT + sentence}, {"role": "assistant", "content": sentence}]
     messages = []
     for fact in rng.sample([fact for fact in FACTS if is_in_dialogues(fact)], rng.randint(1, 3)):
         wordings = [question for question in questions(fact) if question != withheld_question(fact)]
