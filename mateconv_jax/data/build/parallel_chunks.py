@@ -120,7 +120,7 @@ def _keys_of_done(folder: Path, chunk: Chunk) -> np.ndarray | None:
         first = chunk.parts[0]
         raise UserError(
             f"--input: {first.source.path!r} has changed since part of it was prepared, near line "
-            f"{first.records[0][0] if first.records else 1:,} (--overwrite begins again)"
+            f"{first.records[0][0] if first.records else 1:,} (--overwrite starts over)"
         )
     return np.load(done / "keys.npy")
 
@@ -140,8 +140,8 @@ def _workers(num_workers: int, setup: WorkerSetup) -> Iterator[concurrent.future
             yield pool
         except concurrent.futures.process.BrokenProcessPool as error:
             raise UserError(
-                "--num_workers: a worker process was killed, perhaps because memory ran out (run the command again to go on; "
-                "fewer workers need less)"
+                "--num_workers: a worker process was killed, perhaps because memory ran out (run the same command again to "
+                "resume; fewer workers need less memory)"
             ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)

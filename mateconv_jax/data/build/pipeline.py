@@ -80,8 +80,8 @@ def prepare(
         work_folder.remove(partial)
     except OSError as error:
         raise UserError(
-            f"--output: cannot write {error.filename or str(partial)!r}: {error.strerror or error} (what was finished stays in "
-            f"{str(partial)!r}; the same command goes on)"
+            f"--output: cannot write {error.filename or str(partial)!r}: {error.strerror or error} (finished chunks stay in "
+            f"{str(partial)!r}; the same command resumes from there)"
         ) from error
     return figures
 
@@ -114,9 +114,9 @@ def _check_there(output: Path, described: dict, read: Callable[[], Iterator[Chun
         return
     if "input_digest" not in metadata:  # made by an earlier version, which compared only names and sizes
         if any(size is None for _, size, *_ in described["input"]):
-            raise UserError(f"--input: what {str(output)!r} was made from cannot be compared with this (give --overwrite)")
+            raise UserError(f"--input: cannot be compared with what {str(output)!r} was made from (use --overwrite)")
         return
-    print("the input may have changed: comparing it with what the dataset was made from", file=sys.stderr, flush=True)
+    print("the input may have changed: comparing its content with what the dataset was made from", file=sys.stderr, flush=True)
     if identity.input_digest(map(chunk_reader.digest, read())) != metadata["input_digest"]:
         raise UserError(
             f"--input: the content is not what {str(output)!r} was made from (choose another --output, or --overwrite)"

@@ -62,7 +62,7 @@ def train(training: TokenizerTraining, options: PrepareOptions, folder: Path, ch
     now = {"input": described["input"], "digest": identity.input_digest(map(chunk_reader.digest, sampled))}
     if before:
         if before["digest"] != now["digest"]:
-            raise UserError("--input: the content has changed since a tokenizer was trained on it (--overwrite begins again)")
+            raise UserError("--input: the content has changed since a tokenizer was trained on it (--overwrite starts over)")
         return tokenizer_lib.load(folder / "tokenizer", "--output"), chunks
     trained = bpe.train(clean_texts(sampled, options), training.vocab_size, split_digits=training.split_digits)
     files.write_text(record, json.dumps(now))

@@ -75,5 +75,5 @@ class UnreadableInputs:
         what = "could not be read to its end" if counts.broken else "is mostly unusable"
         raise UserError(
             f"--input: {counts.path!r} {what}: {counts.unreadable:,} of {counts.records:,} records rejected, the first at line "
-            f"{counts.first}{f' ({hint})' if hint else ''}. Mend it or leave it out (--keep_going uses what can be read)"
+            f"{counts.first}{f' ({hint})' if hint else ''}. Fix it or leave it out (--keep_going uses what is readable)"
         )

@@ -42,12 +42,12 @@ def check_replaceable(output: Path, sources: list[Source]) -> None:
     if not output.exists() or output.is_dir() and not any(output.iterdir()):
         return
     if not (output / "metadata.json").is_file() or not (output / "dataset_info.json").is_file():
-        raise UserError(f"--output: {str(output)!r} is not a dataset, and is not replaced (choose another folder)")
+        raise UserError(f"--output: {str(output)!r} is not a dataset and is not replaced (choose another folder)")
     if foreign := dataset.foreign_files(output):
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise UserError(
             f"--output: {str(output)!r} holds {foreign[0]!r}{more}, not part of a dataset, and is not replaced "
-            "(move that, or choose another folder)"
+            "(move it, or choose another folder)"
         )
     check_outside(sources, output)
 
@@ -140,8 +140,8 @@ def _wait_for(lock: TextIO, folder: Path) -> None:
 def _check_ours(folder: Path) -> None:
     if folder.exists() and (foreign := sorted(set(os.listdir(folder)) - _OURS if folder.is_dir() else [folder.name])):
         raise UserError(
-            f"--output: {str(folder)!r}, where the work is done, holds {foreign[0]!r}, which is not ours (move it, or choose "
-            "another --output)"
+            f"--output: the work folder {str(folder)!r} holds a foreign file, {foreign[0]!r} (move it, or choose another "
+            "--output)"
         )
 
 

@@ -144,13 +144,13 @@ class Cleaner:
     def _check(self, text: str, splittable: bool) -> None:
         options = self.options
         if not text.strip():
-            raise Rejected("empty", "nothing is left after cleaning")
+            raise Rejected("empty", "empty after cleaning")
         if len(text) < options.min_chars:
             raise Rejected("too_short", f"{len(text)} characters (at least {options.min_chars})")
         if options.max_chars is not None and len(text) > options.max_chars and not (splittable and options.too_long == "split"):
             raise Rejected("too_long", f"{len(text)} characters (at most {options.max_chars})")
         if options.max_repetition is not None and (share := repetition(text)) > options.max_repetition:
-            raise Rejected("repetition", f"{share:.0%} repeats itself (at most {options.max_repetition:.0%})")
+            raise Rejected("repetition", f"{share:.0%} of the text repeats earlier text (at most {options.max_repetition:.0%})")
         if options.min_han_ratio is not None and (share := han_ratio(text)) < options.min_han_ratio:
             raise Rejected("low_han_ratio", f"{share:.0%} Chinese characters (at least {options.min_han_ratio:.0%})")
 
