@@ -166,7 +166,7 @@ KEYS = [
     # ---- training: loss and arithmetic ------------------------------------------------------------------------------------
     Key("training.z_loss", 0.0, DIVERGES, "Weight of the squared log-sum-exp of the logits; 1e-4 is usual.", NOT_NEGATIVE),
     Key("training.document_mask", False, DIVERGES,
-        "Restrict attention to a token's own document, with positions from its start."),
+        "Restrict attention to a token's own document, with positions from its start. Always so in rows of packed dialogues."),
     Key("training.remat", "none", DIVERGES,
         "What the backward pass recomputes to save memory: nothing, everything in a block (full), or all but matrix "
         "products (dots).", one_of("none", "full", "dots")),
@@ -194,6 +194,7 @@ KEYS = [
     Key("training.samples_interval", None, FREE,
         "Between two samples of the model's writing, in the log and TensorBoard. None: no samples.", INTERVAL, object),
     Key("training.sample_prompts", ("中国", "今天"), FREE, "Prompts that the samples continue.", TEXTS),
+    Key("training.sample_chat", False, FREE, "The prompts are questions, which the samples answer through the chat template."),
     Key("training.profile_step", None, FREE, "Trace 5 steps from this one on, for TensorBoard's profiler.", POSITIVE, int),
 
     # ---- training: where it starts ----------------------------------------------------------------------------------------

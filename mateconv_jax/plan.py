@@ -21,6 +21,10 @@ def main(argv):
     from mateconv_jax.planning.tables import print_plan
 
     cluster = Cluster.local() if args.gpu == "this" else Cluster.named(args.gpu, args.devices, args.hosts)
+    if config.training.init_from:  # reading a model imports more
+        from mateconv_jax.training import resume
+
+        config, _ = resume.with_model_of(resume.find_origin(config), config)
     plan = make_plan(config, cluster, args.dollars_per_gpu_hour, not args.quick, lambda text: print(text, file=sys.stderr))
     if args.json:
         print(json.dumps(plan))

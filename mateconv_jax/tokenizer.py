@@ -14,9 +14,11 @@ from mateconv_jax import files
 from mateconv_jax.data.build import pipeline
 from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.build.unreadable import UnreadableInputs
+from mateconv_jax.data.dialogue import LEARN
 from mateconv_jax.data.text import sources as sources_lib
 from mateconv_jax.data.tokenizer import (
     bpe,
+    dialogue_view,
     folder as folder_lib,
     report as tokenizer_report,
     report_tables,
@@ -33,7 +35,7 @@ def train(args):
     print(f"tokenizer: reading {', '.join(source.path for source in sources)}", file=sys.stderr, flush=True)
     with _folder_aside(output, args.overwrite) as partial:
         texts = _texts(sources, args.text_key, args.sample_mb, args.seed, args.keep_going)
-        trained = bpe.train(texts, args.vocab_size, args.split_digits, args.special_tokens)
+        trained = bpe.train(texts, args.vocab_size, args.split_digits, args.special_tokens, args.max_token_bytes)
         trained.save_pretrained(partial)
     print(f"{output}: {len(trained):,} tokens. Inspect it with: python -m mateconv_jax.tokenizer inspect {output}")
 
@@ -41,6 +43,9 @@ def train(args):
 def inspect(args):
     assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(errors="backslashreplace")  # a vocabulary may have characters that the log's encoding lacks
+    if args.dialogue is not None:
+        tokenizer = tokenizer_lib.load(args.folder, "inspect", needs_begin=False)
+        return 0 if dialogue_view.show(tokenizer, args.dialogue, args.text_key, args.learn, args.json) else 2
     tokenizer = tokenizer_lib.load(args.folder, "inspect")
     compare = tokenizer_lib.load(args.compare, "--compare") if args.compare else None
     if args.encode is not None:
@@ -122,6 +127,7 @@ def parse_args(argv):
     add("--output", required=True, help="folder to create")
     add("--vocab_size", type=int, default=6400, help="maximum size, including control tokens and the 256 bytes")
     add("--split_digits", action="store_true", help="make every digit a token of its own")
+    add("--max_token_bytes", type=int, metavar="N", help="no longer tokens; a Chinese character is 3 bytes of UTF-8")
     add("--special_tokens", nargs="+", default=[], metavar="TOKEN", help="additional control tokens, ids 4 and up")
     add("--sample_mb", type=float, default=pipeline.TokenizerTraining().sample_mb, help="MB of input to train on, "
         "sampled uniformly; 64 take 0.8 GB of memory")  # fmt: skip
@@ -142,8 +148,11 @@ def parse_args(argv):
     add = instead.add_mutually_exclusive_group().add_argument
     add("--vocab", action="store_true", help="list all tokens, one a line: id, tab, text (tab, id in the other tokenizer)")
     add("--encode", metavar="TEXT", help="show the pieces of a text")
-    add("--json", action="store_true", help="print the overview as JSON")
+    add("--json", action="store_true", help="print the overview as JSON, or {ids, learned} of each dialogue")
     instead.add_argument("--grep", metavar="TEXT", help="list only tokens that contain this text")
+    instead.add_argument("--dialogue", metavar="FILE", help="show the dialogues of a JSONL or CSV file (- for standard input): "
+        "what the model learns of them, with ids")  # fmt: skip
+    instead.add_argument("--learn", choices=LEARN, help="with --dialogue: what is learned (default: assistant)")
     args = parser.parse_args(argv)
     if args.run is inspect:
         listing = args.vocab or args.grep is not None
@@ -151,6 +160,11 @@ def parse_args(argv):
             parser.error("--input: only for the overview (expected no --vocab, --grep or --encode)")
         if args.grep is not None and (args.json or args.encode is not None):
             parser.error("--grep: only with --vocab, or alone (expected no --json or --encode)")
+        if args.dialogue is not None and (args.input or args.compare or listing or args.encode is not None):
+            parser.error("--dialogue: alone, or with --json (expected no --input, --compare, --vocab, --grep or --encode)")
+        if args.dialogue is None and args.learn:
+            parser.error("--learn: only with --dialogue")
+        args.learn = args.learn or LEARN[0]
     elif args.sample_mb <= 0:
         parser.error(f"--sample_mb: {args.sample_mb} is invalid (expected more than 0)")
     return args

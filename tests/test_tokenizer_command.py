@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -62,6 +63,7 @@ def test_every_option_of_train_changes_the_tokenizer(numbers_jsonl, tmp_path):
         fingerprint("plain"), fingerprint("size", "--vocab_size", 300), fingerprint("digits", "--split_digits"),
         fingerprint("special", "--special_tokens", "<think>", "</think>"), fingerprint("key", "--text_key", "other"),
         fingerprint("sample", *sample), fingerprint("seed", *sample, "--seed", 1),
+        fingerprint("short", "--max_token_bytes", 3),
     ]  # fmt: skip
     assert len(set(different)) == len(different)
     assert tokenizer_lib.load(tmp_path / "special", "").convert_tokens_to_ids("</think>") == 5
@@ -167,12 +169,114 @@ def test_every_option_of_inspect_shows_something_else(folder, numbers_jsonl, tmp
     assert made["compression"][str(numbers_jsonl)]["characters"] == 200 * 8
 
 
+DIALOGUES = [
+    {"messages": [{"role": role, "content": text} for role, text in [("user", "你好"), ("assistant", "好。\n你呢？")] * 2]},
+    {"text": "没有人说话"},
+    {"messages": [{"role": "user", "content": "长江"}, {"role": "assistant", "content": "长", "reasoning_content": "想"}]},
+    {"q": "</s>北京", "a": "在"},
+]
+
+
+@pytest.fixture
+def dialogues_jsonl(tmp_path):
+    path = tmp_path / "dialogues.jsonl"
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in DIALOGUES) + "[\n")
+    return path
+
+
+def inspected(capsys, folder, path, *options):
+    """(exit code, lines of standard output and of standard error)"""
+    args = parse_args(["inspect", str(folder), "--dialogue", str(path), *options])
+    capsys.readouterr()
+    code = args.run(args)
+    captured = capsys.readouterr()
+    return code, captured.out.splitlines(), captured.err.splitlines()
+
+
+def test_what_is_learned_of_a_dialogue_is_shown(folder, dialogues_jsonl, capsys):
+    """Not on a terminal: brackets, a tab, ids. What cannot be shown is an error with its line, and the rest is shown."""
+    code, shown, errors = inspected(capsys, folder, dialogues_jsonl)
+    tokenizer = tokenizer_lib.load(folder, "")
+    assert code == 2
+    assert [error.partition(": ")[2] for error in errors] == [
+        f"{dialogues_jsonl}:3: the chat template does not write 'reasoning_content' of message 2 (assistant)",
+        f"{dialogues_jsonl}:5: not JSON (unexpected end of data: line 1 column 2 (char 1))",
+        "plain text, which is learned whole, is not shown (lines: 1)",
+    ]
+    texts = [line.split("\t")[0] for line in shown]
+    turn = ["<s>user\\n", "你好</s>\\n", "<s>assistant\\n", "⟦好。\\n⟧", "⟦你呢？</s>⟧\\n"]
+    assert texts[1:11] == turn * 2
+    assert texts[12:] == ["<s>user\\n", "</s>北京</s>\\n", "<s>assistant\\n", "⟦在</s>⟧\\n"]
+    n_learned = len(tokenizer("好。\n你呢？</s>")["input_ids"]) * 2
+    assert texts[0].startswith(f"{dialogues_jsonl}:1: ") and texts[0].endswith(f" tokens, {n_learned} learned")
+    ids = [int(token) for line in shown[1:11] for token in line.split("\t")[1].translate(str.maketrans("⟦⟧", "  ")).split()]
+    assert ids == tokenizer.apply_chat_template(DIALOGUES[0]["messages"], return_dict=False)
+
+
+def test_what_is_learned_as_json(folder, dialogues_jsonl, tmp_path, capsys, monkeypatch):
+    tokenizer = tokenizer_lib.load(folder, "")
+    good = tmp_path / "good.jsonl"
+    good.write_text(json.dumps(DIALOGUES[0]) + "\n")
+    code, (line,), errors = inspected(capsys, folder, good, "--json")
+    assert (code, errors) == (0, [])
+    both = json.loads(line)
+    assert both.keys() == {"ids", "learned"} and set(both["learned"]) == {0, 1}
+    assert both["ids"] == tokenizer.apply_chat_template(DIALOGUES[0]["messages"], return_dict=False)
+    assert (
+        tokenizer.decode([token for token, one in zip(both["ids"], both["learned"], strict=True) if one])
+        == "好。\n你呢？</s>" * 2
+    )
+    last = json.loads(inspected(capsys, folder, good, "--json", "--learn", "last")[1][0])
+    assert last["ids"] == both["ids"] and 0 < sum(last["learned"]) == sum(both["learned"]) / 2
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(dialogues_jsonl.read_bytes())))
+    code, lines, errors = inspected(capsys, folder, "-", "--json")
+    assert (code, len(lines), len(errors)) == (2, 2, 3) and json.loads(lines[0]) == both
+
+
+def test_what_is_learned_is_green_on_a_terminal(folder, dialogues_jsonl, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    shown = "\n".join(inspected(capsys, folder, dialogues_jsonl)[1])
+    assert re.findall("\x1b\\[1;32m([^0-9]*?)\x1b", shown) == ["好。\\n", "你呢？</s>"] * 2 + ["在</s>"]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "⟦在</s>⟧" in "\n".join(inspected(capsys, folder, dialogues_jsonl)[1])
+
+
 @pytest.mark.parametrize("view", [[], ["--vocab"], ["--json"], ["--encode", "中国" * 10_000]])
 def test_a_reader_that_has_seen_enough_is_no_error(folder, view):
     command = [sys.executable, "-m", "mateconv_jax.tokenizer", "inspect", str(folder), *view]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--dialogue", "x", "--compare", "y"], "--dialogue: alone, or with --json"),
+        (["--dialogue", "x", "--grep", "y"], "--dialogue: alone, or with --json"),
+        (["--learn", "last"], "--learn: only with --dialogue"),
+    ],
+)
+def test_what_does_not_go_with_dialogues(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse_args(["inspect", ".", *arguments])
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "file, message", [("none.jsonl", "--dialogue: no file at 'none.jsonl'"), (__file__, None), ("x.bin", "holds no dialogues")]
+)
+def test_a_file_without_dialogues(folder, tmp_path, capsys, monkeypatch, file, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.bin").write_bytes(b"12")
+    if message is None:  # each of its lines is an error
+        code, shown, errors = inspected(capsys, folder, file)
+        assert code == 2 and shown == [] and errors[0].startswith(f"error: {file}:1: not JSON")
+    else:
+        with pytest.raises(UserError, match=message):
+            inspected(capsys, folder, file)
 
 
 @pytest.mark.parametrize(

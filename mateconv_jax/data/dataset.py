@@ -47,6 +47,11 @@ class Dataset:
     tokenizer_fingerprint: str | None = None
     _format: RowFormat | None = None
 
+    @property
+    def learned(self) -> bool:
+        """Whether rows say what is learned of them: there are whole dialogues in them, which must not see each other."""
+        return self._format is not None and self._format.learned
+
     def n_rows(self, split: str) -> int:
         """0 where there is no such split."""
         return n_rows(self.path, self.seq_len, self.key) if self.splits is None else self.splits.get(split, 0)

@@ -202,9 +202,12 @@ class TextGenerator:
 
     # ---- prompts ----------------------------------------------------------------------------------------------------
 
-    def check_prompt(self, prompt: str, name: str = "prompt") -> None:
-        """Raises UserError, in which `name` stands for the prompt, if the prompt leaves no room in the model's context."""
-        self._check_length(len(self._document_ids(prompt)), name)
+    def check_prompt(self, prompt: str, name: str = "prompt", chat: bool = False) -> None:
+        """Raises UserError, in which `name` stands for the prompt, if the prompt leaves no room in the model's context. `chat`:
+        it is a question, formatted with the chat template.
+        """
+        n_tokens = self.n_chat_tokens([{"role": "user", "content": prompt}]) if chat else len(self._document_ids(prompt))
+        self._check_length(n_tokens, name)
 
     def _document_ids(self, text: str) -> list[int]:
         ids = tokenizer_lib.encode(self.tokenizer, [text])[0]

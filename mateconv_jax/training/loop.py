@@ -63,6 +63,10 @@ def train(config: ConfigDict) -> int:
 def _train(config: ConfigDict, signals: Signals) -> int:
     training = config.training
 
+    # ---- from where: see resume.find_origin -------------------------------------------------------------------------
+    origin = resume.find_origin(config)
+    config, shape_taken = resume.with_model_of(origin, config)
+
     # ---- where: devices and mesh ------------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_batch_size(training.batch_size, mesh)
@@ -85,9 +89,11 @@ def _train(config: ConfigDict, signals: Signals) -> int:
         evaluator = Evaluator(programs.eval_step, val_rows, bytes_per_token_V, training.batch_size, training.eval_iters, mesh)
     samples = None
     if length.samples_interval is not None:
-        samples = Samples(programs.graph, programs.abstract_params, tokenizer, training.sample_prompts, mesh)
+        samples = Samples(
+            programs.graph, programs.abstract_params, tokenizer, training.sample_prompts, training.sample_chat, mesh
+        )
 
-    # ---- from where: see resume.find_origin -------------------------------------------------------------------------
+    # ---- the run folder ---------------------------------------------------------------------------------------------
     folder = Path(training.out_dir)
     differences = resume.check_compatible(origin, config, tokenizer)
     resume.make_folder(folder)
@@ -107,6 +113,8 @@ def _train(config: ConfigDict, signals: Signals) -> int:
             run_folder.write_config(folder, config)
             tokenizer.save_pretrained(folder / "tokenizer")
             run_folder.keep_data_statistics(folder, config.data.train_data_path)
+        if shape_taken:
+            logging.info("%s", shape_taken)
         log_header(c, programs.abstract_params, train_rows, val_rows, shape, length.total_steps, start, differences)
         with _metrics(config, programs, shape, length, int(state.step), progress) as metrics:
             run = Run(

@@ -24,7 +24,7 @@ def open_data(data: DataOptions, vocab_size: int, document_mask: bool) -> tuple[
 
     Args:
       vocab_size: of the model.
-      document_mask: whether rows say where documents start.
+      document_mask: whether rows say where documents start. Those of packed dialogues always do.
 
     Raises:
       UserError: they do not fit each other or the model; the message names the key.
@@ -52,11 +52,13 @@ def open_data(data: DataOptions, vocab_size: int, document_mask: bool) -> tuple[
         raise UserError(
             f"model.vocab_size: {vocab_size} is smaller than the tokenizer's vocabulary (expected at least {needed})"
         )
-    document_starts = (tokenizer.bos_token_id, tokenizer.eos_token_id) if document_mask else None
-    train_rows = train.rows("train", document_starts)
+    bos_eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    train_rows = train.rows("train", bos_eos if document_mask or train.learned else None)
     if train_rows is None:
         raise UserError(f"{train.key}: {str(train.path)!r} has no split 'train' (prepare it again)")
-    val_rows = None if validation is None else validation.rows(val_split, document_starts)
+    val_rows = None
+    if validation is not None:
+        val_rows = validation.rows(val_split, bos_eos if document_mask or validation.learned else None)
     for dataset, rows in ((train, train_rows), (validation, val_rows)):
         if dataset is not None and rows is not None:
             dataset.check_tokens(rows, vocab_size, f"model.vocab_size is {vocab_size}")

@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
-from mateconv_jax import files, run_folder
+from mateconv_jax import config as config_lib, files, run_folder
 from mateconv_jax.config_keys import KEYS, OnResume
 from mateconv_jax.data.tokenizer.tokenizer import fingerprint, load
 from mateconv_jax.errors import UserError
@@ -69,6 +69,29 @@ def find_origin(config: ConfigDict) -> Origin:
             f"training.init_from={checkpoint.run})"
         )
     return Origin(key, checkpoint)
+
+
+def with_model_of(origin: Origin, config: ConfigDict) -> tuple[ConfigDict, str | None]:
+    """The config with the model of the weights that the run starts from: every key of `model` that decides what the weights
+    mean, and max_seq_len, takes their value where it has its default. Others must agree, see check_compatible.
+
+    Returns:
+      The config, and a line for the log: which keys took another value; None: none did.
+    """
+    if origin.model is not None:
+        theirs = origin.model.config
+    elif origin.checkpoint and origin.key and (config.training.init_from or config.training.resume_from):
+        theirs = run_folder.read_config(origin.checkpoint.run, origin.key)
+    else:
+        return config, None
+    default, merged, taken = config_lib.resolve(config_lib.default_config()), config.copy_and_resolve_references(), []
+    for key in KEYS:
+        section, name = key.path.split(".")
+        decides = section == "model" and (key.on_resume is OnResume.FIXED or name == "max_seq_len")
+        if decides and config.model[name] == default.model[name] != theirs.model[name]:
+            merged.model[name] = theirs.model[name]
+            taken.append(f"{name} {theirs.model[name]}")
+    return merged, f"the model's shape is that of the weights: {', '.join(taken)}" if taken else None
 
 
 def check_compatible(origin: Origin, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> list[str]:

@@ -14,15 +14,28 @@ class Samples:
     """Continues the same prompts with the same random draws at every call: only the model differs."""
 
     def __init__(
-        self, graph: nnx.GraphDef, params: nnx.State, tokenizer: PreTrainedTokenizerFast, prompts: tuple[str, ...], mesh: Mesh
+        self,
+        graph: nnx.GraphDef,
+        params: nnx.State,
+        tokenizer: PreTrainedTokenizerFast,
+        prompts: tuple[str, ...],
+        chat: bool,
+        mesh: Mesh,
     ):
-        """params: shapes suffice. Raises UserError if a prompt does not fit the context."""
-        self._prompts = list(prompts)
+        """
+        Args:
+          params: shapes suffice.
+          chat: prompts are questions, which the model answers.
+
+        Raises:
+          UserError: a prompt does not fit the context, or there is no chat template.
+        """
+        self._prompts, self._chat = list(prompts), chat
         # One device of the first process decodes; gathering shards takes part of every process.
         self._gather = jax.jit(lambda params: params, out_shardings=sharding.replicated(mesh))
         self._generator = TextGenerator(nnx.merge(graph, params), tokenizer)
         for prompt in prompts:
-            self._generator.check_prompt(prompt, "training.sample_prompts")
+            self._generator.check_prompt(prompt, "training.sample_prompts", chat)
 
     def write(self, params: nnx.State) -> list[tuple[str, str]]:
         """Each prompt and its continuation, in the first process; every process must call it."""
@@ -30,6 +43,10 @@ class Samples:
         if not distributed.is_first():
             return []
         self._generator.params = jax.tree.map(lambda p: p.addressable_data(0), replicated)
-        texts = self._generator.batch_generate(self._prompts, GenerationConfig(max_new_tokens=64))
+        how = GenerationConfig(max_new_tokens=64)
+        if self._chat:
+            texts = self._generator.batch_chat([[{"role": "user", "content": prompt}] for prompt in self._prompts], how)
+        else:
+            texts = self._generator.batch_generate(self._prompts, how)
         self._generator.params = nnx.State({})  # training needs the room of this second copy of the weights
         return list(zip(self._prompts, texts, strict=True))

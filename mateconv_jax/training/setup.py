@@ -65,13 +65,14 @@ def model_config(config: ConfigDict, device: Device | None = None) -> ModelConfi
     return ModelConfig.make(config.model, config.training.dtype, device, config.data.seq_len, config.training.deterministic)
 
 
-def build(config: ConfigDict, c: ModelConfig, mesh: Mesh, total_steps: int) -> Setup:
+def build(config: ConfigDict, c: ModelConfig, mesh: Mesh, total_steps: int, loss_fn: LossFn | None = None) -> Setup:
     """A run's programs.
 
     Args:
       config: resolved.
       c: made for the mesh's devices.
       total_steps: of the learning-rate schedule.
+      loss_fn: see losses/loss_output.py; None: next_token_loss as the config says.
 
     Raises:
       UserError: the batch cannot be split over the mesh.
@@ -79,7 +80,7 @@ def build(config: ConfigDict, c: ModelConfig, mesh: Mesh, total_steps: int) -> S
     training = config.training
     sharding.check_batch_size(training.batch_size, mesh)
     graph, abstract_params = abstract_model(c)
-    loss_fn = make_loss(training)
+    loss_fn = loss_fn or functools.partial(next_token_loss, z_loss=training.z_loss, remat=training.remat)
     tx = optimizer.make_optimizer(config_lib.options(OptimizerOptions, training), c)
     schedule = optimizer.make_schedule(config_lib.options(ScheduleOptions, training), total_steps)
     init = functools.partial(train_state.init, c, tx, training.seed, training.use_ema)
@@ -95,10 +96,6 @@ def build(config: ConfigDict, c: ModelConfig, mesh: Mesh, total_steps: int) -> S
         train_step=make_train_step(graph, loss_fn, tx, schedule, config_lib.options(StepOptions, training), abstract_state),
         eval_step=make_eval_step(graph, loss_fn),
     )
-
-
-def make_loss(training: ConfigDict) -> LossFn:
-    return functools.partial(next_token_loss, z_loss=training.z_loss, remat=training.remat)
 
 
 def batch_shape(config: ConfigDict) -> BatchShape:

@@ -113,7 +113,9 @@ class ChunkWriter:
         """Write the chosen documents' rows: first texts, cut where a row ends, then whole dialogues. None if there are none."""
         whole = [i for i in chosen if i in encoded] if self.options.learn != "everything" else []
         streamed = [i for i in chosen if i not in encoded or self.options.learn == "everything"]
-        pieces = [piece for i in streamed for piece in ([encoded[i]] if i in encoded else chunk.documents[i])]
+        pieces: list[Piece] = []
+        for i in streamed:
+            pieces += [encoded[i]] if i in encoded else chunk.documents[i]  # pyrefly: ignore[unsupported-operation]
         ids = list(self._token_ids(pieces))
         if sum(map(len, ids)) == 1:
             for i in streamed:
@@ -122,11 +124,11 @@ class ChunkWriter:
         if not ids and not whole:
             return None
         dtype = token_dtype(self._vocab_size)
-        rows = packing.pack(self._stream(pieces, ids, dtype), self.options.seq_len) if ids else None
-        streamed_rows = 0 if rows is None else len(rows["length"])
+        parts = [packing.pack(self._stream(pieces, ids, dtype), self.options.seq_len)] if ids else []
+        streamed_rows = sum(len(rows["length"]) for rows in parts)
         if whole:
-            packed = packing.pack_whole([encoded[i][:2] for i in whole], self.options.seq_len, dtype)
-            rows = packed if rows is None else packing.join(rows, packed)
+            parts.append(packing.pack_whole([encoded[i][:2] for i in whole], self.options.seq_len, dtype))
+        rows = packing.join(parts)
         format = RowFormat(self.options.seq_len, self._vocab_size, learned=bool(whole))
         write_shard(path, rows, format)
         counts = {"rows": len(rows["length"]), "streamed_rows": streamed_rows, "bytes": path.stat().st_size}

@@ -60,7 +60,8 @@ class RowDialogues:
         try:
             ids, learned = self._encoder.encode(dialogue)
         except TemplateRefuses as error:
-            raise Rejected(error.rule, error.reason) from error
+            mapped = " (function and observation are read as tool)" if error.rule == "role_not_in_template" else ""
+            raise Rejected(error.rule, error.reason + mapped) from error
         return RowDialogue(np.array(ids, np.uint32), np.array(learned, bool))
 
     def _shortened(self, dialogue: Dialogue, most: int, length: int) -> RowDialogue:

@@ -74,10 +74,11 @@ def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     return sorted(map(sorted, bins))
 
 
-def join(rows: Batch, more: Batch) -> Batch:
-    """Rows one behind the other; where only one of the two says what is learned, all real tokens of the other are."""
-    filled = [batch if "learned" in batch else batch | {"learned": is_real(batch)} for batch in (rows, more)]
-    return {name: np.concatenate([batch[name] for batch in filled]) for name in filled[0]}
+def join(parts: list[Batch]) -> Batch:
+    """Rows one behind the other; where only some say what is learned, all real tokens of the others are."""
+    if any("learned" in rows for rows in parts):
+        parts = [{"learned": is_real(rows)} | rows for rows in parts]
+    return {name: np.concatenate([rows[name] for rows in parts]) for name in parts[0]}
 
 
 def is_real(rows: Batch) -> np.ndarray:

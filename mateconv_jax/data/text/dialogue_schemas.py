@@ -32,10 +32,8 @@ _METADATA = {
 _WEIGHTS = ("weight", "loss", "train")  # OpenAI, ms-swift, axolotl: whether a message is learned; 1 is what happens anyway
 _TOOLS = ("tools", "functions")  # MiniMind's and OpenAI's older name is functions
 
-_LONGEST_TEXT_OF_A_LIST = 1_000_000  # characters; Python's parser takes some 200 bytes of memory for each item
+_LONGEST_TEXT_OF_A_LIST = 200_000  # characters; Python's parser takes up to 500 bytes of memory for each
 _DEEPEST = 64  # levels of lists and objects in a tool; Python gives up at about 1,000
-# Lists, tuples and texts, and nothing that would have to be computed.
-_PYTHON_LIST = re.compile(r"""(?:'(?:[^'\\\n]|\\.)*+'|"(?:[^"\\\n]|\\.)*+"|[][(),\s])*+""", re.DOTALL)
 
 
 class Schema(NamedTuple):
@@ -311,11 +309,9 @@ def _parse_list(key: str, text: str):
     except orjson.JSONDecodeError:
         pass
     try:
-        if not _PYTHON_LIST.fullmatch(text):
-            raise ValueError("something else than lists of texts")
         with warnings.catch_warnings(action="ignore"):  # of backslashes that escape nothing, which stay
             value = ast.literal_eval(text.strip())
-        orjson.dumps(value)  # refuses half a surrogate pair, which "\ud800" makes in Python
+        orjson.dumps(value)  # refuses what JSON has not: sets, bytes, and half a surrogate pair, which "\ud800" makes in Python
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         reason = " ".join(str(error).split())[:80] or type(error).__name__
         raise Rejected("no_text", f"{key!r} is text, but not that of a list in JSON or Python ({reason})") from error

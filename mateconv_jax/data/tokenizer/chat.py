@@ -63,8 +63,8 @@ class ChatEncoder:
         ids, offsets = renderer.token_ids(rendering.text)
         if self._learn == "everything":
             return EncodedDialogue(ids, len(ids) * [True])
-        turns = self._answers.turns(renderer, rendering, [message["role"] for message in messages], tools is not None)
-        spans = [span for turn in (turns if self._learn == "assistant" else turns[-1:]) for span in turn.spans]
+        turns = self._answers.turns(renderer, rendering, messages, tools is not None)
+        spans = [span for turn in (turns if self._learn == "assistant" else turns[-1:]) for span in turn]
         return EncodedDialogue(ids, _tokens_within(spans, offsets))
 
 

@@ -39,12 +39,12 @@ class Rendering(NamedTuple):
     Attributes:
       text: with private characters in place of control tokens that the dialogue's texts spell out.
       runs: the stretches that come from the dialogue's texts, in order; owners are (message, field, item). White space,
-        quotes, and what the template compares texts with belong to no run. Empty where `is_traced` is false.
+        quotes, and what the template compares texts with belong to no run. Empty where the origin is not known: the
+        template does something with the texts that it did not do with stand-ins.
     """
 
     text: str
     runs: list[Run]
-    is_traced: bool
 
 
 class ChatTemplate:
@@ -114,7 +114,7 @@ def _compared(source: str, control_token: re.Pattern) -> Compared:
             words.add(constant)
         elif not constant.isspace() and not control_token.search(constant):
             symbols.add(constant)
-    symbol = "|".join(re.escape(text) for text in sorted(symbols, key=len, reverse=True)) or r"(?!)"
+    symbol = "|".join(re.escape(text) for text in sorted(symbols, key=lambda text: -len(text))) or r"(?!)"
     kept = rf"((?:\s{{2,}}|\A\s|\s\Z|[\"\\\x00-\x1f]|\s?(?:{symbol})\s?)+)"
     return Compared(frozenset(words), re.compile(symbol), re.compile(kept))
 
@@ -141,8 +141,9 @@ class DialogueRenderer:
         self._marks = StandIns()  # for everything else that it says
         self._messages, self._tools = messages, tools
         if any(map(template.is_unsafe, _texts([messages, tools]))):
-            self._messages, self._tools = _map_texts([messages, tools], self._hide_control_tokens)
+            self._messages, self._tools = _map_texts([messages, tools], self._hide_control_tokens, self._hide_control_tokens)
         self._marked: tuple[list[dict], Tools] | None = None
+        self._written = ""  # the whole
 
     def whole(self, add_generation_prompt: bool = False) -> Rendering:
         """The whole dialogue.
@@ -150,7 +151,7 @@ class DialogueRenderer:
         Raises:
           TemplateRefuses: the template raises an error.
         """
-        text = self._template.write(self._messages, self._tools, add_generation_prompt)
+        text = self._written = self._template.write(self._messages, self._tools, add_generation_prompt)
         try:
             self._marked = self._mark()
             marked = self._template.write(*self._marked, add_generation_prompt)
@@ -159,11 +160,11 @@ class DialogueRenderer:
             restored, runs, marked = "", [], ""
         if restored != text:
             self._marked = None
-            return Rendering(text, [], is_traced=False)
+            return Rendering(text, [])
         control_token = self._template.control_token
         if len(control_token.findall(text)) != len(control_token.findall(marked)):
             text = self._hide_joined_control_tokens(text, runs)
-        return Rendering(text, runs, is_traced=True)
+        return Rendering(text, runs)
 
     def beginning(self, n_messages: int, add_generation_prompt: bool) -> Rendering:
         """The first messages alone. Stand-ins have the numbers that they have in the whole, which was rendered before.
@@ -172,28 +173,30 @@ class DialogueRenderer:
           TemplateRefuses: the template raises an error.
         """
         if self._marked is None:
-            return Rendering(self._template.write(self._messages[:n_messages], self._tools, add_generation_prompt), [], False)
+            return Rendering(self._template.write(self._messages[:n_messages], self._tools, add_generation_prompt), [])
         messages, tools = self._marked
         text, runs = self._marks.restore(self._template.write(messages[:n_messages], tools, add_generation_prompt))
-        return Rendering(text, runs, True)
+        return Rendering(text, runs)
 
     def is_blank(self, text: str) -> bool:
         """Whether a text says nothing: white space and what the template looks for, such as an empty think block."""
         return not self._template.compared(self._tools).symbols.sub("", text).strip()
 
     def depends_on(self, message: int, field: str, item: int) -> bool:
-        """Whether the dialogue, or its beginning up to this message, is rendered differently without an item of a field.
+        """Whether the dialogue is rendered differently without an item of a field. Message -1 has the tools.
 
-        Of a content that is all there is, this asks for the dialogue without the message. Message -1 has the tools.
+        Of a content that is all there is, this asks for the dialogue without the message. Of reasoning, which may be in an
+        assistant's content, it asks for the dialogue up to its message, too: Qwen3's template leaves it out later.
         """
-        ends = {len(self._messages), message + 1} if message >= 0 else {len(self._messages)}
         messages, tools = self._without(message, field, item)
-        for end in ends:
+        may_be_reasoning = field == "reasoning_content" or field == "content" and self._messages[message]["role"] == "assistant"
+        for n_left_out in [0, len(self._messages) - message - 1] if may_be_reasoning else [0]:
+            shorter = messages[: len(messages) - n_left_out]
             try:
-                shorter = self._template.write(messages[: end - len(self._messages) + len(messages)], tools, False)
+                text = self._template.write(shorter, tools, False) if shorter else ""
             except TemplateRefuses:  # it cannot do without
                 return True
-            if shorter != self._template.write(self._messages[:end], self._tools, False):
+            if text != self._template.write(self._messages[: len(self._messages) - n_left_out], self._tools, False):
                 return True
         return False
 
@@ -206,8 +209,8 @@ class DialogueRenderer:
             rest[field] = [value[i] for i in range(len(value)) if i != item]
         elif field == "content":
             rest[field] = ""
-        is_empty = not any(rest.get(key) for key in rest if key != "role")
-        return [*self._messages[:message], *([] if is_empty else [rest]), *self._messages[message + 1 :]], self._tools
+        is_gone = field == "content" and not any(rest.get(key) for key in rest if key != "role")
+        return [*self._messages[:message], *([] if is_gone else [rest]), *self._messages[message + 1 :]], self._tools
 
     def generation_blocks(self) -> list[tuple[int, int]] | None:
         """Characters (start, end) of the whole that stand in {% generation %}, in order; None without such blocks.
@@ -224,7 +227,7 @@ class DialogueRenderer:
             [messages], self._tools, chat_template=source, return_assistant_tokens_mask=True, **variables
         )
         (text,), (blocks,) = rendered
-        if text != self._template.write(self._messages, self._tools, False):
+        if text != self._written:
             raise TemplateRefuses("learned_unclear", "the chat template writes another text with its {% generation %} blocks")
         return blocks
 
@@ -297,7 +300,8 @@ class DialogueRenderer:
             return _map_texts(
                 value,
                 lambda text: text if text in words else self._marks.replace(compared.kept.split(text), 0, owner),
-                keys=False,
+                # Templates ask for keys by name; but for the stand-ins that are there already they stay.
+                lambda key: self._marks.replace(re.split(f"({STAND_INS.pattern})", key), 1, owner),
             )
 
         def mark_each(value, message: int, field: str):
@@ -321,12 +325,12 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-def _map_texts(value: Any, change: Callable[[str], str], keys: bool = True) -> Any:
-    """The same nested lists and dicts with every text changed; keys of dicts, too, unless told."""
+def _map_texts(value: Any, change: Callable[[str], str], change_key: Callable[[str], str]) -> Any:
+    """The same nested lists and dicts with every text and every key changed."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        return {change(key) if keys else key: _map_texts(item, change, keys) for key, item in value.items()}
+        return {change_key(key): _map_texts(item, change, change_key) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_map_texts(item, change, keys) for item in value]
+        return [_map_texts(item, change, change_key) for item in value]
     return value

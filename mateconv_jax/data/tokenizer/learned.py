@@ -7,6 +7,8 @@ to and with the turn are rendered and compared with the whole. Templates may wri
 must be the same one in both. Where a template marks the answers itself, with {% generation %}, its marks are taken.
 """
 
+import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 from mateconv_jax.data.tokenizer.chat_template import ChatTemplate, DialogueRenderer, Rendering, TemplateRefuses
@@ -14,12 +16,8 @@ from mateconv_jax.data.tokenizer.stand_ins import Run, common_prefix
 
 LONGEST_GAP = 500  # characters; longer ones are not remembered
 MOST_GAPS = 10_000
-
-
-class Turn(NamedTuple):
-    """Learned characters (start, end) of one of the assistant's turns, in order. The last one ends behind the end token."""
-
-    spans: list[tuple[int, int]]
+Span = tuple[int, int]  # start, end
+DIFFERENT = "the template writes the dialogue up to it differently from the whole"
 
 
 class AnswerFinder:
@@ -29,32 +27,52 @@ class AnswerFinder:
         self._template = template
         self._known: dict[tuple, int] = {}
 
-    def turns(self, renderer: DialogueRenderer, rendering: Rendering, roles: list[str], has_tools: bool) -> list[Turn]:
-        """The assistant's turns in a rendering of the whole dialogue.
+    def turns(
+        self, renderer: DialogueRenderer, rendering: Rendering, messages: list[dict], has_tools: bool
+    ) -> list[list[Span]]:
+        """Of each of the assistant's turns, the learned characters (start, end) of the whole dialogue's rendering, in order.
 
         Raises:
           TemplateRefuses: where an answer begins or ends does not follow from the template's renderings.
         """
-        search = _Search(self._template, renderer, rendering, roles)
-        spans = []
-        for message in (i for i, role in enumerate(roles) if role == "assistant"):
-            gap = search.gap(message)
-            neighbours = roles[max(0, message - 1) : message + 2], message == 0, message == len(roles) - 1, has_tools
-            start = gap.head_start + self._remembered((repr(neighbours), gap.head), search.header, message, gap)
-            end = gap.tail_start + self._remembered((repr(neighbours), "", gap.tail), search.ending, message, gap)
-            spans.append((start, end))
+        search = _Search(self._template, renderer, rendering, len(messages))
         blocks = renderer.generation_blocks()
-        if blocks is None:
-            return [Turn([span]) for span in spans]
-        return _marked_by_the_template(blocks, spans, rendering.text, self._template)
+        shapes = [(message["role"], *message) for message in messages]
+        turns: list[list[Span]] = []
+        end = 0
+        for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+            gap = search.gap(i)
+            end_before = end
+            around = (gap.before and gap.before.owner[0], gap.last is gap.before, *shapes[: i + 2], has_tools)
+            end = gap.tail_start + self._remembered(search.ending, i, gap, (gap.tail, i == len(messages) - 1, *around))
+            if blocks is not None:
+                own = [(start, min(stop, end)) for start, stop in blocks if end_before <= start < end]
+                turns.append(_with_end_token(own, end, rendering.text, self._template.control_token) if own else [])
+                continue
+            start = gap.head_start + self._remembered(search.header, i, gap, (gap.head, *around))
+            if start >= end:
+                raise search.unclear(i, "its end token is not behind the generation prompt")
+            turns.append([(start, end)])
+        return turns
 
-    def _remembered(self, key: tuple, find, message: int, gap: "_Gap") -> int:
+    def _remembered(self, find: Callable[[int, "_Gap"], int], message: int, gap: "_Gap", key: tuple) -> int:
+        """`find(message, gap)`, which is the same wherever messages of these shapes have this text between them."""
+        key = (find.__name__, *key)
         if key not in self._known:
             found = find(message, gap)
-            if len(key[-1]) > LONGEST_GAP or len(self._known) == MOST_GAPS:
+            if len(key[1]) > LONGEST_GAP or len(self._known) == MOST_GAPS:
                 return found
             self._known[key] = found
         return self._known[key]
+
+
+def _with_end_token(blocks: list[Span], end: int, text: str, control_token: re.Pattern) -> list[Span]:
+    """{% generation %} blocks of a turn, and the control token that ends it at `end`. More behind the last block if it is all
+    control tokens."""
+    last = blocks[-1][1]
+    if control_token.sub("", text[last:end]):
+        last = max(found.start() for found in control_token.finditer(text, last, end))
+    return [*blocks, (last, end)]
 
 
 class _Gap(NamedTuple):
@@ -78,12 +96,12 @@ class _Gap(NamedTuple):
 class _Search:
     """In the renderings of one dialogue."""
 
-    def __init__(self, template: ChatTemplate, renderer: DialogueRenderer, rendering: Rendering, roles: list[str]):
+    def __init__(self, template: ChatTemplate, renderer: DialogueRenderer, rendering: Rendering, n_messages: int):
         self._control_token = template.control_token
         self._template = template
         self._renderer = renderer
-        self._text, self._runs, _ = rendering
-        self._roles = roles
+        self._text, self._runs = rendering
+        self._n_messages = n_messages
         self._own: dict[int, list[int]] = {}  # of each message: its runs' numbers
         for i, run in enumerate(self._runs):
             self._own.setdefault(run.owner[0], []).append(i)
@@ -97,7 +115,7 @@ class _Search:
             first = last = sum(len(runs) for other, runs in self._own.items() if other < message)
             in_one_piece = all(run.owner[0] > message for run in self._runs[first:])
         if not in_one_piece:
-            raise self._unclear(message, "its text is not in one piece, or not where it is in the dialogue")
+            raise self.unclear(message, "its text is not in one piece, or not where it is in the dialogue")
         before = self._runs[first - 1] if first else None
         own_last = self._runs[last - 1] if last else None
         next_start = self._runs[last].start if last < len(self._runs) else len(self._text)
@@ -113,24 +131,32 @@ class _Search:
         prompt = self._after(message, gap.before, message, add_generation_prompt=True)
         n = common_prefix(prompt, gap.head)
         if any(found.end() > n for found in self._control_token.finditer(prompt)):
-            raise self._unclear(message, f"it does not begin as the generation prompt has it, {prompt!r}")
+            raise self.unclear(message, f"it does not begin as the generation prompt ends, {prompt[-80:]!r}")
         return n
 
     def ending(self, message: int, gap: _Gap) -> int:
-        """Where in the tail the last control token of the message ends."""
-        is_last = message == len(self._roles) - 1
-        tail = gap.tail if is_last else self._after(message, gap.last, message + 1, add_generation_prompt=False)
+        """Where in the tail the control token that ends the message ends.
+
+        In the dialogue up to the message others may follow, which end the whole: Phi-3 writes `<|end|>` behind a turn, and
+        `<|endoftext|>` behind the last one.
+        """
+        if message == self._n_messages - 1:
+            tail = gap.tail
+        else:
+            tail = self._after(message, gap.last, message + 1, add_generation_prompt=False)
+        if not self._control_token.search(tail):
+            raise self.unclear(message, f"no control token ends it (the template writes {tail[:80]!r} behind it)")
         common = tail[: common_prefix(tail, gap.tail)]
-        ends = [found.end() for found in self._control_token.finditer(common)]
-        if not ends:
-            raise self._unclear(message, f"no control token ends it (the template writes {tail!r})")
-        return ends[-1]
+        end = max((found.end() for found in self._control_token.finditer(common)), default=0)
+        if not end or self._control_token.sub("", tail[end:]).strip():
+            raise self.unclear(message, DIFFERENT)
+        return end
 
     def _after(self, message: int, last: Run | None, n_messages: int, add_generation_prompt: bool) -> str:
         """What stands behind `last` in the rendering of the first messages, in which it must be the last run, too."""
-        text, runs, _ = self._renderer.beginning(n_messages, add_generation_prompt)
+        text, runs = self._renderer.beginning(n_messages, add_generation_prompt)
         if (runs[-1].after if runs else None) != (last.after if last else None):
-            raise self._unclear(message, "the template writes the dialogue up to it differently from the whole")
+            raise self.unclear(message, DIFFERENT)
         return text[runs[-1].end if runs else 0 :]
 
     def _first_header(self, gap: _Gap) -> int:
@@ -142,26 +168,9 @@ class _Search:
         start = gap.head.find(header[: found.end()] if found else header)
         n = common_prefix(header, gap.head[max(0, start) :])
         if start < 0 or any(found.end() > n for found in self._control_token.finditer(header)):
-            raise self._unclear(0, f"it does not begin as the generation prompt has it, {header!r}")
+            raise self.unclear(0, f"it does not begin as the generation prompt has it, {header!r}")
         return start + n if header else 0
 
-    def _unclear(self, message: int, reason: str) -> TemplateRefuses:
+    def unclear(self, message: int, reason: str) -> TemplateRefuses:
         where = f"which part of message {message + 1} the assistant writes is unclear in this chat template"
         return TemplateRefuses("learned_unclear", f"{where}: {reason}")
-
-
-def _marked_by_the_template(
-    blocks: list[tuple[int, int]], spans: list[tuple[int, int]], text: str, template: ChatTemplate
-) -> list[Turn]:
-    """The template's {% generation %} blocks, each turn's cut or extended to its end token."""
-    turns = []
-    before = 0
-    for _, end in spans:
-        own = [(start, min(stop, end)) for start, stop in blocks if before <= start < end]
-        if own:
-            last_token = max((found.start() for found in template.control_token.finditer(text, 0, end)), default=end)
-            start = own[-1][1] if not template.control_token.sub("", text[own[-1][1] : end]) else last_token
-            own = [*own, (start, end)]
-        turns.append(Turn(own))
-        before = end
-    return turns

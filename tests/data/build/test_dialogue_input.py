@@ -11,6 +11,7 @@ from mateconv_jax.data.text.jsonl import parse_line
 from mateconv_jax.errors import UserError
 from tests.data.build.test_prepare import TRAIN_TOKENIZER, prepare, rejected, stats, streams, write_jsonl
 
+FLAGS = (*TRAIN_TOKENIZER, "--val_fraction", "0", "--seq_len", "128")  # a row holds the longest dialogue here
 TURNS = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
 WEIGHED = [TURNS[0], {"role": "assistant", "content": "不学", "weight": 0}]
 MIXED = [
@@ -40,25 +41,24 @@ def written(folder):
 
 
 def test_all_schemas_in_one_dataset(inputs, tmp_path, capsys):
-    flags = (*TRAIN_TOKENIZER, "--val_fraction", "0")
-    folder = prepare(inputs, tmp_path / "zh", *flags)
+    folder = prepare(inputs, tmp_path / "zh", *FLAGS)
     text = written(folder)
     assert all(said in text for said in ("一篇文章。", "问", "spring", "在吗", "乙", '他说："走"', "好\n吧", "C:\\新", "早"))
     assert not any(lost in text for lost in ("不学", "冒充", "丙", "少"))
     assert stats(folder)["schemas"] == dict(sorted(SCHEMAS.items(), key=lambda item: (-item[1], item[0])))
     assert rejected(folder) == [(7, "unsupported_field"), (8, "unknown_role"), (9, "bad_history"), (5, "bad_row")]
     assert " schemas " in (shown := capsys.readouterr().out) and "q/a 3, alpaca 1" in shown
-    plain = prepare(write_jsonl(tmp_path / "text.jsonl", MIXED[:1]), tmp_path / "plain", *flags)
+    plain = prepare(write_jsonl(tmp_path / "text.jsonl", MIXED[:1]), tmp_path / "plain", *FLAGS)
     assert stats(plain)["schemas"] == {"text": 1} and " schemas " not in capsys.readouterr().out
 
-    many = prepare(inputs, tmp_path / "many", *flags, "--num_workers", "2", "--chunk_mb", "0.0002")
+    many = prepare(inputs, tmp_path / "many", *FLAGS, "--num_workers", "2", "--chunk_mb", "0.0002")
     assert {key: stats(many)[key] for key in ("schemas", "rejects")} == {
         key: stats(folder)[key] for key in ("schemas", "rejects")
     }
 
 
 def test_ignored_fields_decide_what_the_dataset_holds(inputs, tmp_path):
-    flags = (*TRAIN_TOKENIZER, "--val_fraction", "0", "--dedup", "none")
+    flags = (*FLAGS, "--dedup", "none")
     strict = prepare(inputs[0], tmp_path / "strict", *flags)
     folder = prepare(inputs[0], tmp_path / "zh", *flags, "--ignore_fields", "weight", "history", "weight", "input")
     assert "不学" in written(folder) and "不学" not in written(strict)
@@ -72,15 +72,14 @@ def test_ignored_fields_decide_what_the_dataset_holds(inputs, tmp_path):
 
 
 def test_a_dataset_of_a_version_without_ignore_fields_is_as_one_that_ignores_none(inputs, tmp_path, capsys):
-    flags = (*TRAIN_TOKENIZER, "--val_fraction", "0")
-    folder = prepare(inputs[0], tmp_path / "zh", *flags)
+    folder = prepare(inputs[0], tmp_path / "zh", *FLAGS)
     metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
     del metadata["options"]["ignore_fields"]
     (folder / "metadata.json").write_text(json.dumps(metadata), encoding="utf-8")
-    prepare(inputs[0], folder, *flags)
+    prepare(inputs[0], folder, *FLAGS)
     assert "nothing to do" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"was made with ignore_fields=\[\], not \['weight'\]"):
-        prepare(inputs[0], folder, *flags, "--ignore_fields", "weight")
+        prepare(inputs[0], folder, *FLAGS, "--ignore_fields", "weight")
 
 
 def test_an_input_whose_fields_would_be_lost_is_an_error_that_says_what_to_do(tmp_path):

@@ -39,7 +39,8 @@ table = st.integers(2, 4).flatmap(lambda n: st.lists(st.lists(cell, min_size=n, 
 def test_what_a_csv_writer_wrote_comes_back(rows, delimiter, end):
     header = [f"column {i}" for i in range(len(rows[0]) if rows else 2)]
     content = written([header, *rows], delimiter=delimiter, lineterminator=end)
-    assert cells(content, delimiter=delimiter) == [row for row in rows if "".join(row).strip() or delimiter == ","]
+    not_blank = [row for row in rows if written([row], delimiter=delimiter).strip()]  # of TSV a row may be tabs alone
+    assert cells(content, delimiter=delimiter) == not_blank
 
 
 @given(st.lists(st.tuples(st.lists(st.tuples(cell, cell).map(list)), cell, cell)))
@@ -76,6 +77,7 @@ def test_a_backslash_is_text_unless_it_must_be_an_escape(content, row):
 @pytest.mark.parametrize("content, found", [
     ("q,a\n1,2\n1\n1,2,3\n3,4\n", [(2, ["1", "2"]), (3, "bad_row"), (4, "bad_row"), (5, ["3", "4"])]),
     ('q,a\n"1"x,2\n3,4\n', [(2, "bad_row"), (3, ["3", "4"])]),
+    ('q,a\n"1\\"x\n3,4\n"5",6\n', [(2, "bad_row"), (3, ["3", "4"]), (4, ["5", "6"])]),
     ('q,a\n"1\n"x,2\n3,4\n', [(2, "bad_row"), (4, ["3", "4"])]),
     ("q,a\n1\r2,2\n3,4\n", [(2, "bad_row"), (3, ["3", "4"])]),
     ("\n\nq,a\n\n1,2\n \n3,4\n\n", [(5, ["1", "2"]), (7, ["3", "4"])]),

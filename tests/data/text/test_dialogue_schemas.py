@@ -198,6 +198,7 @@ def test_what_is_wrong_is_said(record, rule, reason):
     "[__import__('os').system('touch hacked')]", "[open('hacked', 'w')]", "[['甲', '乙'] for _ in '甲']", "[['甲', 9**9**9]]",
     "[f'{open(\"hacked\", \"w\")}']", "[" * 100_000, "(" * 5_000 + ")" * 5_000, "[['甲', '\\ud800']]", "[['甲', '\\N{nothing}']]",
     "['" + "\\'" * 100_000, "[['甲', '乙']]" + " " * 1_000_000, "[['甲', '乙'", "甲, 乙", "['甲'] ['乙']", "-" * 10_000,
+    "1+" * 50_000, "[['甲', b'a']]", "[['甲', {'乙'}]]",
 ])  # fmt: skip
 def test_a_text_of_a_list_is_data_and_never_run(tmp_path, monkeypatch, history):
     monkeypatch.chdir(tmp_path)
