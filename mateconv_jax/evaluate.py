@@ -22,7 +22,10 @@ def main(args):
             print(json.dumps(score))
             return
         print(f"grammar: {score['grammar']:.1%} of {score['sentences']} sampled sentences follow the demo corpus's grammar")
-        print(f"facts:   {score['facts']:.1%} of {score['questions']} questions in chat are answered correctly")
+        print(f"facts:   {score['facts']:.1%} of {score['questions']} questions that dialogues ask are answered correctly")
+        others, texts = score["other_wordings_questions"], score["texts_alone_questions"]
+        print(f"         {score['other_wordings']:.1%} of {others} in wordings that they have only for other facts")
+        print(f"         {score['texts_alone']:.1%} of {texts} about facts that only texts state")
         return
     from mateconv_jax.evaluation import held_out
 

@@ -35,7 +35,7 @@ def train(args):
     print(f"tokenizer: reading {', '.join(source.path for source in sources)}", file=sys.stderr, flush=True)
     with _folder_aside(output, args.overwrite) as partial:
         texts = _texts(sources, args.text_key, args.encoding, args.sample_mb, args.seed, args.keep_going)
-        trained = bpe.train(texts, args.vocab_size, args.split_digits, args.special_tokens)
+        trained = bpe.train(texts, args.vocab_size, args.split_digits, args.special_tokens, args.max_token_bytes)
         trained.save_pretrained(partial)
     print(f"{output}: {len(trained):,} tokens. Inspect it with: python -m mateconv_jax.tokenizer inspect {output}")
 
@@ -127,6 +127,7 @@ def parse_args(argv):
     add("--output", required=True, help="folder to create")
     add("--vocab_size", type=int, default=6400, help="maximum size, including control tokens and the 256 bytes")
     add("--split_digits", action="store_true", help="make every digit a token of its own")
+    add("--max_token_bytes", type=int, metavar="N", help="no longer tokens; a Chinese character is 3 bytes of UTF-8")
     add("--special_tokens", nargs="+", default=[], metavar="TOKEN", help="additional control tokens, ids 4 and up")
     add("--sample_mb", type=float, default=pipeline.TokenizerTraining().sample_mb, help="MB of input to train on, "
         "sampled uniformly; 64 take 0.8 GB of memory")  # fmt: skip

@@ -1,9 +1,11 @@
 """The demo corpus: a small Chinese world that a small model can learn in minutes, and a checker for what the model then says.
 
     python -m mateconv_jax.data.demo --output data/demo.jsonl
+    python -m mateconv_jax.data.demo --output data/demo_dialogues.jsonl --kind dialogues
 
-Half of the tokens are stories and statements, one {"text": …} a line, the other half dialogues about the facts below, one
-{"messages": […]} a line; with less, the facts are not learned in the quickstart's minutes.
+Texts are stories and plain statements of facts, one {"text": …} a line, for pretraining. Dialogues ask for the facts, one
+{"messages": […]} a line, for fine-tuning: for most facts, and for each of these in two of the three wordings. So what a model
+answers to the third wording, and about the other facts, tells what it has learned from other dialogues, and from texts alone.
 """
 
 import argparse
@@ -84,6 +86,14 @@ KINDS = {  # statement, questions, {subject: answer}
             "埃及": "开罗", "泰国": "曼谷", "韩国": "首尔", "西班牙": "马德里", "希腊": "雅典", "古巴": "哈瓦那", "秘鲁": "利马",
         },
     ),
+    "continent": (
+        "{}位于{}。",
+        ["{}位于哪个洲？", "请问{}在哪个洲？", "你知道{}属于哪个洲吗？"],
+        {
+            "中国": "亚洲", "法国": "欧洲", "日本": "亚洲", "英国": "欧洲", "德国": "欧洲", "俄罗斯": "欧洲", "意大利": "欧洲",
+            "埃及": "非洲", "泰国": "亚洲", "韩国": "亚洲", "西班牙": "欧洲", "希腊": "欧洲", "古巴": "北美洲", "秘鲁": "南美洲",
+        },
+    ),
     "color": (
         "{}的颜色是{}。",
         ["{}是什么颜色？", "请问{}的颜色是什么？", "你知道{}是什么颜色的吗？"],
@@ -100,6 +110,14 @@ KINDS = {  # statement, questions, {subject: answer}
             "小狗": "骨头",
         },
     ),
+    "home": (
+        "{}住在{}。",
+        ["{}住在哪里？", "请问{}的家在哪里？", "你知道{}住在什么地方吗？"],
+        {
+            "熊猫": "竹林里", "兔子": "草地上", "小猫": "屋里", "松鼠": "树洞里", "猴子": "大山里", "蚕宝宝": "桑树上", "老牛": "牛棚里",
+            "小狗": "院子里",
+        },
+    ),
     "author": (
         "{}的作者是{}。",
         ["{}的作者是谁？", "请问{}是谁写的？", "你知道{}的作者是哪一位吗？"],
@@ -108,9 +126,17 @@ KINDS = {  # statement, questions, {subject: answer}
             "《静夜思》": "李白", "《春晓》": "孟浩然",
         },
     ),
+    "dynasty": (
+        "{}写于{}。",
+        ["{}写于哪个朝代？", "请问{}是什么时候写的？", "你知道{}是哪个朝代的作品吗？"],
+        {
+            "《红楼梦》": "清代", "《西游记》": "明代", "《三国演义》": "元末明初", "《水浒传》": "元末明初", "《静夜思》": "唐代",
+            "《春晓》": "唐代",
+        },
+    ),
 }  # fmt: skip
 
-# (kind, subject, answer), 36 of them
+# (kind, subject, answer), 64 of them
 FACTS = [(kind, subject, answer) for kind, (_, _, answers) in KINDS.items() for subject, answer in answers.items()]
 
 
@@ -123,6 +149,18 @@ def questions(fact: tuple[str, str, str]) -> list[str]:
     """Three ways to ask for it."""
     kind, subject, _ = fact
     return [question.format(subject) for question in KINDS[kind][1]]
+
+
+def is_in_dialogues(fact: tuple[str, str, str]) -> bool:
+    """Whether dialogues ask for it: 46 of the 64. Of a subject of which two facts are known, they ask for one at least."""
+    kind, subject, _ = fact
+    i = list(KINDS[kind][2]).index(subject) % 3
+    return kind == "color" or i != (1 if kind in ("capital", "food", "author") else 2)
+
+
+def withheld_question(fact: tuple[str, str, str]) -> str:
+    """The wording in which no dialogue asks for this fact, though for others."""
+    return questions(fact)[FACTS.index(fact) % 3]
 
 
 # ---- grammar ------------------------------------------------------------------------------------------------------
@@ -166,6 +204,8 @@ def sentences(text: str) -> list[str]:
     return re.findall(r"[^。？]+[。？]?", text)
 
 
+REPEAT = "跟我说："
+
 # ---- documents ----------------------------------------------------------------------------------------------------
 
 
@@ -182,27 +222,33 @@ def statements(rng: random.Random) -> str:
 
 
 def dialogue(rng: random.Random) -> list[dict[str, str]]:
-    """One to three questions with their answers."""
+    """One to three questions with their answers, or a sentence of a story to repeat."""
+    if rng.random() < 0.5:
+        sentence = rng.choice(sentences(story(rng)))
+        return [{"role": "user", "content": REPEAT + sentence}, {"role": "assistant", "content": sentence}]
     messages = []
-    for fact in rng.sample(FACTS, rng.randint(1, 3)):
-        messages.append({"role": "user", "content": rng.choice(questions(fact))})
+    for fact in rng.sample([fact for fact in FACTS if is_in_dialogues(fact)], rng.randint(1, 3)):
+        wordings = [question for question in questions(fact) if question != withheld_question(fact)]
+        messages.append({"role": "user", "content": rng.choice(wordings)})
         messages.append({"role": "assistant", "content": statement(fact)})
     return messages
 
 
-def corpus(n_documents: int, seed: int):
-    """JSON objects, one a document: 45 % stories, 5 % statements, 50 % dialogues, in random order."""
+KINDS_OF_DOCUMENTS = ("texts", "dialogues", "mixed")
+
+
+def corpus(n_documents: int, seed: int, kind: str = "texts"):
+    """JSON objects, one a document, in random order: texts (60 % stories, 40 % statements), dialogues, or half of each."""
     rng = random.Random(seed)
     for _ in range(n_documents):
-        choice = rng.random()
-        if choice < 0.5:
+        if kind == "dialogues" or kind == "mixed" and rng.random() < 0.5:
             yield {"messages": dialogue(rng)}
         else:
-            yield {"text": statements(rng) if choice < 0.55 else story(rng)}
+            yield {"text": statements(rng) if rng.random() < 0.4 else story(rng)}
 
 
 def main(args):
-    lines = (json.dumps(document, ensure_ascii=False) for document in corpus(args.documents, args.seed))
+    lines = (json.dumps(document, ensure_ascii=False) for document in corpus(args.documents, args.seed, args.kind))
     text = "".join(line + "\n" for line in tqdm(lines, total=args.documents, unit="doc", desc="demo corpus", mininterval=1))
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -213,7 +259,8 @@ def main(args):
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog=program("data.demo"), description="Write the demo corpus.")
     parser.add_argument("--output", required=True, help="the JSONL file to write")
-    parser.add_argument("--documents", type=int, default=40_000)
+    parser.add_argument("--kind", choices=KINDS_OF_DOCUMENTS, default="texts", help="texts to pretrain on (default), dialogues to fine-tune on, or both mixed")  # fmt: skip
+    parser.add_argument("--documents", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 

@@ -11,19 +11,33 @@ def score_demo(generator) -> dict[str, float]:
 
     Returns:
       A dict. grammar: fraction of sentences that follow the corpus's grammar, in stories sampled at temperature 0.8 without
-      filters; sentences: their number; facts: fraction of facts answered correctly in chat, each asked in one of its three
-      wordings; questions: their number.
+      filters; sentences: their number. Fractions of questions answered correctly in chat: facts, in the wordings that
+      dialogues have for that fact; other_wordings, in those that they have only for other facts; texts_alone, about facts
+      that only texts state. questions, other_wordings_questions, texts_alone_questions: their numbers.
     """
     config = GenerationConfig(temperature=0.8, top_k=0, top_p=1.0, max_new_tokens=110)
     stories = [time + text for time in demo.TIMES for text in generator.generate_samples(time, STORIES, config)]
     sentences = [sentence for story in stories for sentence in demo.sentences(story)]
-    questions = [demo.questions(fact)[i % 3] for i, fact in enumerate(demo.FACTS)]
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=40)
-    answers = generator.batch_chat([[{"role": "user", "content": question}] for question in questions], greedy)
-    correct = [answer == demo.statement(fact) for answer, fact in zip(answers, demo.FACTS, strict=True)]
-    return {
+    scores = {
         "grammar": sum(map(demo.is_sentence, sentences)) / max(len(sentences), 1),
         "sentences": len(sentences),
-        "facts": sum(correct) / len(correct),
-        "questions": len(correct),
+    }
+    asked = {name: list(pairs) for name, pairs in _questions().items()}
+    histories = [[{"role": "user", "content": question}] for pairs in asked.values() for question, _ in pairs]
+    answers = iter(generator.batch_chat(histories, GenerationConfig(do_sample=False, max_new_tokens=40)))
+    for name, pairs in asked.items():
+        correct = [next(answers) == demo.statement(fact) for _, fact in pairs]
+        scores[name] = sum(correct) / len(correct)
+        scores["questions" if name == "facts" else f"{name}_questions"] = len(correct)
+    return scores
+
+
+def _questions() -> dict[str, list[tuple[str, tuple]]]:
+    """{score: [(question, fact), …]}"""
+    in_dialogues = [fact for fact in demo.FACTS if demo.is_in_dialogues(fact)]
+    others = [fact for fact in demo.FACTS if not demo.is_in_dialogues(fact)]
+    return {
+        "facts": [(q, fact) for fact in in_dialogues for q in demo.questions(fact) if q != demo.withheld_question(fact)],
+        "other_wordings": [(demo.withheld_question(fact), fact) for fact in in_dialogues],
+        "texts_alone": [(q, fact) for fact in others for q in demo.questions(fact)],
     }

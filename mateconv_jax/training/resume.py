@@ -10,11 +10,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
-<<<<<<< HEAD
-from mateconv_jax import config as config_lib, run_folder
-=======
-from mateconv_jax import files, run_folder
->>>>>>> yarn
+from mateconv_jax import config as config_lib, files, run_folder
 from mateconv_jax.config_keys import KEYS, OnResume
 from mateconv_jax.data.tokenizer.tokenizer import fingerprint, load
 from mateconv_jax.errors import UserError

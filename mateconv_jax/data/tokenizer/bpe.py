@@ -19,7 +19,11 @@ CUT = "\ufdd0"  # a place where training texts are cut: a noncharacter, which no
 
 
 def train(
-    texts: Iterable[str], vocab_size: int, split_digits: bool = False, special_tokens: Sequence[str] = ()
+    texts: Iterable[str],
+    vocab_size: int,
+    split_digits: bool = False,
+    special_tokens: Sequence[str] = (),
+    max_token_bytes: int | None = None,
 ) -> PreTrainedTokenizerFast:
     """Byte-level BPE (Sennrich et al., 2016; GPT-2's bytes and pre-tokenisation) with MateConv's control tokens.
 
@@ -31,6 +35,8 @@ def train(
       vocab_size: upper bound, at least 260 and the special tokens; a small corpus may give fewer merges.
       split_digits: one token a digit; otherwise numbers are merged like words.
       special_tokens: further control tokens, such as <think>, with the ids from 4 on.
+      max_token_bytes: of UTF-8; None: no limit. Chinese has no spaces, so in a small or repetitive corpus whole clauses become
+        tokens, of which a model cannot learn what is said of the words in them. 6 are two characters.
 
     Raises:
       UserError: vocab_size is too small; a special token is there already, or is a word that texts can hold.
@@ -50,6 +56,8 @@ def train(
     n_merges = vocab_size - len(control_tokens) - 256  # every byte has a token, so that any text can be written
     if n_merges < 0:
         raise UserError(f"--vocab_size: {vocab_size} is too small (expected at least {vocab_size - n_merges})")
+    if max_token_bytes is not None and max_token_bytes < 1:
+        raise UserError(f"--max_token_bytes: {max_token_bytes} is invalid (expected at least 1)")
 
     texts = list(texts)
     start = time.perf_counter()
@@ -61,6 +69,7 @@ def train(
         special_tokens=control_tokens,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
+        max_token_length=max_token_bytes,
     )
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.Split(CUT, "removed"), pre_tokenizer])
     bpe.train_from_iterator(_cut_at_rare_pairs(texts, n_merges), trainer)
