@@ -11,6 +11,7 @@ import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import jax
 import orbax.checkpoint as ocp
@@ -222,18 +223,19 @@ def _memory_stats() -> list[dict | None]:
 
 def restore(folder: Path, abstract_state: TrainState) -> tuple[TrainState, Progress]:
     """A checkpoint from its own folder. Raises whatever Orbax raises for what it cannot read."""
-    has_no_clipping = _has_no_clipping(folder)
-    if has_no_clipping:
-        clipping, optimizer = abstract_state.opt_state
-        abstract_state = abstract_state.replace(opt_state=optimizer)
+    if _has_no_clipping(folder):
+        clipping, optimizer = cast(tuple, abstract_state.opt_state)
+        state, progress = _restore(folder, dataclasses.replace(abstract_state, opt_state=optimizer))
+        return dataclasses.replace(state, opt_state=(clipping, state.opt_state)), progress
+    return _restore(folder, abstract_state)
+
+
+def _restore(folder: Path, abstract_state: TrainState) -> tuple[TrainState, Progress]:
     handler = ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), progress=ocp.JsonCheckpointHandler())
     with ocp.Checkpointer(handler) as checkpointer:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), progress=ocp.args.JsonRestore())
         restored = checkpointer.restore(folder, args=args)
-    state = restored.state
-    if has_no_clipping:
-        state = state.replace(opt_state=(clipping, state.opt_state))
-    return state, Progress(**restored.progress)
+    return restored.state, Progress(**restored.progress)
 
 
 def _has_no_clipping(folder: Path) -> bool:
