@@ -27,11 +27,11 @@ hypothesis.settings.load_profile("default")
 
 @pytest.fixture(scope="session")
 def demo_jsonl(tmp_path_factory):
-    """400 documents of the demo corpus."""
+    """400 documents of the demo corpus, half of them dialogues."""
     from mateconv_jax.data import demo
 
     path = tmp_path_factory.mktemp("corpus") / "demo.jsonl"
-    demo.main(demo.parse_args(["--output", str(path), "--documents", "400"]))
+    demo.main(demo.parse_args(["--output", str(path), "--kind", "mixed", "--documents", "400"]))
     return path
 
 

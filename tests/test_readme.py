@@ -81,7 +81,7 @@ def checkout(tmp_path_factory):
     shutil.copy(ROOT / "requirements.txt", folder)
     (folder / ".venv").symlink_to(Path(sys.prefix))
     with (folder / "raw.jsonl").open("w", encoding="utf-8") as file:
-        for i, document in enumerate(demo.corpus(400, 0)):
+        for i, document in enumerate(demo.corpus(400, 0, "mixed")):
             extra = {"text": document["text"] + f"第{i}个故事。"} if "text" in document else document
             file.write(json.dumps(extra, ensure_ascii=False) + "\n")
     return folder

@@ -94,12 +94,21 @@ KINDS = {  # statement, questions, {subject: answer}
             "埃及": "非洲", "泰国": "亚洲", "韩国": "亚洲", "西班牙": "欧洲", "希腊": "欧洲", "古巴": "北美洲", "秘鲁": "南美洲",
         },
     ),
+    "currency": (
+        "{}的货币是{}。",
+        ["{}的货币是什么？", "请问{}用什么货币？", "你知道{}的货币叫什么吗？"],
+        {
+            "中国": "人民币", "法国": "欧元", "日本": "日元", "英国": "英镑", "德国": "欧元", "俄罗斯": "卢布", "意大利": "欧元",
+            "埃及": "埃及镑", "泰国": "泰铢", "韩国": "韩元", "西班牙": "欧元", "希腊": "欧元", "古巴": "比索", "秘鲁": "索尔",
+        },
+    ),
     "color": (
         "{}的颜色是{}。",
         ["{}是什么颜色？", "请问{}的颜色是什么？", "你知道{}是什么颜色的吗？"],
         {
             "草莓": "红色", "香蕉": "黄色", "葡萄": "紫色", "雪花": "白色", "煤炭": "黑色", "树叶": "绿色", "大海": "蓝色",
-            "橘子": "橙色",
+            "橘子": "橙色", "熊猫": "黑白两色", "兔子": "白色", "小猫": "灰色", "松鼠": "棕色", "猴子": "金黄色", "蚕宝宝": "白色",
+            "老牛": "黑色", "小狗": "黄色",
         },
     ),
     "food": (
@@ -126,6 +135,14 @@ KINDS = {  # statement, questions, {subject: answer}
             "《静夜思》": "李白", "《春晓》": "孟浩然",
         },
     ),
+    "form": (
+        "{}是一{}。",
+        ["{}是什么样的作品？", "请问{}是诗还是小说？", "你知道{}是哪一类作品吗？"],
+        {
+            "《红楼梦》": "部小说", "《西游记》": "部小说", "《三国演义》": "部小说", "《水浒传》": "部小说", "《静夜思》": "首诗",
+            "《春晓》": "首诗",
+        },
+    ),
     "dynasty": (
         "{}写于{}。",
         ["{}写于哪个朝代？", "请问{}是什么时候写的？", "你知道{}是哪个朝代的作品吗？"],
@@ -136,7 +153,7 @@ KINDS = {  # statement, questions, {subject: answer}
     ),
 }  # fmt: skip
 
-# (kind, subject, answer), 64 of them
+# (kind, subject, answer), 92 of them
 FACTS = [(kind, subject, answer) for kind, (_, _, answers) in KINDS.items() for subject, answer in answers.items()]
 
 
@@ -151,11 +168,14 @@ def questions(fact: tuple[str, str, str]) -> list[str]:
     return [question.format(subject) for question in KINDS[kind][1]]
 
 
+SUBJECTS = list(dict.fromkeys(subject for _, subject, _ in FACTS))
+
+
 def is_in_dialogues(fact: tuple[str, str, str]) -> bool:
-    """Whether dialogues ask for it: 46 of the 64. Of a subject of which two facts are known, they ask for one at least."""
+    """Whether dialogues ask for it: of every third subject of which three facts are known, they ask for two."""
     kind, subject, _ = fact
-    i = list(KINDS[kind][2]).index(subject) % 3
-    return kind == "color" or i != (1 if kind in ("capital", "food", "author") else 2)
+    kinds, i = [kind for kind, (_, _, answers) in KINDS.items() if subject in answers], SUBJECTS.index(subject)
+    return len(kinds) < 3 or i % 3 != 0 or kinds.index(kind) != i // 3 % 3
 
 
 def withheld_question(fact: tuple[str, str, str]) -> str:
@@ -204,6 +224,8 @@ def sentences(text: str) -> list[str]:
     return re.findall(r"[^。？]+[。？]?", text)
 
 
+REPEAT = "跟我说："
+
 # ---- documents ----------------------------------------------------------------------------------------------------
 
 
@@ -220,7 +242,10 @@ def statements(rng: random.Random) -> str:
 
 
 def dialogue(rng: random.Random) -> list[dict[str, str]]:
-    """One to three questions with their answers."""
+    """One to three questions with their answers, or a sentence of a story to repeat."""
+    if rng.random() < 0.5:
+        sentence = rng.choice(sentences(story(rng)))
+        return [{"role": "user", "content": REPEAT + sentence}, {"role": "assistant", "content": sentence}]
     messages = []
     for fact in rng.sample([fact for fact in FACTS if is_in_dialogues(fact)], rng.randint(1, 3)):
         wordings = [question for question in questions(fact) if question != withheld_question(fact)]

@@ -4,18 +4,13 @@ import json
 from mateconv_jax.data import demo
 
 
-def texts(document):
-    return [document["text"]] if "text" in document else [message["content"] for message in document["messages"]]
-
-
 def test_every_sentence_of_the_corpus_belongs_to_its_grammar_and_they_are_many():
     defaults = demo.parse_args(["--output", "x"])
     documents = list(demo.corpus(defaults.documents, defaults.seed))
-    sentences = {s for document in documents for text in texts(document) for s in demo.sentences(text)}
-    assert len(documents) >= 20_000 and len(sentences) >= 20_000
+    sentences = {s for document in documents for s in demo.sentences(document["text"])}
+    assert len(documents) >= 20_000 and len(sentences) >= 10_000
     assert all(map(demo.is_sentence, sentences))
-    characters = [sum(map(len, texts(d))) for d in documents]
-    assert 0.25 < sum(n for n, d in zip(characters, documents, strict=True) if "messages" in d) / sum(characters) < 0.6
+    assert {demo.statement(fact) for fact in demo.FACTS} <= sentences
 
 
 def test_what_is_not_in_the_grammar_is_refused():
@@ -30,14 +25,24 @@ def test_what_is_not_in_the_grammar_is_refused():
 
 def test_the_seed_decides():
     def first(seed):
-        return json.dumps(list(itertools.islice(demo.corpus(50, seed), 50)))
+        return json.dumps(list(itertools.islice(demo.corpus(50, seed, "mixed"), 50)))
 
     assert first(1) == first(1) != first(2)
 
 
-def test_the_facts_are_a_few_dozen_and_each_is_asked_in_three_ways():
-    assert len(demo.FACTS) == 36
-    assert len({question for fact in demo.FACTS for question in demo.questions(fact)}) == 3 * 36
+def test_dialogues_withhold_some_facts_and_a_wording_of_each():
+    messages = [document["messages"] for document in demo.corpus(8000, 0, "dialogues")]
+    asked = {turn["content"] for dialogue in messages for turn in dialogue if turn["role"] == "user"}
+    said = {turn["content"] for dialogue in messages for turn in dialogue if turn["role"] == "assistant"}
+    withheld = [fact for fact in demo.FACTS if not demo.is_in_dialogues(fact)]
+    assert len(demo.FACTS) == 92 and len(withheld) == 9
+    assert not said & {demo.statement(fact) for fact in withheld}
+    for fact in demo.FACTS:
+        expected = set() if fact in withheld else {*demo.questions(fact)} - {demo.withheld_question(fact)}
+        assert asked & {*demo.questions(fact)} == expected and len(set(demo.questions(fact))) == 3
+    # Each wording is heard about other facts, and of each withheld fact's subject two others are known.
+    for kind, (_, wordings, answers) in demo.KINDS.items():
+        assert all(any(wording.format(subject) in asked for subject in answers) for wording in wordings), kind
 
 
 def test_sentences_keep_what_follows_the_last_mark():

@@ -15,10 +15,13 @@ from mateconv_jax.data.dataset import open_dataset
 from mateconv_jax.losses.next_token import next_token_loss
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.transformer import Transformer
+from mateconv_jax.planning import programs
 from mateconv_jax.prepare import main as prepare, parse_args
+from mateconv_jax.training import setup
 from mateconv_jax.training.loop import train
 from tests import llama
-from tests.training.runs import metrics_of
+from tests.training.runs import assert_equal_checkpoints, losses_of, metrics_of
+from tests.training.test_devices import start
 
 
 @pytest.fixture(scope="session")
@@ -172,3 +175,38 @@ def test_validation_and_evaluation_count_learned_tokens_alone(dialogues_folder, 
     result = held_out.evaluate_run(tmp_path / "out", [str(dialogues_folder)])
     assert result["tokens"] == learned.sum() < 0.8 * learned.size
     assert result["scores"]["raw"]["loss"] == pytest.approx(val_loss, rel=1e-5)
+
+
+def test_going_on_equals_going_straight_to_the_bit(dialogues_folder, base_tiny_config, tmp_path):
+    """With a mixture of experts, EMA, dropout and accumulation, over an epoch's end."""
+    config = fine_tuning(base_tiny_config, dialogues_folder, tmp_path / "straight", batch_size=4, accumulation_steps=2)
+    config.model.update(dict(use_moe=True, dropout=0.1))
+    config.training.update(dict(use_ema=True, save_interval=4, eval_interval=4))
+    for name, stops in (("straight", (8,)), ("stopped", (4, 8))):
+        config.training.out_dir = str(tmp_path / name)
+        for stop in stops:
+            config.training.max_steps = stop
+            assert train(config_lib.resolve(config)) == 0
+    assert_equal_checkpoints(tmp_path / "straight", tmp_path / "stopped", 8)
+    assert losses_of(tmp_path / "straight") == losses_of(tmp_path / "stopped")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--config.mesh.fsdp=8",), ("--config.training.dtype=float16", "--config.mesh.fsdp=2")])
+def test_eight_devices_give_the_losses_of_one(server, dialogues_folder, base_tiny_config, tmp_path, flags):
+    config = fine_tuning(base_tiny_config, dialogues_folder, tmp_path / "one", accumulation_steps=2, max_steps=6)
+    config.model.dim = 128
+    tolerance = 5e-3 if "float16" in str(flags) else 1e-5
+    start(config, tmp_path / "one" / "out", 1).finish()
+    start(config, tmp_path / "eight" / "out", 8, flags).finish()
+    ours, theirs = losses_of(tmp_path / "eight" / "out"), losses_of(tmp_path / "one" / "out")
+    assert len(theirs) >= 6
+    for key in theirs:
+        assert ours[key] == pytest.approx(theirs[key], abs=tolerance)
+
+
+def test_plan_compiles_the_step_of_packed_dialogues(dialogues_folder, base_tiny_config, tmp_path):
+    config = config_lib.resolve(fine_tuning(base_tiny_config, dialogues_folder, tmp_path / "out", max_steps=2))
+    run = programs.training_step(config, setup.model_config(config), None, 2)
+    assert {"document_starts", "learned"} <= run.abstract_batch.keys()
+    assert programs.measure(run, run.train_step.lower(run.abstract_state, run.abstract_batch).compile(), seconds=0.1) > 0

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 END_BYTES = 1 << 16  # of each end of an input that are compared
 # Options that earlier versions lacked, with the value that means what they did.
-ADDED_OPTIONS = {"ignore_fields": [], "learn": "everything", "too_long_dialogue": "shorten"}
+ADDED_OPTIONS = {"encoding": "utf-8", "ignore_fields": [], "learn": "everything", "too_long_dialogue": "shorten"}
 
 
 def inputs(sources: list[Source]) -> list[list]:

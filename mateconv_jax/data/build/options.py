@@ -3,8 +3,10 @@
 import dataclasses
 
 from mateconv_jax.data.dialogue import LEARN
+from mateconv_jax.data.text import encodings
 from mateconv_jax.data.text.cleaning import CleaningOptions
-from mateconv_jax.data.text.sources import TXT_DOCUMENTS, ChunkSizes
+from mateconv_jax.data.text.lines import TXT_DOCUMENTS
+from mateconv_jax.data.text.sources import ChunkSizes
 from mateconv_jax.errors import check_values
 
 DEDUP = ("none", "exact", "near")
@@ -16,9 +18,10 @@ TOO_LONG_DIALOGUE = ("shorten", "drop")
 class PrepareOptions:
     """Everything but the input and the tokenizer that decides what the dataset's bytes are.
 
-    text_key: of a line of JSON, or a column of CSV.
+    text_key: of a line of JSON, or a column of CSV or parquet.
+    encoding: of text files without a byte order mark, by any name that Python knows.
     ignore_fields: of lines and messages, which are dropped unread; sorted.
-    txt_document: what a document of a .txt file is, one of sources.TXT_DOCUMENTS.
+    txt_document: what a document of a .txt file is, one of lines.TXT_DOCUMENTS.
     seq_len: tokens that a row trains on.
     learn: of a dialogue: what the assistant says in every turn, or in the last one; or everything: then the dialogue is packed
       like a text, and cut where a row ends; otherwise it stays whole.
@@ -31,6 +34,7 @@ class PrepareOptions:
     """
 
     text_key: str = "text"
+    encoding: str = encodings.UTF8
     ignore_fields: tuple[str, ...] = ()
     txt_document: str = "line"
     seq_len: int = 512
@@ -43,9 +47,11 @@ class PrepareOptions:
     cleaning: CleaningOptions = CleaningOptions()
 
     def __post_init__(self):
+        object.__setattr__(self, "encoding", encodings.normal_name(given := self.encoding) or given)
         check_values(
             self,
             [
+                ("encoding", encodings.normal_name(self.encoding) is not None, "utf-8, gb18030, big5, utf-16, …"),
                 ("txt_document", self.txt_document in TXT_DOCUMENTS, " or ".join(TXT_DOCUMENTS)),
                 ("seq_len", self.seq_len >= 1, "at least 1"),
                 ("learn", self.learn in LEARN, " or ".join(LEARN)),

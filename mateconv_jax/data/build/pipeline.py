@@ -336,7 +336,7 @@ class Progress:
     def __init__(self, sources: list[Source]):
         sizes = [source.size for source in sources if source.size is not None]
         self._total = sum(sizes) if len(sizes) == len(sources) else None  # bytes
-        self._positions: dict[Source, int] = {}
+        self._positions: dict[str, int] = {}
         self._last_line = time.monotonic()
 
     def __enter__(self):
@@ -358,9 +358,9 @@ class Progress:
         """A chunk is finished, perhaps not in order."""
         advance = 0
         for part in chunk.parts:
-            before = self._positions.get(part.source, 0)
-            self._positions[part.source] = max(before, part.position)
-            advance += self._positions[part.source] - before
+            before = self._positions.get(part.source.path, 0)
+            self._positions[part.source.path] = max(before, part.position)
+            advance += self._positions[part.source.path] - before
         self._bar.update(advance)
         if self._bar.disable and time.monotonic() - self._last_line > 10:
             self._last_line = time.monotonic()
@@ -374,7 +374,14 @@ def all_chunks(
     sources: list[Source], options: PrepareOptions, bos_eos: tuple[int | None, int] | None, open_file=sources_lib.open_local
 ) -> Iterator[Chunk]:
     for number, group in enumerate(sources_lib.groups(sources, options.sizes)):
-        yield from sources_lib.chunks(group, number, options.sizes, options.txt_document, bos_eos, open_file)
+        yield from chunks_of(group, number, options, bos_eos, open_file)
+
+
+def chunks_of(group: list[Source], number: int, options: PrepareOptions, bos_eos, open_file) -> Iterator[Chunk]:
+    """The chunks of one group of sources; see sources.chunks."""
+    return sources_lib.chunks(
+        group, number, options.sizes, options.txt_document, bos_eos, open_file, options.encoding, options.text_key
+    )
 
 
 def process_chunks(
@@ -429,7 +436,7 @@ def process_chunks(
                 wait_for_one()
             keys = _keys_of_done(setup.chunks_folder, chunk)
             names.append(chunk.name)
-            unreadable.begin(part.source.path for part in chunk.parts)
+            unreadable.begin(part.source.name for part in chunk.parts)
             reading.append((_without_records(chunk), pool.submit(_read, chunk) if keys is None else keys))
         while reading:
             write_next()
@@ -454,7 +461,7 @@ def _keys_of_done(folder: Path, chunk: Chunk) -> np.ndarray | None:
     if json.loads((done / "chunk.json").read_text())["digest"] != chunk_reader.digest(chunk):
         first = chunk.parts[0]
         raise UserError(
-            f"--input: {first.source.path!r} has changed since part of it was prepared, near line "
+            f"--input: {first.source.name!r} has changed since part of it was prepared, near line "
             f"{first.records[0][0] if first.records else 1:,} (--overwrite begins again)"
         )
     return np.load(done / "keys.npy")
