@@ -83,15 +83,8 @@ def _train(config: ConfigDict, signals: Signals) -> int:
     length = Length.of(training, len(train_rows), position)
     programs = setup.build(config, c, mesh, length.total_steps)
     shape = setup.batch_shape(config)
-    evaluator = None
-    if val_rows is not None:
-        bytes_per_token_V = token_bytes.bytes_per_token(tokenizer)
-        evaluator = Evaluator(programs.eval_step, val_rows, bytes_per_token_V, training.batch_size, training.eval_iters, mesh)
-    samples = None
-    if length.samples_interval is not None:
-        samples = Samples(
-            programs.graph, programs.abstract_params, tokenizer, training.sample_prompts, training.sample_chat, mesh
-        )
+    evaluator = None if val_rows is None else _evaluator(programs, val_rows, tokenizer, training)
+    samples = None if length.samples_interval is None else _samples(programs, tokenizer, training)
 
     # ---- the run folder ---------------------------------------------------------------------------------------------
     folder = Path(training.out_dir)
@@ -252,6 +245,16 @@ def _fingerprints(train_rows: Rows, val_rows: Rows | None, training: ConfigDict)
         return train, None
     n_measured = min(len(val_rows), training.eval_iters * training.batch_size)
     return train, fingerprint(val_rows, n_measured) + " within documents" * training.document_mask
+
+
+def _evaluator(programs: setup.Setup, val_rows: Rows, tokenizer, training: ConfigDict) -> Evaluator:
+    bytes_per_token_V = token_bytes.bytes_per_token(tokenizer)
+    return Evaluator(programs.eval_step, val_rows, bytes_per_token_V, training.batch_size, training.eval_iters, programs.mesh)
+
+
+def _samples(programs: setup.Setup, tokenizer, training: ConfigDict) -> Samples:
+    prompts, chat = training.sample_prompts, training.sample_chat
+    return Samples(programs.graph, programs.abstract_params, tokenizer, prompts, chat, programs.mesh)
 
 
 def _metrics(

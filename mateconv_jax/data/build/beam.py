@@ -25,7 +25,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from mateconv_jax import files as files_lib
 from mateconv_jax.data.build import chunk_reader
 from mateconv_jax.data.build.options import SPLITS
-from mateconv_jax.data.build.pipeline import WorkerSetup, chunks_of
+from mateconv_jax.data.build.parallel_chunks import WorkerSetup, chunks_of
 from mateconv_jax.data.text import duplicates, sources as sources_lib
 from mateconv_jax.data.text.sources import Chunk, Source
 from mateconv_jax.errors import UserError

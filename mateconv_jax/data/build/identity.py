@@ -1,6 +1,7 @@
 """What a dataset is made from, and whether that is what an earlier run had before it."""
 
 import json
+from collections.abc import Iterable
 from hashlib import blake2b, sha256
 from typing import TYPE_CHECKING
 
@@ -84,3 +85,8 @@ def _input_difference(theirs: list[list], ours: list[list]) -> str | None:
     if [path for path, *_ in theirs] != [path for path, *_ in ours]:
         return "the same --input in another order"
     return None
+
+
+def input_digest(chunk_digests: Iterable[str]) -> str:
+    """Of everything that was read, from the digests of all chunks in order."""
+    return blake2b("".join(chunk_digests).encode(), digest_size=16).hexdigest()

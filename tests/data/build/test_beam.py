@@ -7,7 +7,7 @@ import pytest
 
 from mateconv_jax.errors import UserError
 from mateconv_jax.prepare import main, parse_args
-from tests.data.build.test_prepare import assert_equal_datasets, stats, write_jsonl
+from tests.data.build.preparing import assert_equal_datasets, stats, write_jsonl
 
 
 @pytest.fixture(scope="module")
