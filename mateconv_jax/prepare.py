@@ -10,7 +10,7 @@ from pathlib import Path
 from mateconv_jax.data.build import pipeline, tokenizer_sample
 from mateconv_jax.data.build.options import TOO_LONG_DIALOGUE, PrepareOptions
 from mateconv_jax.data.dialogue import LEARN
-from mateconv_jax.data.text import cleaning, sources
+from mateconv_jax.data.text import cleaning, lines, sources
 from mateconv_jax.errors import UserError, exit_code, program
 
 
@@ -22,6 +22,7 @@ def main(args):
             key: getattr(args, key)
             for key in (
                 "text_key",
+                "encoding",
                 "txt_document",
                 "seq_len",
                 "learn",
@@ -81,8 +82,8 @@ def parse_args(argv):
         prog=program("prepare"), description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help="files or globs: JSONL, .csv, .tsv, .txt or .bin, optionally .gz, .bz2, .xz "
-        "or .zst; - for standard input; tfds:NAME/CONFIG:SPLIT:FEATURE")  # fmt: skip
+    add("--input", nargs="+", required=True, help="files, folders or globs: .jsonl, .json, .csv, .tsv, .txt, .parquet, .bin; "
+        "text also as .gz, .bz2, .xz, .zst, in .tar or .zip; - for standard input; tfds:NAME/CONFIG:SPLIT:FEATURE")  # fmt: skip
     add("--output", required=True, help="dataset folder to create")
     add("--num_workers", type=int, default=len(os.sched_getaffinity(0)), help="worker processes")
     add(
@@ -104,9 +105,12 @@ def parse_args(argv):
     rows = PrepareOptions()
     _add_rows(parser, rows)
     group = parser.add_argument_group("records")
-    group.add_argument("--text_key", default=rows.text_key, help="JSON key that holds the text")
+    group.add_argument("--text_key", default=rows.text_key, help="JSON key, or column, that holds the text")
+    group.add_argument(
+        "--encoding", default=rows.encoding, help="of text without a byte order mark: gb18030, big5, utf-16-le …"
+    )
     group.add_argument("--ignore_fields", nargs="+", default=[], metavar="FIELD", help="drop these fields of lines and messages, such as tools or reasoning_content, as if they were not there")  # fmt: skip  # noqa: E501
-    group.add_argument("--txt_document", choices=sources.TXT_DOCUMENTS, default=rows.txt_document, help="what counts as one document in a .txt file: a line, a block between blank lines, or the whole file")  # fmt: skip  # noqa: E501
+    group.add_argument("--txt_document", choices=lines.TXT_DOCUMENTS, default=rows.txt_document, help="what counts as one document in a .txt file: a line, a block between blank lines, or the whole file")  # fmt: skip  # noqa: E501
     group.add_argument("--keep_going", action="store_true", help="use what can be read of a broken or mostly rejected input")
     group.add_argument("--max_line_mb", type=float, default=rows.sizes.longest_record / 1e6, help="reject longer records")
 

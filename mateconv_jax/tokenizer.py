@@ -34,7 +34,7 @@ def train(args):
     sources = sources_lib.find(args.input)
     print(f"tokenizer: reading {', '.join(source.path for source in sources)}", file=sys.stderr, flush=True)
     with _folder_aside(output, args.overwrite) as partial:
-        texts = _texts(sources, args.text_key, args.sample_mb, args.seed, args.keep_going)
+        texts = _texts(sources, args.text_key, args.encoding, args.sample_mb, args.seed, args.keep_going)
         trained = bpe.train(texts, args.vocab_size, args.split_digits, args.special_tokens, args.max_token_bytes)
         trained.save_pretrained(partial)
     print(f"{output}: {len(trained):,} tokens. Inspect it with: python -m mateconv_jax.tokenizer inspect {output}")
@@ -55,7 +55,7 @@ def inspect(args):
         report_tables.print_vocabulary(tokenizer, args.grep or "", compare)
     else:
         inputs = {source.path: [source] for source in sources_lib.find(args.input)}
-        texts = {path: list(_texts(source, args.text_key, INSPECT_MB)) for path, source in inputs.items()}
+        texts = {path: list(_texts(source, args.text_key, args.encoding, INSPECT_MB)) for path, source in inputs.items()}
         report = tokenizer_report.report(tokenizer, texts, compare)
         if args.json:
             print(json.dumps(report, ensure_ascii=False, indent=2))
@@ -81,12 +81,12 @@ def _folder_aside(output: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _texts(
-    sources: list[sources_lib.Source], text_key: str, sample_mb: float, seed: int = 0, keep_going: bool = True
+    sources: list[sources_lib.Source], text_key: str, encoding: str, sample_mb: float, seed: int = 0, keep_going: bool = True
 ) -> Iterator[str]:
     """Texts of a sample of the inputs, read and cleaned as `prepare` does by default."""
     if bins := [source.path for source in sources if source.format == "bin"]:
         raise UserError(f"--input: {bins[0]!r} holds token ids, not text (expected JSONL or .txt)")
-    options = PrepareOptions(text_key=text_key)
+    options = PrepareOptions(text_key=text_key, encoding=encoding)
     with tqdm(
         pipeline.all_chunks(sources, options, None), "reading", unit=" chunks", disable=not sys.stderr.isatty()
     ) as chunks:
@@ -107,7 +107,7 @@ def _check_not_broken(chunk: sources_lib.Chunk) -> sources_lib.Chunk:
         for line, rule, reason in part.rejects:
             if rule == "broken_file":
                 raise UserError(
-                    f"--input: {part.source.path!r} could not be read beyond line {line}: {reason}. Fix it or leave it out "
+                    f"--input: {part.source.name!r} could not be read beyond line {line}: {reason}. Fix it or leave it out "
                     "(--keep_going uses what is readable)"
                 )
     return chunk
@@ -122,7 +122,7 @@ def parse_args(argv):
     )
     command.set_defaults(run=train)
     add = command.add_argument
-    add("--input", nargs="+", required=True, help="files or globs: JSONL or .txt, optionally .gz, .bz2, .xz or .zst; - for "
+    add("--input", nargs="+", required=True, help="files, folders or globs, as prepare reads them (but no .bin); - for "
         "standard input")  # fmt: skip
     add("--output", required=True, help="folder to create")
     add("--vocab_size", type=int, default=6400, help="maximum size, including control tokens and the 256 bytes")
@@ -132,6 +132,7 @@ def parse_args(argv):
     add("--sample_mb", type=float, default=tokenizer_sample.TokenizerTraining().sample_mb, help="MB of input to train on, "
         "sampled uniformly; 64 take 0.8 GB of memory")  # fmt: skip
     add("--text_key", default="text", help='JSON key that holds the text; {"messages": […]} is a dialogue')
+    add("--encoding", default="utf-8", help="of text without a byte order mark")
     add("--keep_going", action="store_true", help="use what can be read of a broken or mostly rejected input")
     add("--seed", type=int, default=0, help="seed of the sample")
     add("--overwrite", action="store_true", help="replace an existing tokenizer folder")
@@ -144,6 +145,7 @@ def parse_args(argv):
     add("--input", nargs="+", default=[], help=f"also compress a sample of {INSPECT_MB} MB of each of these files, and check "
         "that it decodes to the same text")  # fmt: skip
     add("--text_key", default="text", help="JSON key that holds the text (default: text)")
+    add("--encoding", default="utf-8", help="of text without a byte order mark (default: utf-8)")
     instead = command.add_argument_group("instead of the overview")
     add = instead.add_mutually_exclusive_group().add_argument
     add("--vocab", action="store_true", help="list all tokens, one a line: id, tab, text (tab, id in the other tokenizer)")

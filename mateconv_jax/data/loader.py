@@ -11,26 +11,30 @@ from mateconv_jax.data.rows import Batch
 
 
 def training_batches(
-    rows: Rows, batch_size: int, seed: int, shuffle: bool, start_row: int, num_workers: int
+    rows: Rows, batch_size: int, seed: int, shuffle: bool, start_row: int, num_workers: int, accumulation_steps: int = 1
 ) -> Iterator[Batch]:
-    """This process's part of every global batch, without end.
+    """This process's part of every step's global batch, without end.
 
     Args:
       rows: at least one.
-      batch_size: rows of a global batch, divisible by the number of processes. It may span two epochs.
+      batch_size: rows of a micro-batch over all devices, divisible by the number of processes.
       shuffle: every epoch is another permutation of the rows, by seed; otherwise every epoch reads them in order.
       start_row: the first row of the first batch, a place in the endless sequence of epochs.
       num_workers: threads that read ahead.
+      accumulation_steps: micro-batches of a step.
 
     Returns:
-      Batches of batch_size / processes rows, see data/rows.py.
+      Batches of accumulation_steps * batch_size / processes rows, see data/rows.py.
     """
-    part = _this_process(batch_size)
+    # Of every micro-batch its share, not of the step's rows one block: a row's place in its micro-batch decides what dropout
+    # drops, and must not depend on the number of processes.
+    part = (np.arange(accumulation_steps)[:, None] * batch_size + _this_process(batch_size)).ravel()
+    rows_per_step = accumulation_steps * batch_size
 
-    def read(number: int) -> Batch:
-        return rows.read(rows_at(start_row + number * batch_size + part, len(rows), seed, shuffle))
+    def read(step: int) -> Batch:
+        return rows.read(rows_at(start_row + step * rows_per_step + part, len(rows), seed, shuffle))
 
-    # A batch is one element and one read: Grain's own shuffle, repeat and batch of row numbers take 400 us a batch of 32 rows,
+    # A step is one element and one read: Grain's own shuffle, repeat and batch of row numbers take 400 us a batch of 32 rows,
     # rows_at 110.
     batches = grain.MapDataset.range(np.iinfo(np.int64).max).map(read)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=num_workers, prefetch_buffer_size=2 * num_workers)))
@@ -65,5 +69,5 @@ def _this_process(batch_size: int) -> np.ndarray:
 
 
 def micro_batches(batch: Batch, accumulation_steps: int) -> Batch:
-    """A step's rows as (A, B, …). With several processes each takes its share of every micro-batch."""
+    """A step's rows as (A, B, …)."""
     return {key: x.reshape(accumulation_steps, -1, *x.shape[1:]) for key, x in batch.items()}

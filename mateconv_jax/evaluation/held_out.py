@@ -150,7 +150,7 @@ def opened(
     def rows_of(dataset: Dataset, split: str) -> Rows | None:
         return dataset.rows(split, bos_eos if config.training.document_mask or dataset.learned else None)
 
-    if len(data) == 1 and is_dataset(data[0]):
+    if len(data) == 1 and is_dataset(data[0]) and not _holds_raw_files(Path(data[0])):
         dataset = open_dataset(data[0], "--data", seq_len)
         if split is not None and dataset.splits is None:
             raise UserError(NO_SPLITS.format(data[0]))
@@ -171,6 +171,10 @@ def opened(
         rows = rows_of(open_dataset(folder, "--data", seq_len), "train")
         assert rows is not None
         yield rows, described | {"rejected": rejected}
+
+
+def _holds_raw_files(path: Path) -> bool:
+    return path.is_dir() and any(path.iterdir()) and not (path / "metadata.json").is_file()
 
 
 def _check_dataset(dataset: Dataset, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from mateconv_jax.data.dataset import open_dataset
+from mateconv_jax.errors import UserError
 from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.inference.decode import Decoder, DecodeState
 from mateconv_jax.inference.sampling import Sampling
@@ -62,7 +64,19 @@ def training_step(config: ConfigDict, c: ModelConfig, devices, steps: int) -> Se
     Raises:
       UserError: the mesh or the batch size does not fit the devices.
     """
-    return setup.build(config, c, sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices), steps)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    return setup.build(config, c, mesh, steps, learned=_rows_say_what_is_learned(config))
+
+
+def _rows_say_what_is_learned(config: ConfigDict) -> bool:
+    """Of the dataset, if it is there already."""
+    path = config.data.train_data_path
+    if path is None:
+        return False
+    try:
+        return open_dataset(path, "data.train_data_path", config.data.seq_len).learned
+    except UserError:
+        return False
 
 
 def compile_step(run: Setup) -> Program:
@@ -79,6 +93,7 @@ def random_batch(run: Setup, seed: int = 0) -> dict[str, np.ndarray]:
         "tokens": random.integers(0, 256, shapes["tokens"].shape, np.uint16),
         "length": np.full(shapes["length"].shape, shapes["tokens"].shape[-1], np.int32),
         "document_starts": random.random(shapes["tokens"].shape) < 0.01,
+        "learned": random.random(shapes["tokens"].shape) < 0.5,
     }
     return {name: values[name] for name in shapes}
 

@@ -38,8 +38,9 @@ class RowBatches:
     def _read(self, step: int) -> dict[str, jax.Array]:
         if self._read_ahead is None or step != self._next_step:
             self._read_ahead = loader.training_batches(
-                self._rows, self._shape.rows, self._seed, self._shuffle, self.rows_before(step), self._num_workers
-            )
+                self._rows, self._shape.batch_size, self._seed, self._shuffle, self.rows_before(step), self._num_workers,
+                self._shape.accumulation_steps,
+            )  # fmt: skip
         self._next_step = step + 1
         batch = loader.micro_batches(next(self._read_ahead), self._shape.accumulation_steps)
         return sharding.to_devices(batch, self._mesh, rows_axis=1)

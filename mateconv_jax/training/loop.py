@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 from absl import logging
 from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerFast
 
 from mateconv_jax import config as config_lib, run_folder
 from mateconv_jax.data.dataset import Rows, fingerprint
@@ -78,7 +79,6 @@ def _train(config: ConfigDict, signals: Signals) -> int:
     )
     if training.early_stopping and val_rows is None:
         raise UserError("training.early_stopping: there are no validation rows (expected data.val_data_path)")
-    origin = resume.find_origin(config)
     position = resume.position(origin)
     length = Length.of(training, len(train_rows), position)
     programs = setup.build(config, c, mesh, length.total_steps)
@@ -103,9 +103,7 @@ def _train(config: ConfigDict, signals: Signals) -> int:
         differences += progress.reads(*_fingerprints(train_rows, val_rows, training))
         source = RowBatches(train_rows, shape, training.seed, config.data.shuffle, config.data.num_workers, mesh, read)
         if distributed.is_first():
-            run_folder.write_config(folder, config)
-            tokenizer.save_pretrained(folder / "tokenizer")
-            run_folder.keep_data_statistics(folder, config.data.train_data_path)
+            _describe(folder, config, tokenizer)
         if shape_taken:
             logging.info("%s", shape_taken)
         log_header(c, programs.abstract_params, train_rows, val_rows, shape, length.total_steps, start, differences)
@@ -115,6 +113,13 @@ def _train(config: ConfigDict, signals: Signals) -> int:
                 training.max_bad_steps, training.patience if training.early_stopping else None, training.deterministic,
             )  # fmt: skip
             return run.steps(state, progress)
+
+
+def _describe(folder: Path, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write into the run folder what makes it usable wherever it is moved."""
+    run_folder.write_config(folder, config)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    run_folder.keep_data_statistics(folder, config.data.train_data_path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,7 +65,9 @@ def model_config(config: ConfigDict, device: Device | None = None) -> ModelConfi
     return ModelConfig.make(config.model, config.training.dtype, device, config.data.seq_len, config.training.deterministic)
 
 
-def build(config: ConfigDict, c: ModelConfig, mesh: Mesh, total_steps: int, loss_fn: LossFn | None = None) -> Setup:
+def build(
+    config: ConfigDict, c: ModelConfig, mesh: Mesh, total_steps: int, loss_fn: LossFn | None = None, learned: bool = False
+) -> Setup:
     """A run's programs.
 
     Args:
@@ -73,6 +75,7 @@ def build(config: ConfigDict, c: ModelConfig, mesh: Mesh, total_steps: int, loss
       c: made for the mesh's devices.
       total_steps: of the learning-rate schedule.
       loss_fn: see losses/loss_output.py; None: next_token_loss as the config says.
+      learned: whether rows say what is learned of them, for abstract_batch.
 
     Raises:
       UserError: the batch cannot be split over the mesh.
@@ -92,7 +95,7 @@ def build(config: ConfigDict, c: ModelConfig, mesh: Mesh, total_steps: int, loss
         abstract_params=abstract_params,
         init=init,
         abstract_state=abstract_state,
-        abstract_batch=abstract_batch(batch_shape(config), training.document_mask, mesh),
+        abstract_batch=abstract_batch(batch_shape(config), training.document_mask, learned, mesh),
         train_step=make_train_step(graph, loss_fn, tx, schedule, config_lib.options(StepOptions, training), abstract_state),
         eval_step=make_eval_step(graph, loss_fn),
     )
@@ -102,14 +105,16 @@ def batch_shape(config: ConfigDict) -> BatchShape:
     return BatchShape(config.training.batch_size, config.training.accumulation_steps, config.data.seq_len)
 
 
-def abstract_batch(shape: BatchShape, document_mask: bool, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(shape: BatchShape, document_mask: bool, learned: bool, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """A step's batch: micro-batches of rows (see data/rows.py), with the fields that the loss needs."""
     rows = shape.accumulation_steps, shape.batch_size
     spread = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.batch(mesh, 1))
     tokens = spread((*rows, shape.seq_len + 1), jnp.uint16)
     batch = {"tokens": tokens, "length": spread(rows, jnp.int32)}
-    if document_mask:
+    if document_mask or learned:
         batch["document_starts"] = spread(tokens.shape, jnp.bool)
+    if learned:
+        batch["learned"] = spread(tokens.shape, jnp.bool)
     return batch
 
 

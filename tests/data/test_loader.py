@@ -78,6 +78,22 @@ def test_processes_read_disjoint_parts_of_the_same_global_batch(monkeypatch, pro
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
 
 
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_row_has_its_place_in_its_micro_batch_whatever_the_processes(monkeypatch, processes):
+    def micro_batches():
+        batches = loader.training_batches(NumberedRows(30), 4, 0, True, 4, num_workers=1, accumulation_steps=3)
+        return loader.micro_batches(next(iter(batches)), 3)["tokens"][..., 0]
+
+    whole_AB = micro_batches()
+    np.testing.assert_array_equal(whole_AB.ravel(), numbers(4, rows=30)[4:])
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    parts = []
+    for index in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        parts.append(micro_batches())
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole_AB)
+
+
 def test_num_workers_threads_read_ahead():
     class SlowRows(NumberedRows):
         def __init__(self, n):

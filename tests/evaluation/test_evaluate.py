@@ -239,7 +239,7 @@ def test_data_that_do_not_fit(run, dataset_folder, demo_jsonl, tmp_path):
     fails("--data: no file at 'none.jsonl'", ["none.jsonl"])
     fails("--data: no file at 'none.bin'", ["none.bin"])
     fails("--data: no dataset at", [tmp_path])
-    fails("--data: .* is a folder", [tmp_path, demo_jsonl])
+    fails("--data: no file in .* has a known suffix", [tmp_path, demo_jsonl])
     fails(r"--split: .* has no split 'test' \(available: train, validation\)", [dataset_folder], split="test")
     fails("--split: .* has no splits", [demo_jsonl], split="train")
     fails("--batch_size: 0 is invalid", [dataset_folder], batch_size=0)

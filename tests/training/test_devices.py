@@ -84,12 +84,15 @@ def test_eight_devices_give_the_losses_of_one(config, one, tmp_path, flags):
 
 
 @pytest.mark.slow
-def test_what_a_row_drops_does_not_depend_on_the_devices(config, tmp_path):
+def test_what_a_row_drops_does_not_depend_on_the_devices_or_processes(config, tmp_path):
     flags = ("--config.model.dropout=0.3", "--config.training.accumulation_steps=2", "--config.training.max_steps=4")
     for devices in (1, 8):
         start(config, tmp_path / str(devices), devices, flags).finish()
-    ours, theirs = losses_of(tmp_path / "8"), losses_of(tmp_path / "1")
-    assert ours and ours == pytest.approx(theirs, abs=1e-5)
+    for training in start_two(config, tmp_path / "two", flags):
+        training.finish()
+    losses = losses_of(tmp_path / "1")
+    assert losses and losses_of(tmp_path / "8") == pytest.approx(losses, abs=1e-5)
+    assert losses_of(tmp_path / "two") == pytest.approx(losses, abs=1e-5)
 
 
 @pytest.mark.slow

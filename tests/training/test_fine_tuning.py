@@ -15,7 +15,9 @@ from mateconv_jax.data.dataset import open_dataset
 from mateconv_jax.losses.next_token import next_token_loss
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.transformer import Transformer
+from mateconv_jax.planning import programs
 from mateconv_jax.prepare import main as prepare, parse_args
+from mateconv_jax.training import setup
 from mateconv_jax.training.loop import train
 from tests import llama
 from tests.training.runs import assert_equal_checkpoints, losses_of, metrics_of
@@ -201,3 +203,10 @@ def test_eight_devices_give_the_losses_of_one(server, dialogues_folder, base_tin
     assert len(theirs) >= 6
     for key in theirs:
         assert ours[key] == pytest.approx(theirs[key], abs=tolerance)
+
+
+def test_plan_compiles_the_step_of_packed_dialogues(dialogues_folder, base_tiny_config, tmp_path):
+    config = config_lib.resolve(fine_tuning(base_tiny_config, dialogues_folder, tmp_path / "out", max_steps=2))
+    run = programs.training_step(config, setup.model_config(config), None, 2)
+    assert {"document_starts", "learned"} <= run.abstract_batch.keys()
+    assert programs.measure(run, run.train_step.lower(run.abstract_state, run.abstract_batch).compile(), seconds=0.1) > 0

@@ -25,7 +25,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from mateconv_jax import files as files_lib
 from mateconv_jax.data.build import chunk_reader
 from mateconv_jax.data.build.options import SPLITS
-from mateconv_jax.data.build.parallel_chunks import WorkerSetup
+from mateconv_jax.data.build.parallel_chunks import WorkerSetup, chunks_of
 from mateconv_jax.data.text import duplicates, sources as sources_lib
 from mateconv_jax.data.text.sources import Chunk, Source
 from mateconv_jax.errors import UserError
@@ -93,8 +93,7 @@ def open_file(path: str):
 
 def _chunks(numbered: tuple[int, list[Source]], setup: WorkerSetup) -> Iterator[Chunk]:
     number, group = numbered
-    options = setup.options
-    return sources_lib.chunks(group, number, options.sizes, options.txt_document, setup.bos_eos, open_file)
+    return chunks_of(group, number, setup.options, setup.bos_eos, open_file)
 
 
 def _clean(chunk: Chunk, setup: WorkerSetup) -> tuple[str, tuple[bytes, str, np.ndarray]]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.build.statistics import Statistics
-from mateconv_jax.data.text import duplicates
+from mateconv_jax.data.text import duplicates, encodings
 from mateconv_jax.data.text.cleaning import Cleaner, control_token_pattern
 from mateconv_jax.data.text.jsonl import Document, parse_line, parse_text
 from mateconv_jax.data.text.rejected import Rejected
@@ -21,6 +21,7 @@ UNREADABLE = {
     "no_such_token", "chat_template", "bad_row", "bad_history", "unknown_role", "unsupported_field", "unsupported_part",
     "role_not_in_template", "field_not_in_template", "learned_unclear", "control_token", "nothing_to_learn",
 }  # fmt: skip
+LIKELY_BYTES = 1 << 12  # of a record that is not UTF-8, to guess its encoding
 REFUSED = 255  # a code beside those of duplicates.py: refused by the chat template, or a shard of one token
 
 
@@ -32,6 +33,7 @@ class InputCounts:
       first: "line: reason" of the first unreadable record.
       broken: the file could not be read to its end.
       head: the first bytes of that record as Latin-1, to recognise the file's real format.
+      encoding: the likely encoding of that record if it is not UTF-8.
     """
 
     path: str
@@ -40,6 +42,7 @@ class InputCounts:
     first: str = ""
     broken: bool = False
     head: str = ""
+    encoding: str = ""
 
     def add(self, rule: str, line: int, reason: str, record: bytes = b"") -> None:
         """Count a rejected record."""
@@ -48,6 +51,8 @@ class InputCounts:
             self.broken |= rule == "broken_file"
             if not self.first:
                 self.first, self.head = f"{line}: {reason}", record[:16].decode("latin-1")
+                if rule == "invalid_utf8" or b"\0" in record:
+                    self.encoding = encodings.likely(record[:LIKELY_BYTES]) or ""
 
 
 @dataclasses.dataclass
@@ -91,7 +96,7 @@ def read_chunk(chunk: Chunk, options: PrepareOptions, special_tokens: tuple[str,
     cleaned: Counter[str] = Counter()
     keys = []
     for i, part in enumerate(chunk.parts):
-        counts = InputCounts(part.source.path, len(part.records) + len(part.rejects))
+        counts = InputCounts(part.source.name, len(part.records) + len(part.rejects))
         result.inputs.append(counts)
         for line, rule, reason in part.rejects:
             result.rejects.append((i, line, rule, reason))

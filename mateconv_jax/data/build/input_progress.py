@@ -14,7 +14,7 @@ class InputProgress:
     def __init__(self, sources: list[Source]):
         sizes = [source.size for source in sources if source.size is not None]
         self._total = sum(sizes) if len(sizes) == len(sources) else None  # bytes
-        self._positions: dict[Source, int] = {}
+        self._positions: dict[str, int] = {}
         self._last_line = time.monotonic()
 
     def __enter__(self):
@@ -36,9 +36,9 @@ class InputProgress:
         """Count a finished chunk. Chunks may finish out of order."""
         advance = 0
         for part in chunk.parts:
-            before = self._positions.get(part.source, 0)
-            self._positions[part.source] = max(before, part.position)
-            advance += self._positions[part.source] - before
+            before = self._positions.get(part.source.path, 0)
+            self._positions[part.source.path] = max(before, part.position)
+            advance += self._positions[part.source.path] - before
         self._bar.update(advance)
         if self._bar.disable and time.monotonic() - self._last_line > 10:
             self._last_line = time.monotonic()

@@ -3,8 +3,10 @@
 import dataclasses
 
 from mateconv_jax.data.dialogue import LEARN
+from mateconv_jax.data.text import encodings
 from mateconv_jax.data.text.cleaning import CleaningOptions
-from mateconv_jax.data.text.sources import TXT_DOCUMENTS, ChunkSizes
+from mateconv_jax.data.text.lines import TXT_DOCUMENTS
+from mateconv_jax.data.text.sources import ChunkSizes
 from mateconv_jax.errors import check_values
 
 DEDUP = ("none", "exact", "near")
@@ -17,9 +19,10 @@ class PrepareOptions:
     """Everything that determines a dataset's bytes, except the input and the tokenizer.
 
     Attributes:
-      text_key: JSON key or CSV column that holds the text.
+      text_key: JSON key, or CSV or parquet column, that holds the text.
+      encoding: of text files without a byte order mark, by any name that Python knows.
       ignore_fields: sorted keys of records and messages to drop unread.
-      txt_document: what a document is in a .txt file, one of sources.TXT_DOCUMENTS.
+      txt_document: what a document is in a .txt file, one of lines.TXT_DOCUMENTS.
       seq_len: targets per row.
       learn: which tokens of a dialogue are targets, one of dialogue.LEARN. With "everything" a dialogue is packed like a text
         and cut at row ends; otherwise it stays whole.
@@ -33,6 +36,7 @@ class PrepareOptions:
     """
 
     text_key: str = "text"
+    encoding: str = encodings.UTF8
     ignore_fields: tuple[str, ...] = ()
     txt_document: str = "line"
     seq_len: int = 512
@@ -45,9 +49,11 @@ class PrepareOptions:
     cleaning: CleaningOptions = CleaningOptions()
 
     def __post_init__(self):
+        object.__setattr__(self, "encoding", encodings.normal_name(given := self.encoding) or given)
         check_values(
             self,
             [
+                ("encoding", encodings.normal_name(self.encoding) is not None, "utf-8, gb18030, big5, utf-16, …"),
                 ("txt_document", self.txt_document in TXT_DOCUMENTS, " or ".join(TXT_DOCUMENTS)),
                 ("seq_len", self.seq_len >= 1, "at least 1"),
                 ("learn", self.learn in LEARN, " or ".join(LEARN)),

@@ -22,8 +22,8 @@ from mateconv_jax.data.build.chunk_reader import InputCounts
 from mateconv_jax.data.build.chunk_writer import ChunkWriter
 from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.build.unreadable import UnreadableInputs
-from mateconv_jax.data.text import duplicates
-from mateconv_jax.data.text.sources import Chunk, Part
+from mateconv_jax.data.text import duplicates, sources as sources_lib
+from mateconv_jax.data.text.sources import Chunk, Part, Source
 from mateconv_jax.errors import UserError
 
 
@@ -94,7 +94,7 @@ def process_chunks(
                 wait_for_one()
             keys = _keys_of_done(setup.chunks_folder, chunk)
             names.append(chunk.name)
-            unreadable.begin(part.source.path for part in chunk.parts)
+            unreadable.begin(part.source.name for part in chunk.parts)
             reading.append((_without_records(chunk), pool.submit(_read, chunk) if keys is None else keys))
         while reading:
             write_next()
@@ -119,7 +119,7 @@ def _keys_of_done(folder: Path, chunk: Chunk) -> np.ndarray | None:
     if json.loads((done / "chunk.json").read_text())["digest"] != chunk_reader.digest(chunk):
         first = chunk.parts[0]
         raise UserError(
-            f"--input: {first.source.path!r} has changed since part of it was prepared, near line "
+            f"--input: {first.source.name!r} has changed since part of it was prepared, near line "
             f"{first.records[0][0] if first.records else 1:,} (--overwrite starts over)"
         )
     return np.load(done / "keys.npy")
@@ -192,3 +192,10 @@ def _read(chunk: Chunk) -> tuple[bytes, np.ndarray]:
 
 def _write(pickled: bytes, codes: np.ndarray) -> list[InputCounts]:
     return _writer.write_chunk(pickle.loads(pickled), codes)
+
+
+def chunks_of(group: list[Source], number: int, options: PrepareOptions, bos_eos, open_file) -> Iterator[Chunk]:
+    """The chunks of one group of sources; see sources.chunks."""
+    return sources_lib.chunks(
+        group, number, options.sizes, options.txt_document, bos_eos, open_file, options.encoding, options.text_key
+    )

@@ -18,7 +18,7 @@ from typing import BinaryIO
 from mateconv_jax.data.build import chunk_reader, identity, parallel_chunks, tokenizer_sample, work_folder
 from mateconv_jax.data.build.input_progress import InputProgress
 from mateconv_jax.data.build.options import PrepareOptions
-from mateconv_jax.data.build.parallel_chunks import WorkerSetup
+from mateconv_jax.data.build.parallel_chunks import WorkerSetup, chunks_of
 from mateconv_jax.data.build.tokenizer_sample import TokenizerTraining
 from mateconv_jax.data.build.unreadable import UnreadableInputs
 from mateconv_jax.data.shards import VERSION
@@ -137,7 +137,7 @@ def all_chunks(
 ) -> Iterator[Chunk]:
     """The chunks of all sources, in order."""
     for number, group in enumerate(sources_lib.groups(sources, options.sizes)):
-        yield from sources_lib.chunks(group, number, options.sizes, options.txt_document, bos_eos, open_file)
+        yield from chunks_of(group, number, options, bos_eos, open_file)
 
 
 def _make_chunks(

@@ -14,11 +14,8 @@ _MAGIC = [
     ("BZh", "it is compressed: give it the suffix .bz2"),
     ("\xfd7zXZ", "it is compressed: give it the suffix .xz"),
     ("\x28\xb5\x2f\xfd", "it is compressed: give it the suffix .zst"),
-    ("PK\x03\x04", "it is a zip archive: unpack it first"),
-    ("PAR1", "it is a parquet file: write it as JSONL first"),
-    ("\xff\xfe", "it looks like UTF-16: iconv -f UTF-16 -t UTF-8"),
-    ("\xfe\xff", "it looks like UTF-16: iconv -f UTF-16 -t UTF-8"),
-    ("[", "it is a JSON array: write one object a line, as with jq -c '.[]'"),
+    ("PK\x03\x04", "it is a zip archive: give it the suffix .zip"),
+    ("PAR1", "it is a parquet file: give it the suffix .parquet"),
 ]
 
 
@@ -53,7 +50,7 @@ class UnreadableInputs:
             found.unreadable += counts.unreadable
             found.broken |= counts.broken
             if counts.first and not found.first:
-                found.path, found.first, found.head = counts.path, counts.first, counts.head
+                found.path, found.first, found.head, found.encoding = counts.path, counts.first, counts.head, counts.encoding
             self._waiting[name] -= 1
             if name != self._newest and not self._waiting[name] or found.records == found.unreadable >= HOPELESS:
                 self._check(found)
@@ -70,8 +67,10 @@ class UnreadableInputs:
         if self._keep_going or not counts.broken and 2 * counts.unreadable <= counts.records:
             return
         hint = next((hint for magic, hint in _MAGIC if counts.head.startswith(magic)), "")
-        if not hint and ": not UTF-8" in counts.first:
-            hint = "if it is GB18030: iconv -f GB18030 -t UTF-8"
+        if not hint and counts.encoding:
+            hint = f"it looks like {counts.encoding}: --encoding {counts.encoding}"
+        elif not hint and "not UTF-8" in counts.first:
+            hint = "if it is GB18030: --encoding gb18030"
         what = "could not be read to its end" if counts.broken else "is mostly unusable"
         raise UserError(
             f"--input: {counts.path!r} {what}: {counts.unreadable:,} of {counts.records:,} records rejected, the first at line "

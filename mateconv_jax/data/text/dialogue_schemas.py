@@ -332,3 +332,4 @@ SCHEMAS = [
     *(Schema("alpaca", keys, _alpaca) for keys in [("instruction", "output"), ("input", "output")]),
     *(Schema("/".join(keys), keys, _pair(*keys)) for keys in [("q", "a"), ("query", "response"), ("question", "answer")]),
 ]
+KEYS = {"system", "history", "instruction", *_TOOLS, *(key for schema in SCHEMAS for key in schema.keys)}  # all that are read

@@ -1,60 +1,54 @@
-"""Inputs as chunks of raw records: JSONL, CSV and text, plain or compressed, standard input, TFDS datasets, flat `.bin` files.
+"""Inputs as chunks of raw records: which files there are, what is in each, and how its records are cut into chunks.
 
 What a chunk holds depends on the input's bytes alone, so that it means the same to any number of workers and to a later run.
 """
 
-import bz2
 import dataclasses
 import glob
-import lzma
 import os
-import re
 import stat
 import sys
-import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePath
+from typing import BinaryIO
 
-import numpy as np
-import orjson
-import zstandard
-
-from mateconv_jax.data.text import csv_rows
+from mateconv_jax.data.text import archives, bin_documents, csv_rows, encodings, json_array, lines, parquet, tfds_examples
+from mateconv_jax.data.text.compression import BROKEN, DECOMPRESSORS, decompressed
+from mateconv_jax.data.text.lines import Record
 from mateconv_jax.errors import UserError, check_values
 
 READ_BYTES = 1 << 18
-DECOMPRESSED_BYTES = 1 << 20  # handed on at once, whatever a file promises: 98 kB of .zst can hold 1 GB
-DECOMPRESSOR_BYTES = 1 << 31  # memory of a decompressor: `zstd --long=31` needs all of it, `xz -9` 64 MB
-# One byte of zstd can stand for 32 kB, and zstandard returns whatever its input holds: 1 kB at a time is at most 32 MB.
-ZSTD_BYTES = 1 << 10
-DECOMPRESSORS = {
-    ".gz": lambda: zlib.decompressobj(wbits=31),
-    ".bz2": bz2.BZ2Decompressor,
-    ".xz": lambda: lzma.LZMADecompressor(memlimit=DECOMPRESSOR_BYTES),
-    ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=DECOMPRESSOR_BYTES).decompressobj(),
-}
-BROKEN = (zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError)  # what data raises that cannot be decompressed
 DELIMITERS = {"csv": ",", "tsv": "\t"}
-TXT_DOCUMENTS = ("line", "blank_line", "file")  # what ends a document of a .txt file
-_ARCHIVE = re.compile(r"\.(tar|tgz|tbz2?|txz|zip|7z|rar|parquet)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
-_TFDS = re.compile(r"tfds:([^:]+):([^:\[]+(?:\[[^\]]*\])?):([^:]+)")  # the split may be a part of one, train[:10%]
+TEXT_FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".txt": "txt", ".csv": "csv", ".tsv": "tsv"}
+ARCHIVES = {".tar": "tar", ".zip": "zip"}
+FORMATS = TEXT_FORMATS | ARCHIVES | {".bin": "bin", ".parquet": "parquet"}
+COMPRESSIBLE = {*TEXT_FORMATS.values(), "tar"}  # the others are read from the middle, and compressed inside
+SHORT_SUFFIXES = {".tgz": (".tar", ".gz"), ".tbz": (".tar", ".bz2"), ".tbz2": (".tar", ".bz2"), ".txz": (".tar", ".xz"), ".tzst": (".tar", ".zst")}  # fmt: skip  # noqa: E501
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One input.
+    """One input, or a member of one.
 
     Attributes:
-      format: jsonl, txt, csv, tsv and tfds (each row or example becomes a line of JSON) or bin (token ids, uint16).
+      format: of FORMATS, or tfds. What is neither text nor bin (token ids, uint16) becomes lines of JSON.
       size: bytes on disk; None: not known.
       modified: when it was last written, nanoseconds since 1970; None: not known.
+      compression: a key of DECOMPRESSORS, or none.
+      member: the name of a file in the archive at `path`.
     """
 
     path: str
     format: str
     size: int | None = None
     modified: int | None = None
+    compression: str = ""
+    member: str = ""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.path}:{self.member}" if self.member else self.path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +75,8 @@ class Part:
     """Consecutive records of one source.
 
     Attributes:
-      records: (line, from 1; text in UTF-8, JSON, or token ids).
+      records: (line, from 1; text in UTF-8, JSON, or token ids); the line of an array's element or a table's
+        row is its number.
       rejects: (line, rule, reason) of what the reader itself refused.
       position: bytes of the source's file read so far.
     """
@@ -109,49 +104,86 @@ def open_local(path: str) -> BinaryIO:
 
 
 def local_files(pattern: str) -> list[tuple[str, int, int | None]]:
-    """(path, bytes, when it was last written in nanoseconds) of the files that a path or glob names, sorted.
-
-    Raises:
-      UserError: nothing is there, or a folder is.
-    """
-    found: list[tuple[str, int, int | None]] = []
-    for path in sorted(glob.glob(pattern, recursive=True)) or [pattern]:
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            raise UserError(f"--input: no file at {path!r} (expected .jsonl, .csv, .txt or .bin files, or a glob)") from error
-        if stat.S_ISDIR(status.st_mode):
-            raise UserError(f"--input: {path!r} is a folder (expected files, or a glob such as {Path(path) / '*.jsonl'})")
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"--input: {path!r} is not a regular file (expected one, or - with the data piped in)")
-        found.append((path, status.st_size, status.st_mtime_ns))
-    return found
-
-
-def find(patterns: list[str], files: Callable[[str], list[tuple[str, int, int | None]]] = local_files) -> list[Source]:
-    """The inputs that paths, globs, `-` and `tfds:NAME/CONFIG:SPLIT:FEATURE` name, in the order given.
-
-    Args:
-      files: (path, bytes, time) of what a path or glob names; Beam brings its own.
+    """(path, bytes, when it was last written in nanoseconds) of the files that a path, folder or glob names, sorted.
 
     Raises:
       UserError: nothing is there.
+    """
+    found: list[tuple[str, int, int | None]] = []
+    matches = sorted(glob.glob(pattern, recursive=True))
+    for path in matches or [pattern]:
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise UserError(f"--input: no file at {path!r} (expected files, a folder, or a glob)") from error
+        if stat.S_ISREG(status.st_mode):
+            found.append((path, status.st_size, status.st_mtime_ns))
+        elif not stat.S_ISDIR(status.st_mode):
+            raise UserError(f"--input: {path!r} is not a regular file (expected one, or - with the data piped in)")
+        elif matches == [pattern]:  # a glob takes the folders that it finds for what is in them, if it is told **
+            found += _files_in(path)
+    if not found:
+        raise UserError(f"--input: {pattern!r} matches folders only (expected files, as {str(Path(pattern) / '*.jsonl')!r})")
+    return found
+
+
+def _files_in(folder: str) -> list[tuple[str, int, int | None]]:
+    """The files of known formats in a folder and below, sorted. Hidden ones are none."""
+    if (Path(folder) / "dataset_info.json").is_file():
+        raise UserError(f"--input: {folder!r} is a dataset folder (expected raw text)")
+    paths: list[str] = []
+    others: list[str] = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith("."):
+                (paths if PurePath(name).suffix and format_of(name) else others).append(os.path.join(place, name))
+    if not paths:
+        raise UserError(f"--input: no file in {folder!r} has a known suffix ({', '.join(FORMATS)})")
+    if others:
+        print(f"--input: {len(others):,} other files in {folder!r} are not read, as {min(others)!r}", file=sys.stderr)
+    return [(path, status.st_size, status.st_mtime_ns) for path in sorted(paths) if (status := os.stat(path))]
+
+
+def format_of(path: str) -> tuple[str, str] | None:
+    """What a file is by its name, and its compression, or "": ("jsonl", ".gz"). None: nothing that is read here.
+
+    A name without a suffix is that of JSONL, as Spark's part-00000.
+    """
+    suffixes = [suffix.lower() for suffix in PurePath(path).suffixes]
+    if suffixes:
+        suffixes[-1:] = SHORT_SUFFIXES.get(suffixes[-1], suffixes[-1:])
+    compression = suffixes.pop() if suffixes and suffixes[-1] in DECOMPRESSORS else ""
+    format = FORMATS.get(suffixes[-1]) if suffixes else "jsonl"
+    return None if format is None or compression and format not in COMPRESSIBLE else (format, compression)
+
+
+def find(patterns: list[str], files: Callable[[str], list[tuple[str, int, int | None]]] = local_files) -> list[Source]:
+    """The inputs that paths, folders, globs, `-` and `tfds:NAME/CONFIG:SPLIT:FEATURE` name, in the order given.
+
+    Args:
+      files: (path, bytes, time) of what a path, folder or glob names; Beam brings its own.
+
+    Raises:
+      UserError: nothing is there, or it is no kind of file that is read.
     """
     sources = []
     for pattern in patterns:
         if pattern == "-":
             sources.append(Source("-", "jsonl"))
         elif pattern.startswith("tfds:"):
-            if not _TFDS.fullmatch(pattern):
+            if not tfds_examples.NAME.fullmatch(pattern):
                 raise UserError(f"--input: {pattern!r} is incomplete (expected tfds:NAME/CONFIG:SPLIT:FEATURE)")
             sources.append(Source(pattern, "tfds"))
         else:
             for path, size, modified in files(pattern):
-                if archive := _ARCHIVE.search(path):
-                    raise UserError(f"--input: {path!r} is a {archive[0]} file (expected JSONL or text; unpack it first)")
-                suffixes = [suffix for suffix in Path(path.lower()).suffixes if suffix not in DECOMPRESSORS]
-                kind = (suffixes or [""])[-1].removeprefix(".")
-                sources.append(Source(path, kind if kind in ("txt", "bin", *DELIMITERS) else "jsonl", size, modified))
+                if not (known := format_of(path)):
+                    raise UserError(
+                        f"--input: {path!r} is no {''.join(PurePath(path).suffixes[-2:])!r} file that can be read (expected "
+                        f"{', '.join(FORMATS)}; text and tar also as {', '.join(DECOMPRESSORS)})"
+                    )
+                format, compression = known
+                sources.append(Source(path, format, size, modified, compression))
     return sources
 
 
@@ -185,237 +217,114 @@ def chunks(
     txt_document: str = "line",
     bos_eos: tuple[int | None, int] | None = None,
     open_file: Callable[[str], BinaryIO] = open_local,
+    encoding: str = encodings.UTF8,
+    text_key: str = "text",
 ) -> Iterator[Chunk]:
     """The chunks of one of `groups`, in order.
 
     Args:
       number: of the group among all.
-      txt_document: what a document of a .txt file is, one of TXT_DOCUMENTS.
+      txt_document: what a document of a .txt file is, one of lines.TXT_DOCUMENTS.
       bos_eos: the ids of `<s>` and `</s>`, between which a document of a .bin file stands.
       open_file: opens a path for reading bytes; Beam brings its own.
+      encoding: of text without a byte order mark, as `encodings.normal_name` has it.
+      text_key: a column of parquet files that is read, besides the dialogue schemas'.
 
     Raises:
-      UserError: a TFDS dataset that is not there; a .bin file that holds no 16-bit numbers.
+      UserError: a TFDS dataset that is not there; a .bin file that holds no 16-bit numbers; pyarrow is needed.
     """
+    reader = _Reader(sizes.longest_record, sizes.bytes, txt_document, bos_eos, open_file, encoding, text_key)
     index, parts, size, n_records = 0, [], 0, 0
     for source in group:
-        progress = [0]
-        part = Part(source)
-        for line, record in _records(source, sizes, txt_document, bos_eos, open_file, progress):
-            if isinstance(record, bytes):
-                part.records.append((line, record))
-                size += len(record)
-                n_records += 1
-            else:
-                part.rejects.append((line, *record))
-            part.position = progress[0]
-            if size >= sizes.bytes or n_records == sizes.records:
-                yield Chunk(f"{number:07d}-{index:06d}", [*parts, part])
-                part = Part(source)
-                index, parts, size, n_records = index + 1, [], 0, 0
-        if part.records or part.rejects:
-            parts.append(part)
+        progress = [0]  # bytes of the source's file read so far
+        for stream, records in reader.streams(source, progress):
+            part, line = Part(stream), 0
+            try:
+                for line, record in records:
+                    if isinstance(record, bytes):
+                        part.records.append((line, record))
+                        size += len(record)
+                        n_records += 1
+                    else:
+                        part.rejects.append((line, *record))
+                    if size >= sizes.bytes or n_records == sizes.records:
+                        part.position = progress[0]
+                        yield Chunk(f"{number:07d}-{index:06d}", [*parts, part])
+                        part = Part(stream)
+                        index, parts, size, n_records = index + 1, [], 0, 0
+            except BROKEN as error:
+                part.rejects.append((line + 1, "broken_file", f"cannot be read further ({error})"))
+            if part.records or part.rejects:
+                part.position = progress[0]
+                parts.append(part)
     if parts:
         yield Chunk(f"{number:07d}-{index:06d}", parts)
 
 
-def _records(source: Source, sizes: ChunkSizes, txt_document: str, bos_eos, open_file, progress: list[int]):
-    """(line, record) or (line, (rule, reason)) of a source; progress[0] is kept at the bytes read so far."""
-    if source.format == "bin":
-        return _bin_records(source.path, bos_eos, sizes.bytes, progress)
-    blocks = _tfds_lines(source.path) if source.format == "tfds" else _blocks(source.path, open_file, progress)
-    if source.format in DELIMITERS:
-        return _csv_records(blocks, DELIMITERS[source.format], sizes.longest_record)
-    return _text_records(blocks, txt_document if source.format == "txt" else "line", sizes.longest_record)
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """How sources are read. progress[0] is kept at the bytes of the source's file that were read."""
 
+    longest_record: int
+    longest_bin_document: int
+    txt_document: str
+    bos_eos: tuple[int | None, int] | None
+    open_file: Callable[[str], BinaryIO]
+    encoding: str
+    text_key: str
 
-# ---- text ---------------------------------------------------------------------------------------------------------
+    def streams(self, source: Source, progress: list[int]) -> Iterator[tuple[Source, Iterator[tuple[int, Record]]]]:
+        """The source, or each member of an archive, with its records. One is to be read before the next is taken."""
+        if source.format not in ARCHIVES.values():
+            yield source, self._records(source, self._blocks(source, progress), progress)
+            return
+        try:
+            for name, content in self._members(source, progress):
+                member = dataclasses.replace(source, member=name)
+                yield member, self._records_of_member(member, content)
+        except BROKEN as error:
+            yield source, iter([(1, ("broken_file", f"cannot be read further ({error})"))])
 
+    def _members(self, source: Source, progress: list[int]) -> Iterator[archives.Member]:
+        if source.format == "tar":
+            yield from archives.tar_members(decompressed(self._blocks(source, progress), source.compression))
+            return
+        with self.open_file(source.path) as file:
+            yield from archives.zip_members(file, progress)
 
-def _text_records(blocks: Iterator[bytes], document: str, longest: int) -> Iterator[tuple[int, bytes | tuple[str, str]]]:
-    """(line, record) or (line, (rule, reason)). A blank line is nothing, or the end of a document, or inside one."""
-    start, lines, size, number = 0, [], 0, 0
+    def _records_of_member(self, member: Source, content: Iterator[bytes]) -> Iterator[tuple[int, Record]]:
+        name = PurePath(member.member)
+        known = format_of(name.name) if name.suffix and not name.name.startswith(".") else None
+        if not known or known[0] not in TEXT_FORMATS.values():
+            return iter([(1, ("not_read", f"not a name of {', '.join(TEXT_FORMATS)}"))])
+        return self._records(dataclasses.replace(member, format=known[0], compression=known[1]), content, [0])
 
-    def record():
-        if size > longest:
-            return start, ("line_too_long", f"a record of {size:,} bytes (at most {longest:,})")
-        return start, b"\n".join(lines)
-
-    try:
-        for number, (line, line_size) in enumerate(_lines(blocks, longest), 1):
-            blank = line_size <= longest and not line.strip()
-            if start and blank and document == "blank_line":
-                yield record()
-                start, lines, size = 0, [], 0
-            elif start or not blank:
-                start = start or number
-                lines.append(line)
-                size += line_size
-                if size > longest:
-                    lines.clear()  # will be rejected: only its size is counted on
-                if document == "line":
-                    yield record()
-                    start, lines, size = 0, [], 0
-        if start:
-            yield record()
-    except BROKEN as error:
-        yield number + 1, ("broken_file", f"cannot be decompressed further ({error})")
-
-
-def _csv_records(blocks: Iterator[bytes], delimiter: str, longest: int) -> Iterator[tuple[int, bytes | tuple[str, str]]]:
-    """As `_text_records`."""
-    number = 0
-    try:
-        for number, row in csv_rows.rows(_lines(blocks, longest), delimiter, longest):
-            yield number, row
-    except BROKEN as error:
-        yield number + 1, ("broken_file", f"cannot be decompressed further ({error})")
-
-
-def _lines(blocks: Iterator[bytes], longest: int) -> Iterator[tuple[bytes, int]]:
-    """(line, its bytes). A line above `longest` comes empty with its true size: it is never held."""
-    parts, size = [], 0
-    for block in blocks:
-        for i, part in enumerate(block.split(b"\n")):
-            if i:  # a line ended before this part
-                yield b"".join(parts), size
-                parts, size = [], 0
-            size += len(part)
-            parts.append(part)
-            if size > longest:
-                parts.clear()
-    if size:
-        yield b"".join(parts), size
-
-
-def _blocks(path: str, open_file, progress: list[int]) -> Iterator[bytes]:
-    """The file's bytes, decompressed as its suffix says, in bounded blocks."""
-    with sys.stdin.buffer if path == "-" else open_file(path) as file:
-        suffix = Path(path).suffix.lower()
-        member = None  # compressed files may be several, one behind the other
-        while block := file.read(READ_BYTES):
-            progress[0] += len(block)
-            if suffix not in DECOMPRESSORS:
+    def _blocks(self, source: Source, progress: list[int]) -> Iterator[bytes]:
+        """The file's bytes, in bounded blocks."""
+        with sys.stdin.buffer if source.path == "-" else self.open_file(source.path) as file:
+            while block := file.read(READ_BYTES):
+                progress[0] += len(block)
                 yield block
-                continue
-            while block:
-                member = member or DECOMPRESSORS[suffix]()
-                block = yield from _decompress(member, block, suffix)
-                if member.eof:
-                    member, block = None, block.lstrip(b"\0")
-        if member is not None:
-            raise EOFError("the file ends too early")
 
+    def _records(self, source: Source, blocks: Iterator[bytes], progress: list[int]) -> Iterator[tuple[int, Record]]:
+        """(line, record) or (line, (rule, reason)); of an array the element's number, of a table the row's."""
+        if source.format == "bin":
+            yield from bin_documents.documents(source.path, self.bos_eos, self.longest_bin_document, progress)
+        elif source.format == "parquet":
+            with self.open_file(source.path) as file:
+                yield from parquet.rows(file, source.size, self.text_key, self.longest_record, progress)
+        elif source.format == "tfds":
+            yield from lines.line_records(tfds_examples.lines(source.path), self.longest_record)
+        else:
+            encoding, text = encodings.to_utf8(decompressed(blocks, source.compression), self.encoding)
+            records = self._text_records(text, source.format)
+            yield from records if encoding == encodings.UTF8 else encodings.rejecting_undecodable(records, encoding)
 
-def _decompress(member, block: bytes, suffix: str) -> Generator[bytes, None, bytes]:
-    """What a block holds, in bounded pieces; returns what stands behind the end of the compressed member."""
-    if suffix == ".zst":
-        for start in range(0, len(block), ZSTD_BYTES):
-            yield member.decompress(block[start : start + ZSTD_BYTES])
-            if member.eof:
-                return member.unused_data + block[start + ZSTD_BYTES :]
-        return b""
-    while True:
-        try:
-            piece = member.decompress(block, DECOMPRESSED_BYTES)
-        except OSError as error:  # what bz2 raises for broken data
-            raise EOFError(error) from error
-        yield piece
-        # zlib gives back the input that it has not used; the others keep it and say so.
-        block = member.unconsumed_tail if suffix == ".gz" else b""
-        all_used = len(piece) < DECOMPRESSED_BYTES and not block if suffix == ".gz" else member.needs_input
-        if member.eof or all_used:
-            return member.unused_data if member.eof else b""
-
-
-def _tfds_lines(name: str) -> Iterator[bytes]:
-    """Each example's text as a line of JSON. Invalid UTF-8 is passed on as it is: the line is rejected later."""
-    import tensorflow_datasets as tfds  # 2 s
-
-    parts = _TFDS.fullmatch(name)
-    assert parts is not None, f"{name!r} is not of `find`"
-    builder_name, split, feature = parts.groups()
-    try:
-        builder: Any = tfds.builder(builder_name)
-        if not builder.is_prepared():
-            builder = tfds.builder(builder_name, file_format="array_record")  # TFDS' default needs TensorFlow
-            builder.download_and_prepare()
-        info = builder.info
-    except ImportError as error:  # what the code that makes this dataset uses; of TFDS itself nothing
-        package = error.name or "tensorflow"
-        raise UserError(f"--input: TFDS cannot make {builder_name!r} without {package} (pip install {package})") from error
-    except Exception as error:  # TFDS raises whatever its datasets raise
-        raise UserError(
-            f"--input: TFDS has no dataset {builder_name!r} ({' '.join(str(error).split())[:300]}); prepared ones "
-            "are looked for in $TFDS_DATA_DIR or ~/tensorflow_datasets"
-        ) from error
-    if split.split("[")[0] not in info.splits:
-        raise UserError(f"--input: {builder_name} has no split {split!r} (there are: {', '.join(info.splits)})")
-    if feature not in info.features:
-        raise UserError(f"--input: {builder_name} has no feature {feature!r} (there are: {', '.join(info.features)})")
-    if info.file_format == tfds.core.FileFormat.TFRECORD:  # which TFDS itself reads with TensorFlow alone
-        examples = map(info.features.deserialize_example_np, _tfrecords(info.splits[split].file_instructions))
-    else:
-        examples = builder.as_data_source(split)
-    for example in examples:
-        text = example[feature]
-        text = text.encode() if isinstance(text, str) else bytes(text)
-        try:
-            yield orjson.dumps({"text": text.decode()}) + b"\n"
-        except UnicodeDecodeError:
-            yield b'{"text": "' + text.replace(b"\n", b" ") + b'"}\n'
-
-
-def _tfrecords(file_instructions: Iterable) -> Iterator[bytes]:
-    """The records of TFRecord files: each a length in 8 bytes, 4 bytes of checksum, the data, 4 bytes of checksum.
-
-    Checksums are not compared: in Python that makes 5 MB/s, as slow as tokenising.
-
-    Args:
-      file_instructions: of TFDS; `filename`, and from `skip` on the next `take` records of that file.
-
-    Raises:
-      UserError: a file is shorter than its records say, or no such file.
-    """
-    for instruction in file_instructions:
-        end = os.stat(instruction.filename).st_size
-        with open(instruction.filename, "rb") as file:
-            for number in range(instruction.skip + instruction.take):
-                size = int.from_bytes(file.read(12)[:8], "little")
-                if file.tell() + size + 4 > end:
-                    raise UserError(f"--input: {instruction.filename!r} is broken or cut short at record {number + 1}")
-                record = file.read(size)
-                file.seek(4, os.SEEK_CUR)
-                if number >= instruction.skip:
-                    yield record
-
-
-# ---- token ids ----------------------------------------------------------------------------------------------------
-
-
-def _bin_records(
-    path: str, bos_eos: tuple[int | None, int] | None, longest: int, progress: list[int]
-) -> Iterator[tuple[int, bytes]]:
-    """Documents of a flat uint16 stream; (number of its first token from 1, its ids as bytes).
-
-    A document ends with a `</s>` that a `<s>` follows directly, so that the turns of a dialogue, which have a line feed between
-    them, stay together; in a stream without `<s>`, with every `</s>`. Where none ends within `longest` bytes, it is cut.
-    """
-    bos, eos = bos_eos or (None, None)
-    if Path(path).stat().st_size % 2:
-        raise UserError(f"--input: {path!r} has an odd number of bytes (expected a flat stream of 16-bit token ids)")
-    tokens = np.memmap(path, np.uint16, "r") if Path(path).stat().st_size else np.zeros(0, np.uint16)
-    start, window = 0, longest // 2
-    for offset in range(0, len(tokens), window):
-        part = tokens[offset : offset + window + 1]
-        is_end = part[:-1] == eos
-        if (part == bos).any():
-            is_end &= part[1:] == bos
-        ends = offset + np.flatnonzero(is_end) + 1
-        for end in [*ends.tolist(), *([offset + window] if not len(ends) else [])]:
-            yield start + 1, tokens[start:end].tobytes()
-            start = min(end, len(tokens))
-            progress[0] = 2 * start
-    if start < len(tokens):
-        yield start + 1, tokens[start:].tobytes()
-        progress[0] = 2 * len(tokens)
+    def _text_records(self, blocks: Iterator[bytes], format: str) -> Iterator[tuple[int, Record]]:
+        """Of blocks in UTF-8."""
+        if format in DELIMITERS:
+            return csv_rows.rows(lines.lines(blocks, self.longest_record), DELIMITERS[format], self.longest_record)
+        if format == "txt" and self.txt_document != "line":
+            return lines.text_records(blocks, self.txt_document, self.longest_record)
+        is_array, blocks = json_array.is_array(blocks) if format == "jsonl" else (False, blocks)
+        return (json_array.elements if is_array else lines.line_records)(blocks, self.longest_record)

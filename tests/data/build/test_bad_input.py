@@ -53,7 +53,7 @@ def test_a_truncated_file_is_an_error_or_used_as_far_as_it_goes(tmp_path):
     "flags, message",
     [
         (["--input", "none.jsonl"], "--input: no file at 'none.jsonl'"),
-        (["--input", "."], r"--input: '\.' is a folder"),
+        (["--input", "pictures"], r"--input: no file in 'pictures' has a known suffix \(\.jsonl"),
         (["--tokenizer", "none"], "--tokenizer: no tokenizer at 'none'"),
         (["--seq_len", "0"], "seq_len: 0 is invalid"),
         (["--val_fraction", "1"], "val_fraction: 1.0 is invalid"),
@@ -68,6 +68,8 @@ def test_a_truncated_file_is_an_error_or_used_as_far_as_it_goes(tmp_path):
 def test_impossible_options_write_nothing(tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "raw.jsonl", [{"text": "一"}])
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").touch()
     which = [] if "--tokenizer" in flags else ["--train_tokenizer"]
     with pytest.raises(UserError, match=message):
         main(parse_args(["--input", "raw.jsonl", "--output", "zh", "--num_workers", "1", *which, *flags]))
@@ -138,12 +140,12 @@ def test_one_token_is_a_reject_where_it_stands_alone(tmp_path, dataset_folder):
 
 
 @pytest.mark.parametrize("name, make, hint", [
-    ("array.json", lambda lines: b"[\n" + b",\n".join(lines) + b"\n]\n", "JSON array"),
-    ("one.json", lambda lines: b"[" + b",".join(lines) + b"]", "JSON array"),
+    ("cut.json", lambda lines: b"[\n" + b",\n".join(lines), "the JSON array has no end"),
+    ("objects.json", lambda lines: b"[" + b",".join(lines) + b"]}", "something follows the JSON array"),
     ("packed.jsonl", lambda lines: gzip.compress(b"\n".join(lines)), r"suffix \.gz"),
     ("plain.jsonl.gz", b"\n".join, "incorrect header"),
-    ("utf16.jsonl", lambda lines: b"\n".join(lines).decode().encode("utf-16"), "UTF-16"),
-    ("gbk.jsonl", lambda lines: b"\n".join(lines).decode().encode("gb18030"), "GB18030"),
+    ("utf16.jsonl", lambda lines: b"\n".join(lines).decode().encode("utf-16-le"), "--encoding utf-16-le"),
+    ("gbk.jsonl", lambda lines: b"\n".join(lines).decode().encode("gb18030"), "--encoding gb18030"),
 ])  # fmt: skip
 def test_a_file_that_would_vanish_is_named(tmp_path, name, make, hint):
     lines = [json.dumps({"text": f"第 {i} 篇文章说的是春天。"}, ensure_ascii=False).encode() for i in range(30)]

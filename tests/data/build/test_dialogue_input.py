@@ -89,7 +89,7 @@ def test_an_input_whose_fields_would_be_lost_is_an_error_that_says_what_to_do(tm
     ):
         prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER)
     (tmp_path / "gb.csv").write_bytes("问,答\n甲,乙\n".encode("gb18030"))
-    with pytest.raises(UserError, match="not UTF-8 .*iconv -f GB18030"):
+    with pytest.raises(UserError, match="not UTF-8 .*--encoding gb18030"):
         prepare(tmp_path / "gb.csv", tmp_path / "gb", *TRAIN_TOKENIZER)
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from hypothesis import given, strategies as st
 
-from mateconv_jax.data.text import csv_rows, sources
+from mateconv_jax.data.text import csv_rows, lines as lines_lib, sources
 from mateconv_jax.data.text.sources import ChunkSizes
 
 # As MateConv wrote its sft_data.csv: pandas' to_csv with these, which are csv.writer's; the header's line ends in LF.
@@ -21,7 +21,7 @@ def written(rows, **dialect):
 def read(content, delimiter=",", longest=1 << 20, line_bytes=1 << 20):
     """[(line, row or (rule, reason))]; the rows are dicts."""
     content = content if isinstance(content, bytes) else content.encode()
-    lines = sources._lines((content[i : i + 7] for i in range(0, len(content), 7)), min(longest, line_bytes))
+    lines = lines_lib.lines((content[i : i + 7] for i in range(0, len(content), 7)), min(longest, line_bytes))
     found = csv_rows.rows(lines, delimiter, longest)
     return [(line, json.loads(row) if isinstance(row, bytes) else row) for line, row in found]
 

@@ -9,7 +9,7 @@ import pytest
 from mateconv_jax.data.text import duplicates
 from mateconv_jax.data.text.cleaning import Cleaner, CleaningOptions, control_token_pattern
 from mateconv_jax.data.text.jsonl import Rejected
-from mateconv_jax.data.text.sources import _lines
+from mateconv_jax.data.text.lines import lines
 from mateconv_jax.data.tokenizer import bpe
 
 PATHOLOGICAL = {
@@ -51,7 +51,7 @@ def train(text):
 
 def read(text):
     data = text.encode()
-    for _ in _lines((data[i : i + 64] for i in range(0, len(data), 64)), 1 << 30):
+    for _ in lines((data[i : i + 64] for i in range(0, len(data), 64)), 1 << 30):
         pass
 
 
