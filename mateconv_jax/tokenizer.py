@@ -44,7 +44,7 @@ def inspect(args):
     assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(errors="backslashreplace")  # a vocabulary may have characters that the log's encoding lacks
     if args.dialogue is not None:
-        tokenizer = tokenizer_lib.load(args.folder, "inspect", needs_begin=False)
+        tokenizer = tokenizer_lib.load(args.folder, "inspect")
         return 0 if dialogue_view.show(tokenizer, args.dialogue, args.text_key, args.learn, args.json) else 2
     tokenizer = tokenizer_lib.load(args.folder, "inspect")
     compare = tokenizer_lib.load(args.compare, "--compare") if args.compare else None

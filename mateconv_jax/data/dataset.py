@@ -56,7 +56,7 @@ class Dataset:
         """0 where there is no such split."""
         return n_rows(self.path, self.seq_len, self.key) if self.splits is None else self.splits.get(split, 0)
 
-    def rows(self, split: str | None, document_starts: tuple[int, int] | None = None) -> Rows | None:
+    def rows(self, split: str | None, document_starts: tuple[int | None, int] | None = None) -> Rows | None:
         """The rows of a split, or of all splits (None); None where there is no such split.
 
         Args:
