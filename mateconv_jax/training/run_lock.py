@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 from absl import logging
 
-from mateconv_jax.errors import UserError
+from mateconv_jax.errors import UserError, check_name
 from mateconv_jax.runtime import distributed
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
@@ -35,6 +35,7 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
       UserError: another process writes there, and the message says which, and since when; or the folder cannot be written to.
     """
+    check_name(folder, "training.out_dir")
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """What a dataset is made from, and whether that is what an earlier run had before it."""
 
 import json
+import os
 from hashlib import blake2b, sha256
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,14 @@ ADDED_OPTIONS = {"encoding": "utf-8", "ignore_fields": [], "learn": "everything"
 
 
 def inputs(sources: list[Source]) -> list[list]:
-    """[path, bytes, when it was last written, digest of its ends] of each input; the last two are None where not known."""
-    return [[source.path, source.size, source.modified, _ends(source)] for source in sources]
+    """[path, bytes, when it was last written, digest of its ends] of each input; the last two are None where not known.
+
+    A path that is not UTF-8 has its other bytes as backslash escapes.
+    """
+    return [
+        [os.fsencode(source.path).decode(errors="backslashreplace"), source.size, source.modified, _ends(source)]
+        for source in sources
+    ]
 
 
 def _ends(source: Source) -> str | None:

@@ -53,7 +53,9 @@ def rejects(path, sizes=ChunkSizes(), **options):
 def test_chunks_hold_every_line_once_and_do_not_depend_on_how_the_file_is_read(tmp_path_factory, lines, size, block, ends):
     path = tmp_path_factory.mktemp("chunks") / "a.jsonl"
     path.write_bytes(data := b"\n".join(lines) + (b"\n" if ends else b""))
-    assume(data.lstrip(b"\xef\xbb\xbf\n \t\r\v\f")[:1] != b"[" and data[:2] not in (b"\xff\xfe", b"\xfe\xff"))  # see test_formats.py
+    assume(
+        data.lstrip(b"\xef\xbb\xbf\n \t\r\v\f")[:1] != b"[" and data[:2] not in (b"\xff\xfe", b"\xfe\xff")
+    )  # see test_formats.py
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "READ_BYTES", block)
         by_block = chunks(path, ChunkSizes(size))
