@@ -137,12 +137,18 @@ def _files_in(folder: str) -> list[tuple[str, int, int | None]]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             if not name.startswith("."):
-                (paths if PurePath(name).suffix and format_of(name) else others).append(os.path.join(place, name))
+                (paths if is_data_file(name) else others).append(os.path.join(place, name))
     if not paths:
         raise UserError(f"--input: no file in {folder!r} has a known suffix ({', '.join(FORMATS)})")
     if others:
         print(f"--input: {len(others):,} other files in {folder!r} are not read, as {min(others)!r}", file=sys.stderr)
     return [(path, status.st_size, status.st_mtime_ns) for path in sorted(paths) if (status := os.stat(path))]
+
+
+def is_data_file(path: str) -> bool:
+    """Whether a file of a folder, or a member of an archive, is one of the data. `path`: below the folder."""
+    hidden = any(part.startswith((".", "__MACOSX")) for part in PurePath(path).parts)
+    return bool(PurePath(path).suffix and format_of(path) and not hidden)
 
 
 def format_of(path: str) -> tuple[str, str] | None:
@@ -253,8 +259,7 @@ class Reader:
             yield from archives.zip_members(file, progress)
 
     def _records_of_member(self, member: Source, content: Iterator[bytes], sizes: ChunkSizes) -> Iterator[tuple[int, Record]]:
-        name = PurePath(member.member)
-        known = format_of(name.name) if name.suffix and not name.name.startswith(".") else None
+        known = format_of(member.member) if is_data_file(member.member) else None
         if not known or known[0] not in TEXT_FORMATS.values():
             return iter([(1, ("not_read", f"not a name of {', '.join(TEXT_FORMATS)}"))])
         return self._records(dataclasses.replace(member, format=known[0], compression=known[1]), content, sizes, [0])
