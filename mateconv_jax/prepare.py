@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from mateconv_jax.data.build import pipeline
+from mateconv_jax.data.build import pipeline, tokenizer_sample
 from mateconv_jax.data.build.options import TOO_LONG_DIALOGUE, PrepareOptions
 from mateconv_jax.data.dialogue import LEARN
 from mateconv_jax.data.text import cleaning, lines, sources
@@ -38,7 +38,7 @@ def main(args):
             **{field.name: getattr(args, field.name) for field in dataclasses.fields(cleaning.CleaningOptions)}
         ),
     )
-    tokenizer = args.tokenizer or pipeline.TokenizerTraining(args.vocab_size, args.split_digits, args.sample_mb)
+    tokenizer = args.tokenizer or tokenizer_sample.TokenizerTraining(args.vocab_size, args.split_digits, args.sample_mb)
     output = Path(args.output)
     files, open_file, run_chunks = sources.local_files, sources.open_local, None
     if args.runner:
@@ -97,7 +97,7 @@ def parse_args(argv):
     which = group.add_mutually_exclusive_group(required=True)
     which.add_argument("--tokenizer", metavar="DIR", help="use the tokenizer in this folder")
     which.add_argument("--train_tokenizer", action="store_true", help="train a byte-level BPE on a sample of the input")
-    training = pipeline.TokenizerTraining()
+    training = tokenizer_sample.TokenizerTraining()
     group.add_argument("--vocab_size", type=int, default=training.vocab_size, help="size of the trained vocabulary")
     group.add_argument("--split_digits", action="store_true", help="make every digit a token of its own")
     group.add_argument("--sample_mb", type=float, default=training.sample_mb, help="MB of text to train on")

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mateconv_jax import files
-from mateconv_jax.data.build import pipeline
+from mateconv_jax.data.build import pipeline, tokenizer_sample
 from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.build.unreadable import UnreadableInputs
 from mateconv_jax.data.dialogue import LEARN
@@ -92,9 +92,9 @@ def _texts(
         pipeline.all_chunks(sources, options, None), "reading", unit=" chunks", disable=not sys.stderr.isatty()
     ) as chunks:
         to_their_ends = chunks if keep_going else map(_check_not_broken, chunks)
-        sampled = list(pipeline.sample(to_their_ends, int(sample_mb * 1e6), seed))
+        sampled = list(tokenizer_sample.sample(to_their_ends, int(sample_mb * 1e6), seed))
     n_texts = 0
-    for text in pipeline.clean_texts(sampled, options, UnreadableInputs(keep_going, one_document_files=False)):
+    for text in tokenizer_sample.clean_texts(sampled, options, UnreadableInputs(keep_going, one_document_files=False)):
         n_texts += 1
         yield text
     if not n_texts:
@@ -130,7 +130,7 @@ def parse_args(argv):
     add("--split_digits", action="store_true", help="make every digit a token of its own")
     add("--max_token_bytes", type=int, metavar="N", help="no longer tokens; a Chinese character is 3 bytes of UTF-8")
     add("--special_tokens", nargs="+", default=[], metavar="TOKEN", help="additional control tokens, ids 4 and up")
-    add("--sample_mb", type=float, default=pipeline.TokenizerTraining().sample_mb, help="MB of input to train on, "
+    add("--sample_mb", type=float, default=tokenizer_sample.TokenizerTraining().sample_mb, help="MB of input to train on, "
         "sampled uniformly; 64 take 0.8 GB of memory")  # fmt: skip
     add("--text_key", default="text", help='JSON key that holds the text; {"messages": […]} is a dialogue')
     add("--encoding", default="utf-8", help="of text without a byte order mark")

@@ -243,7 +243,7 @@ def statements(rng: random.Random) -> str:
 
 def dialogue(rng: random.Random) -> list[dict[str, str]]:
     """One to three questions with their answers, or a sentence of a story to repeat."""
-    if rng.random() < 0.5:
+    if rng.random() < 0.35:
         sentence = rng.choice(sentences(story(rng)))
         return [{"role": "user", "content": REPEAT + sentence}, {"role": "assistant", "content": sentence}]
     messages = []

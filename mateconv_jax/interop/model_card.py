@@ -96,11 +96,14 @@ def _training(model: StoredModel) -> list[str]:
         return []
     config = model.config
     rows_per_step = config.training.batch_size * config.training.accumulation_steps
-    n_tokens = model.step * rows_per_step * config.data.seq_len
+    progress = run_folder.read_progress(run_folder.find_checkpoint(model.path, "--from").path)
+    rows = progress.get("rows") or model.step * rows_per_step  # older checkpoints do not say
+    n_tokens = rows * config.data.seq_len
+    size = f" of {rows_per_step:,} rows" if rows == model.step * rows_per_step else f", {rows:,} rows"  # the batch may change
     lines = [
         "## Training",
         "",
-        f"- {n_tokens:,} tokens: {model.step:,} steps of {rows_per_step:,} rows of {config.data.seq_len:,} tokens",
+        f"- {n_tokens:,} tokens: {model.step:,} steps{size} of {config.data.seq_len:,} tokens",
     ]
     if (bits := _bits_per_byte(model.run / "metrics.jsonl", model.step)) is not None:
         lines.append(f"- validation: {bits:.4f} bits per byte")

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 from absl import logging
 from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerFast
 
 from mateconv_jax import config as config_lib, run_folder
 from mateconv_jax.data.dataset import Rows, fingerprint
@@ -83,15 +84,8 @@ def _train(config: ConfigDict, signals: Signals) -> int:
     length = Length.of(training, len(train_rows), position)
     programs = setup.build(config, c, mesh, length.total_steps)
     shape = setup.batch_shape(config)
-    evaluator = None
-    if val_rows is not None:
-        bytes_per_token_V = token_bytes.bytes_per_token(tokenizer)
-        evaluator = Evaluator(programs.eval_step, val_rows, bytes_per_token_V, training.batch_size, training.eval_iters, mesh)
-    samples = None
-    if length.samples_interval is not None:
-        samples = Samples(
-            programs.graph, programs.abstract_params, tokenizer, training.sample_prompts, training.sample_chat, mesh
-        )
+    evaluator = None if val_rows is None else _evaluator(programs, val_rows, tokenizer, training)
+    samples = None if length.samples_interval is None else _samples(programs, tokenizer, training)
 
     # ---- the run folder ---------------------------------------------------------------------------------------------
     folder = Path(training.out_dir)
@@ -109,9 +103,7 @@ def _train(config: ConfigDict, signals: Signals) -> int:
         differences += progress.reads(*_fingerprints(train_rows, val_rows, training))
         source = RowBatches(train_rows, shape, training.seed, config.data.shuffle, config.data.num_workers, mesh, read)
         if distributed.is_first():
-            run_folder.write_config(folder, config)
-            tokenizer.save_pretrained(folder / "tokenizer")
-            run_folder.keep_data_statistics(folder, config.data.train_data_path)
+            _describe(folder, config, tokenizer)
         if shape_taken:
             logging.info("%s", shape_taken)
         log_header(c, programs.abstract_params, train_rows, val_rows, shape, length.total_steps, start, differences)
@@ -121,6 +113,13 @@ def _train(config: ConfigDict, signals: Signals) -> int:
                 training.max_bad_steps, training.patience if training.early_stopping else None, training.deterministic,
             )  # fmt: skip
             return run.steps(state, progress)
+
+
+def _describe(folder: Path, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write into the run folder what makes it usable wherever it is moved."""
+    run_folder.write_config(folder, config)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    run_folder.keep_data_statistics(folder, config.data.train_data_path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +245,16 @@ def _fingerprints(train_rows: Rows, val_rows: Rows | None, training: ConfigDict)
         return train, None
     n_measured = min(len(val_rows), training.eval_iters * training.batch_size)
     return train, fingerprint(val_rows, n_measured) + " within documents" * training.document_mask
+
+
+def _evaluator(programs: setup.Setup, val_rows: Rows, tokenizer, training: ConfigDict) -> Evaluator:
+    bytes_per_token_V = token_bytes.bytes_per_token(tokenizer)
+    return Evaluator(programs.eval_step, val_rows, bytes_per_token_V, training.batch_size, training.eval_iters, programs.mesh)
+
+
+def _samples(programs: setup.Setup, tokenizer, training: ConfigDict) -> Samples:
+    prompts, chat = training.sample_prompts, training.sample_chat
+    return Samples(programs.graph, programs.abstract_params, tokenizer, prompts, chat, programs.mesh)
 
 
 def _metrics(

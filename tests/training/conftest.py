@@ -2,6 +2,7 @@ import copy
 
 import pytest
 
+from mateconv_jax.data.dataset import open_dataset
 from tests.training import processes
 from tests.training.runs import flags_of
 
@@ -15,10 +16,11 @@ def server():
 def straight(server, base_tiny_config, tmp_path_factory):
     """14 steps in one process, over the end of an epoch, with everything on that a resume could miss: (config, run folder)."""
     config = copy.deepcopy(base_tiny_config)
+    n_rows = open_dataset(config.data.train_data_path, "", config.data.seq_len).n_rows("train")
     config.model.update(dict(n_layers=1, dropout=0.1, attention="xla"))
     config.training.update(
         dict(
-            batch_size=40,
+            batch_size=n_rows // 27,
             accumulation_steps=2,
             max_steps=14,
             dtype="float16",

@@ -1,4 +1,4 @@
-"""The folder that `prepare` works in, OUTPUT.partial: one run at a time, one set of options, and nothing of anyone else's.
+"""The folder that `prepare` works in, OUTPUT.partial: one run at a time, one set of options, no foreign files.
 
 options.json    what the chunks are made from, see build/identity.py
 lock, workers   locked by the run, and by each of its workers
@@ -21,7 +21,7 @@ from mateconv_jax.data.build import identity
 from mateconv_jax.data.text.sources import Source
 from mateconv_jax.errors import UserError, check_name
 
-LOCK_SECONDS = 10.0  # a killed run's lock is gone when the system has taken its memory back, which takes seconds for some GB
+LOCK_SECONDS = 10.0  # a killed run keeps its lock until the system has freed its memory: seconds for some GB
 _OURS = {"options.json", "lock", "workers", "tokenizer", "sample.json", "chunks", "beam", "dataset", "replaced"}
 _OURS |= {f"{name}.partial" for name in _OURS}
 
@@ -30,7 +30,7 @@ def path_for(output: Path) -> Path:
     """Where the dataset at `output` is made.
 
     Raises:
-      UserError: `output` has no name, as `.`, or one that is not UTF-8.
+      UserError: `output` has no name, such as `.`, or one that is not UTF-8.
     """
     check_name(output, "--output")
     if output.name in ("", ".."):
@@ -39,7 +39,7 @@ def path_for(output: Path) -> Path:
 
 
 def check_replaceable(output: Path, sources: list[Source]) -> None:
-    """Raises UserError unless `output` is free, empty, or a dataset without anything else in it, an input of ours included."""
+    """Raises UserError unless `output` does not exist, is empty, or is a dataset without foreign files or inputs in it."""
     if not output.exists() or output.is_dir() and not any(output.iterdir()):
         return
     if not (output / "metadata.json").is_file() or not (output / "dataset_info.json").is_file():
@@ -54,7 +54,7 @@ def check_replaceable(output: Path, sources: list[Source]) -> None:
 
 
 def check_outside(sources: list[Source], folder: Path) -> None:
-    """Raises UserError where an input stands in a folder that will be replaced or removed."""
+    """Raises UserError if an input lies in a folder that will be replaced or removed."""
     real = folder.resolve()
     for source in sources:
         if source.size is not None and real in Path(source.path).resolve().parents:
@@ -65,11 +65,11 @@ def check_outside(sources: list[Source], folder: Path) -> None:
 
 @contextlib.contextmanager
 def opened(folder: Path, options: dict, overwrite: bool) -> Iterator[Path]:
-    """The folder, made and locked, once it is known that what lies there was made with the same options.
+    """Create and lock the work folder, and check that its content was made with the same options.
 
     Raises:
-      UserError: another run is writing there, other options made what is there and overwrite is False, or it holds files
-        that no run put there.
+      UserError: another run is writing there; its content was made with other options and overwrite is False; it holds foreign
+        files.
     """
     _check_ours(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,10 +92,10 @@ def opened(folder: Path, options: dict, overwrite: bool) -> Iterator[Path]:
 
 
 def remove(folder: Path) -> None:
-    """What a run left there, if anything.
+    """Delete a work folder, if it exists.
 
     Raises:
-      UserError: another run is writing there, or it holds files that no run put there.
+      UserError: another run is writing there, or it holds foreign files.
     """
     if not folder.exists():
         return
@@ -103,26 +103,26 @@ def remove(folder: Path) -> None:
     with (folder / "lock").open("w") as lock:
         _wait_for(lock, folder)
         _clear(folder, but=set())
-    with contextlib.suppress(OSError):  # someone put a file there meanwhile
+    with contextlib.suppress(OSError):  # a foreign file was put there meanwhile
         folder.rmdir()
 
 
 def restore_replaced(output: Path) -> None:
-    """Bring back the dataset that a killed run had moved away but not yet replaced."""
+    """Restore the dataset that a killed run had moved away but not yet replaced."""
     replaced = path_for(output) / "replaced"
     if replaced.is_dir() and not output.exists():
         replaced.rename(output)
 
 
 def hold_for_worker(folder: Path) -> TextIO:
-    """A lock that a worker keeps until it dies, so that no later run meets one that still writes."""
+    """A lock that a worker holds until it dies, so that no later run starts while it still writes."""
     file = (folder / "workers").open("w")
     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     return file
 
 
 def _wait_for(lock: TextIO, folder: Path) -> None:
-    """Take the lock, and wait until the last worker of an earlier run is gone."""
+    """Take the lock, and wait for the workers of an earlier run to end."""
     with (folder / "workers").open("w") as workers:
         deadline = time.monotonic() + LOCK_SECONDS
         for file in (lock, workers):

@@ -45,14 +45,7 @@ def train(
     if split_digits:
         digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
         pre_tokenizer = tokenizers.pre_tokenizers.Sequence([digits, pre_tokenizer])
-    control_tokens = list(SPECIAL_TOKENS.values())
-    for token in special_tokens:
-        if token in control_tokens:
-            raise UserError(f"--special_tokens: {token!r} is there already")
-        # Merges could make the same piece of a text's word, which would then get the control token's id.
-        if len(pre_tokenizer.pre_tokenize_str(token)) < 2:
-            raise UserError(f"--special_tokens: {token!r} is an ordinary word of a text (expected a form such as <think>)")
-        control_tokens.append(token)
+    control_tokens = _control_tokens(special_tokens, pre_tokenizer)
     n_merges = vocab_size - len(control_tokens) - 256  # every byte has a token, so that any text can be written
     if n_merges < 0:
         raise UserError(f"--vocab_size: {vocab_size} is too small (expected at least {vocab_size - n_merges})")
@@ -82,6 +75,19 @@ def train(
         extra_special_tokens=list(special_tokens),
         **SPECIAL_TOKENS,
     )
+
+
+def _control_tokens(special_tokens: Sequence[str], pre_tokenizer) -> list[str]:
+    """MateConv's, then `special_tokens`."""
+    control_tokens = list(SPECIAL_TOKENS.values())
+    for token in special_tokens:
+        if token in control_tokens:
+            raise UserError(f"--special_tokens: {token!r} is there already")
+        # Merges could make the same piece of a text's word, which would then get the control token's id.
+        if len(pre_tokenizer.pre_tokenize_str(token)) < 2:
+            raise UserError(f"--special_tokens: {token!r} is an ordinary word of a text (expected a form such as <think>)")
+        control_tokens.append(token)
+    return control_tokens
 
 
 def _log(line: str) -> None:

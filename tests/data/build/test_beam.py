@@ -10,7 +10,7 @@ from pyarrow import parquet
 
 from mateconv_jax.errors import UserError
 from mateconv_jax.prepare import main, parse_args
-from tests.data.build.test_prepare import assert_equal_datasets, stats, write_jsonl
+from tests.data.build.preparing import assert_equal_datasets, stats, write_jsonl
 from tests.data.text.test_formats import JSONL, tar, zipped
 
 

@@ -9,7 +9,7 @@ from mateconv_jax import DataProcessor
 from mateconv_jax.data import dataset
 from mateconv_jax.data.text.jsonl import parse_line
 from mateconv_jax.errors import UserError
-from tests.data.build.test_prepare import TRAIN_TOKENIZER, prepare, rejected, stats, streams, write_jsonl
+from tests.data.build.preparing import TRAIN_TOKENIZER, prepare, rejected, stats, streams, write_jsonl
 
 FLAGS = (*TRAIN_TOKENIZER, "--val_fraction", "0", "--seq_len", "128")  # a row holds the longest dialogue here
 TURNS = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]

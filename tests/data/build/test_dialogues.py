@@ -12,7 +12,7 @@ from mateconv_jax.data.build import packing
 from mateconv_jax.data.build.dialogues import split_turns
 from mateconv_jax.data.dataset import open_dataset
 from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
-from tests.data.build.test_prepare import prepare, rejected, stats, write_jsonl
+from tests.data.build.preparing import prepare, rejected, stats, write_jsonl
 
 
 def dialogue(*contents, system=None):

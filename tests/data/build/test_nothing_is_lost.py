@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ import pytest
 from mateconv_jax import DataProcessor
 from mateconv_jax.data.build import chunk_writer, pipeline
 from mateconv_jax.errors import UserError
-from tests.data.build.test_prepare import (
+from tests.data.build.preparing import (
     TRAIN_TOKENIZER,
     assert_equal_datasets,
     documents_of_text,
@@ -19,7 +21,7 @@ from tests.data.build.test_prepare import (
     stats,
     stop_after,
     write_jsonl,
-)  # fmt: skip
+)
 
 
 def texts(n, word="文字"):
@@ -239,3 +241,60 @@ def test_many_small_files_become_few_shards_and_rejects_keep_their_file(tmp_path
     assert documents_of_text(folder) == [f"第{i}条新闻，今天有比赛。" for i in range(300) if i != 7]
     [reject] = map(json.loads, (folder / "rejected.jsonl").read_text().splitlines())
     assert (reject["file"], reject["line"], reject["rule"]) == (str(tmp_path / "007.txt"), 1, "invalid_utf8")
+
+
+def test_a_disk_that_fills_keeps_what_is_finished(tmp_path, dataset_folder):
+    small = tmp_path / "small"
+    small.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", small]).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        path = write_jsonl(tmp_path / "raw.jsonl", [{"text": f"{i}从前有一座山，山里有一座庙。" * 5} for i in range(2000)])
+        flags = ("--tokenizer", dataset_folder / "tokenizer", "--chunk_mb", "0.05")
+        with pytest.raises(UserError, match=r"cannot write .*No space left on device .*the same command goes on"):
+            prepare(path, small / "zh", *flags)
+        done = {p.name: p.stat().st_mtime_ns for p in (small / "zh.partial" / "chunks").iterdir() if p.suffix != ".partial"}
+        assert done and not (small / "zh").exists()
+        subprocess.run(["mount", "-o", "remount,size=64m", small], check=True)
+        prepare(path, small / "zh", *flags)
+        assert_equal_datasets(small / "zh", prepare(path, tmp_path / "zh", *flags))
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_the_same_command_again_does_nothing_and_another_refuses(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "raw.jsonl", [{"text": f"文字{i}"} for i in range(20)])
+    prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER)
+    before = (tmp_path / "zh" / "dataset_info.json").stat().st_mtime_ns
+    prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER)
+    assert "nothing to do" in capsys.readouterr().out
+    assert (tmp_path / "zh" / "dataset_info.json").stat().st_mtime_ns == before
+    for flags, message in [
+        (["--min_chars", "2"], "cleaning.min_chars=1, not 2 "), (["--dedup", "near"], "dedup='exact', not 'near'"), (["--also_bin"], "also_bin=False"),
+        (["--chunk_mb", "1"], "sizes.bytes=16000000, not 1000000 "), (["--seq_len", "17"], "seq_len=16, not 17"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=rf"was made with .*{message}.*--overwrite"):
+            prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER, *flags)
+    with path.open("a") as file:
+        file.write('{"text": "more"}\n')
+    with pytest.raises(UserError, match=r"another --input: .*raw\.jsonl' had \d+ bytes, now \d+"):
+        prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER)
+    prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER, "--overwrite", "--val_fraction", "0")
+    assert stats(tmp_path / "zh")["documents"] == 21 and not (tmp_path / "zh.partial").exists()
+
+
+def test_what_was_begun_with_other_options_or_another_input_is_refused(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "raw.jsonl", [{"text": f"文字{i}"} for i in range(100)])
+    monkeypatch.setattr(chunk_writer.ChunkWriter, "write_chunk", stop_after(2, chunk_writer.ChunkWriter.write_chunk))
+    flags = (*TRAIN_TOKENIZER, "--chunk_mb", "0.0005")
+    with pytest.raises(KeyboardInterrupt):
+        prepare(path, tmp_path / "zh", *flags)
+    monkeypatch.undo()
+    assert len(list((tmp_path / "zh.partial" / "chunks").iterdir())) == 2
+    with pytest.raises(UserError, match=r"was begun with .*val_fraction=0.01, not 0.5"):
+        prepare(path, tmp_path / "zh", *flags, "--val_fraction", "0.5")
+    path.write_text(path.read_text().replace("文字1", "文章1"))  # the same size
+    with pytest.raises(UserError, match="--input: the content has changed since a tokenizer was trained on it"):
+        prepare(path, tmp_path / "zh", *flags)
+    prepare(path, tmp_path / "zh", *flags, "--val_fraction", "0", "--overwrite")
+    assert "文章1" in documents_of_text(tmp_path / "zh")

@@ -6,7 +6,7 @@ import pytest
 from mateconv_jax import DataProcessor
 from mateconv_jax.data import dataset
 from mateconv_jax.errors import UserError
-from tests.data.build.test_prepare import documents_of_text, write_jsonl
+from tests.data.build.preparing import documents_of_text, write_jsonl
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from mateconv_jax.data.text import bin_documents
 from mateconv_jax.data.token_bin import FlatRows
 from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.training.open_data import DataOptions, open_data
-from tests.data.build.test_prepare import prepare, streams, write_jsonl
+from tests.data.build.preparing import prepare, streams, write_jsonl
 
 BOS, EOS = 1, 2
 TEXTS = [f"第{i}个故事：从前有一座山。" for i in range(30)]
