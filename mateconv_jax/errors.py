@@ -17,6 +17,15 @@ def check_values(instance, checks: list[tuple[str, bool, str]]) -> None:
             raise UserError(f"{name}: {getattr(instance, name)!r} is invalid (expected {expected})")
 
 
+def check_name(path: str | os.PathLike, key: str) -> None:
+    """Raises UserError where a path, whole, is not UTF-8: tokenizers, Orbax and ArrayRecord cannot open it."""
+    whole = os.path.abspath(path)
+    try:
+        whole.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{key}: {whole!r} is not a UTF-8 name (choose another one)") from error
+
+
 def exit_code(command, *args) -> int:
     """Run `command(*args)` and return its exit code (0 for None). A UserError is printed to standard error and gives 2; Ctrl-C
     gives 130. A reader that closes standard output, as `| head` does, ends the command with 0.

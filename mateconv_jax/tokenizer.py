@@ -24,7 +24,7 @@ from mateconv_jax.data.tokenizer import (
     report_tables,
     tokenizer as tokenizer_lib,
 )
-from mateconv_jax.errors import UserError, exit_code, program
+from mateconv_jax.errors import UserError, check_name, exit_code, program
 
 INSPECT_MB = 4  # of each --input: takes seconds, and gets the ratio's second decimal right
 
@@ -44,7 +44,7 @@ def inspect(args):
     assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(errors="backslashreplace")  # a vocabulary may have characters that the log's encoding lacks
     if args.dialogue is not None:
-        tokenizer = tokenizer_lib.load(args.folder, "inspect", needs_begin=False)
+        tokenizer = tokenizer_lib.load(args.folder, "inspect")
         return 0 if dialogue_view.show(tokenizer, args.dialogue, args.text_key, args.learn, args.json) else 2
     tokenizer = tokenizer_lib.load(args.folder, "inspect")
     compare = tokenizer_lib.load(args.compare, "--compare") if args.compare else None
@@ -66,6 +66,7 @@ def inspect(args):
 @contextlib.contextmanager
 def _folder_aside(output: Path, overwrite: bool) -> Iterator[Path]:
     """A new folder that replaces `output` if the block succeeds and is removed otherwise."""
+    check_name(output, "--output")
     if output.exists() and not overwrite:
         raise UserError(f"--output: {str(output)!r} is there already (choose another folder, or --overwrite)")
     if output.exists() and not (output / "tokenizer.json").is_file():

@@ -23,7 +23,7 @@ import numpy as np
 from mateconv_jax.data.shards import VERSION, RowFormat, ShardRows
 from mateconv_jax.data.token_bin import FlatRows, n_rows
 from mateconv_jax.data.tokenizer import folder as tokenizer_folder_lib
-from mateconv_jax.errors import UserError
+from mateconv_jax.errors import UserError, check_name
 
 Rows = ShardRows | FlatRows
 
@@ -56,7 +56,7 @@ class Dataset:
         """0 where there is no such split."""
         return n_rows(self.path, self.seq_len, self.key) if self.splits is None else self.splits.get(split, 0)
 
-    def rows(self, split: str | None, document_starts: tuple[int, int] | None = None) -> Rows | None:
+    def rows(self, split: str | None, document_starts: tuple[int | None, int] | None = None) -> Rows | None:
         """The rows of a split, or of all splits (None); None where there is no such split.
 
         Args:
@@ -103,6 +103,7 @@ def open_dataset(path: str | Path, key: str, seq_len: int) -> Dataset:
     path = Path(path)
     if path.suffix == ".bin" and not path.is_dir():
         return Dataset(path, key, seq_len)
+    check_name(path, key)
     metadata = read_metadata(path, key)
     version = metadata.get("version", 1)
     if version > VERSION:

@@ -21,12 +21,15 @@ def learned_targets(batch: Batch) -> np.ndarray:
     return is_learned_BS & batch["learned"][:, 1:] if "learned" in batch else is_learned_BS
 
 
-def starts_after_end(tokens_BS: np.ndarray, bos_token_id: int, eos_token_id: int) -> np.ndarray:
+def starts_after_end(tokens_BS: np.ndarray, bos_token_id: int | None, eos_token_id: int) -> np.ndarray:
     """`document_starts` of rows that do not record them: a `<s>` that follows a `</s>` directly.
 
     Right for `<s>text</s><s>text</s>`. MateConv's chat template writes a line feed between a turn's `</s>` and the next `<s>`,
     so that a dialogue is never cut; but it ends with one too, so that dialogues in a row count as one document.
+    Without `<s>` (None) every `</s>` ends a document.
     """
     starts_BS = np.zeros(tokens_BS.shape, bool)
-    starts_BS[:, 1:] = (tokens_BS[:, 1:] == bos_token_id) & (tokens_BS[:, :-1] == eos_token_id)
+    starts_BS[:, 1:] = tokens_BS[:, :-1] == eos_token_id
+    if bos_token_id is not None:
+        starts_BS[:, 1:] &= tokens_BS[:, 1:] == bos_token_id
     return starts_BS

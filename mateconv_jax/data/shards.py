@@ -167,13 +167,13 @@ class ShardRows:
       UserError: a shard is missing, broken or of another format.
     """
 
-    def __init__(self, paths: Sequence[str | Path], format: RowFormat, document_starts: tuple[int, int] | None = None):
+    def __init__(self, paths: Sequence[str | Path], format: RowFormat, document_starts: tuple[int | None, int] | None = None):
         self._shards = _OpenShards([os.fspath(path) for path in paths])
         self._ends = np.cumsum(self._shards.lengths, dtype=np.int64)
         self._starts = np.concatenate([[0], self._ends])
         self._layout = _Layout(_fields(format))
         self._wanted = ("tokens", "length") + ("learned",) * format.learned
-        self._bos_eos = None
+        self._bos_eos: tuple[int | None, int] | None = None
         if document_starts is not None and format.version == 1:
             self._bos_eos = document_starts
         elif document_starts is not None:

@@ -8,6 +8,8 @@ import numpy as np
 from mateconv_jax.data.rows import Batch, starts_after_end
 from mateconv_jax.errors import UserError
 
+HEAD_TOKENS = 1 << 20  # at the file's beginning, which show whether documents begin with `<s>`
+
 
 def n_rows(path: str | Path, seq_len: int, key: str) -> int:
     """How many rows of seq_len targets the file is cut into.
@@ -30,19 +32,22 @@ class FlatRows:
 
     Args:
       key: as in `n_rows`.
-      document_starts: the ids of `<s>` and `</s>`: batches have `document_starts`, see rows.starts_after_end. None: without.
+      document_starts: the ids of `<s>`, if there is one, and `</s>`: batches have `document_starts`, see rows.starts_after_end;
+        a file that does not begin with documents in `<s>` has none. None: batches come without.
 
     Raises:
       UserError: as `n_rows`.
     """
 
-    def __init__(self, path: str | Path, seq_len: int, key: str, document_starts: tuple[int, int] | None = None):
+    def __init__(self, path: str | Path, seq_len: int, key: str, document_starts: tuple[int | None, int] | None = None):
         self._n_rows = n_rows(path, seq_len, key)
         self._path = path
         self._seq_len = seq_len
         self._bos_eos = document_starts
         # Not a memory map: reading is 1.3 times faster, and the process does not seem to grow by the size of the file.
         self._file = open(path, "rb", buffering=0)
+        if document_starts is not None and document_starts[0] not in np.fromfile(path, "<u2", HEAD_TOKENS):
+            self._bos_eos = None, document_starts[1]
 
     def __len__(self) -> int:
         return self._n_rows

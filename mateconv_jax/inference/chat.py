@@ -46,7 +46,7 @@ def run(generator, config: GenerationConfig = GenerationConfig(), name: str = ""
       lines: the user's input; None reads the terminal, or standard input if that is not a terminal.
 
     Raises:
-      UserError: the tokenizer has no chat template, or standard input is not UTF-8.
+      UserError: the tokenizer has no chat template.
     """
     generator.n_chat_tokens([{"role": "user", "content": ""}])
     chat = Chat(generator, config)
@@ -308,7 +308,7 @@ def _plain_lines() -> Iterator[str]:
         try:
             yield parse_text(line).rstrip("\r\n")
         except Rejected as error:
-            raise UserError(f"standard input: line {number} is {error}") from error
+            _notice(f"第 {number} 行不是 UTF-8，已跳过（{error}）")
 
 
 def _terminal_lines() -> Iterator[str]:

@@ -93,6 +93,10 @@ def write_folder(path: Path, model: StoredModel, params: nnx.State, max_shard_si
     settings = {key: value for key, value in settings.items() if key not in ("backend", "is_local", "local_files_only")}
     extra = settings.pop("extra_special_tokens", [])
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": extra}
+    # transformers 4.49 to 4.57 apply it to the tokenizer: a space would come before each text.
+    pre_tokenizer = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    settings["add_prefix_space"] = any(step.get("add_prefix_space", False) for step in steps)
     _write_json(path / "tokenizer_config.json", settings)
     files.write_text(path / "README.md", model_card.text(model, config["architectures"][0], path.name))
 

@@ -55,5 +55,5 @@ def load_tokenizer(given: str | Path | None, own: Path | None, key: str) -> PreT
       UserError: the folder has no tokenizer; `key` is the flag that named the model.
     """
     if given is not None:
-        return tokenizer_lib.load(given, "--tokenizer", needs_begin=False)
-    return None if own is None else tokenizer_lib.load(own, key, needs_begin=False)
+        return tokenizer_lib.load(given, "--tokenizer")
+    return None if own is None else tokenizer_lib.load(own, key)

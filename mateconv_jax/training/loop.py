@@ -16,7 +16,7 @@ from mateconv_jax.data.tokenizer import token_bytes
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
 from mateconv_jax.runtime import distributed, sharding
-from mateconv_jax.training import out_of_memory, resume, setup
+from mateconv_jax.training import out_of_memory, resume, run_lock, setup
 from mateconv_jax.training.batch_shape import BatchShape
 from mateconv_jax.training.batches import RowBatches
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
@@ -41,11 +41,12 @@ def train(config: ConfigDict) -> int:
       0, or preemption.RESUMABLE if SIGTERM or SIGINT ended it early, with a finished checkpoint of that step.
 
     Raises:
-      UserError: a path, a size or an option that does not fit, before anything is written; a file that cannot be read or
+      UserError: another process trains in the same folder; a path, a size or an option that does not fit, before anything is
+        written; a file that cannot be read or
         written; out of memory; training.max_bad_steps skipped updates in a row.
     """
     try:
-        with Signals() as signals:
+        with Signals() as signals, run_lock.held(Path(config.training.out_dir)):
             return _train(config, signals)
     except OSError as error:  # of writing the log and the metrics, if it names no other file
         out_dir = Path(config.training.out_dir).absolute()
@@ -89,7 +90,6 @@ def _train(config: ConfigDict, signals: Signals) -> int:
     # ---- the run folder ---------------------------------------------------------------------------------------------
     folder = Path(training.out_dir)
     differences = resume.check_compatible(origin, config, tokenizer)
-    resume.make_folder(folder)
     if training.keep_best:
         resume.bring_best(origin, folder)
     with (

@@ -1,7 +1,6 @@
 """Where a run starts: the newest checkpoint in its own folder > resume_from > init_from > scratch."""
 
 import dataclasses
-import errno
 import shutil
 from pathlib import Path
 
@@ -131,7 +130,7 @@ def check_compatible(origin: Origin, config: ConfigDict, tokenizer: PreTrainedTo
 def _check_tokenizer(run: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     if not (run / "tokenizer").is_dir():
         return
-    if fingerprint(load(run / "tokenizer", str(run), needs_begin=False)) != fingerprint(tokenizer):
+    if fingerprint(load(run / "tokenizer", str(run))) != fingerprint(tokenizer):
         raise UserError(
             f"data.tokenizer_path: the run in {str(run)!r} has another tokenizer than the data (expected the same; "
             "training.init_from takes its weights for a new run)"
@@ -202,15 +201,3 @@ def _read(path: Path, abstract: TrainState) -> tuple[TrainState, Progress]:
         return checkpoints_lib.restore(path, abstract)
     except Exception as error:  # the libraries raise anything for a broken file
         raise UserError(f"training.resume_from: {str(path)!r} cannot be read ({' '.join(str(error).split())[:300]})") from error
-
-
-def make_folder(folder: Path) -> None:
-    """Create the run folder. Raises UserError where it cannot be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{jax.process_index()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        full = " (free some space)" if error.errno == errno.ENOSPC else ""
-        raise UserError(f"training.out_dir: cannot write to {str(folder)!r}: {error.strerror}{full}") from error

@@ -305,9 +305,12 @@ def test_special_tokens_of_ones_own_are_written_as_transformers_4_reads_them(bar
     tokenizer = tokenizer_lib.load(dataset_folder / "tokenizer", "")
     tokenizer.add_special_tokens({"extra_special_tokens": [tokenizer.convert_ids_to_tokens(399)]})
     tokenizer.save_pretrained(tmp_path / "tokenizer")
+    path = tmp_path / "tokenizer" / "tokenizer_config.json"  # MateConv's says so, though its tokenizer.json does not
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"add_prefix_space": True}))
     formats.convert(bare, tmp_path / "hf", "hf", tokenizer=tmp_path / "tokenizer")
     settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in settings
+    assert settings["add_prefix_space"] is False
     assert settings["additional_special_tokens"] == [tokenizer.convert_ids_to_tokens(399)]
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert again.all_special_ids == tokenizer.all_special_ids

@@ -74,10 +74,13 @@ def run_chunks(
 
 def files(pattern: str) -> list[tuple[str, int, int | None]]:
     """Like sources.local_files, on any of Beam's file systems."""
-    found = [(match.path, match.size_in_bytes, _modified(match)) for match in FileSystems.match([pattern])[0].metadata_list]
-    if not found:
-        raise UserError(f"--input: no file at {pattern!r} (expected .jsonl, .txt or .bin files, or a glob)")
-    return sorted(found)
+    matches = FileSystems.match([pattern])[0].metadata_list
+    if not matches or [match.path for match in matches] == [pattern] and os.path.isdir(pattern):  # a folder?
+        inside = FileSystems.match([pattern.rstrip("/") + "/**"])[0].metadata_list
+        matches = [match for match in inside if sources_lib.is_data_file(match.path.removeprefix(pattern))]
+    if not matches:
+        raise UserError(f"--input: no file at {pattern!r} (expected files, a folder, or a glob)")
+    return sorted((match.path, match.size_in_bytes, _modified(match)) for match in matches)
 
 
 def _modified(match: FileMetadata) -> int | None:

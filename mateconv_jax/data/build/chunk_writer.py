@@ -41,11 +41,12 @@ class ChunkWriter:
     """Tokenises, packs and writes chunks. Each worker has one, because it holds the tokenizer."""
 
     def __init__(
-        self, folder: Path, options: PrepareOptions, tokenizer_folder: Path, bos_eos: tuple[int, int], vocab_size: int
+        self, folder: Path, options: PrepareOptions, tokenizer_folder: Path, bos_eos: tuple[int | None, int], vocab_size: int
     ):
         self.folder = folder
         self.options = options
         self.bos_token_id, self.eos_token_id = bos_eos
+        self._begin = [] if self.bos_token_id is None else [self.bos_token_id]
         self._vocab_size = vocab_size
         self._tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
         self._tokenizer.encode_special_tokens = True  # a literal `</s>` in a text is encoded as ordinary characters
@@ -140,7 +141,8 @@ class ChunkWriter:
     def _stream(self, pieces: list[Piece], ids: list[np.ndarray], dtype: np.dtype) -> dict[str, np.ndarray]:
         tokens = np.concatenate(ids).astype(dtype, copy=False)
         if any(isinstance(piece, np.ndarray) for piece in pieces):  # from a .bin file, where a piece may be a single turn
-            starts = starts_after_end(tokens[None], self.bos_token_id, self.eos_token_id)[0]
+            bos_token_id = self.bos_token_id if self.bos_token_id in tokens else None
+            starts = starts_after_end(tokens[None], bos_token_id, self.eos_token_id)[0]
             starts[0] = True
         else:
             starts = np.zeros(len(tokens), bool)
@@ -148,14 +150,16 @@ class ChunkWriter:
         return {"tokens": tokens, "document_starts": starts}
 
     def _token_ids(self, pieces: list[Piece]) -> Iterator[np.ndarray]:
-        """Token ids of each piece. Texts get `<s>` and `</s>`; dialogues have their control tokens from the chat template."""
+        """Token ids of each piece. Texts get `<s>`, if the tokenizer has one, and `</s>`; dialogues have their control tokens
+        from the chat template.
+        """
         for batch in _batches(pieces):
             texts = [piece for piece in batch if isinstance(piece, str)]
             encodings = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
             for piece in batch:
                 if isinstance(piece, str):
                     # array.array converts a list at 12 ns per number, np.array at 40.
-                    ids = [self.bos_token_id, *next(encodings).ids, self.eos_token_id]
+                    ids = [*self._begin, *next(encodings).ids, self.eos_token_id]
                     yield np.frombuffer(array.array("I", ids), np.uint32)
                 else:
                     yield piece if isinstance(piece, np.ndarray) else piece.ids

@@ -1,6 +1,7 @@
 """Identify what a dataset is made from, and compare it with an earlier run."""
 
 import json
+import os
 from collections.abc import Iterable
 from hashlib import blake2b, sha256
 from typing import TYPE_CHECKING
@@ -17,8 +18,14 @@ ADDED_OPTIONS = {"encoding": "utf-8", "ignore_fields": [], "learn": "everything"
 
 
 def inputs(sources: list[Source]) -> list[list]:
-    """[path, bytes, modification time, hash of both ends] of each input; the last two are None if unknown."""
-    return [[source.path, source.size, source.modified, _ends(source)] for source in sources]
+    """[path, bytes, modification time, hash of both ends] of each input; the last two are None if unknown.
+
+    Bytes of a path that are not UTF-8 become backslash escapes.
+    """
+    return [
+        [os.fsencode(source.path).decode(errors="backslashreplace"), source.size, source.modified, _ends(source)]
+        for source in sources
+    ]
 
 
 def _ends(source: Source) -> str | None:

@@ -34,7 +34,7 @@ class WorkerSetup:
     chunks_folder: Path
     options: PrepareOptions
     tokenizer_folder: Path
-    bos_eos: tuple[int, int]
+    bos_eos: tuple[int | None, int]
     special_tokens: tuple[str, ...]
     vocab_size: int
 
@@ -196,6 +196,5 @@ def _write(pickled: bytes, codes: np.ndarray) -> list[InputCounts]:
 
 def chunks_of(group: list[Source], number: int, options: PrepareOptions, bos_eos, open_file) -> Iterator[Chunk]:
     """The chunks of one group of sources; see sources.chunks."""
-    return sources_lib.chunks(
-        group, number, options.sizes, options.txt_document, bos_eos, open_file, options.encoding, options.text_key
-    )
+    reader = sources_lib.Reader(options.txt_document, bos_eos, open_file, options.encoding, options.text_key)
+    return sources_lib.chunks(group, number, options.sizes, reader)

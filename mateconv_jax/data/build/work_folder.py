@@ -19,7 +19,7 @@ from mateconv_jax import files
 from mateconv_jax.data import dataset
 from mateconv_jax.data.build import identity
 from mateconv_jax.data.text.sources import Source
-from mateconv_jax.errors import UserError
+from mateconv_jax.errors import UserError, check_name
 
 LOCK_SECONDS = 10.0  # a killed run keeps its lock until the system has freed its memory: seconds for some GB
 _OURS = {"options.json", "lock", "workers", "tokenizer", "sample.json", "chunks", "beam", "dataset", "replaced"}
@@ -30,8 +30,9 @@ def path_for(output: Path) -> Path:
     """Where the dataset at `output` is made.
 
     Raises:
-      UserError: `output` has no name, such as `.`.
+      UserError: `output` has no name, such as `.`, or one that is not UTF-8.
     """
+    check_name(output, "--output")
     if output.name in ("", ".."):
         raise UserError(f"--output: {str(output)!r} does not name a folder (expected a name, as data/zh)")
     return output.with_name(output.name + ".partial")

@@ -137,12 +137,18 @@ def _files_in(folder: str) -> list[tuple[str, int, int | None]]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             if not name.startswith("."):
-                (paths if PurePath(name).suffix and format_of(name) else others).append(os.path.join(place, name))
+                (paths if is_data_file(name) else others).append(os.path.join(place, name))
     if not paths:
         raise UserError(f"--input: no file in {folder!r} has a known suffix ({', '.join(FORMATS)})")
     if others:
         print(f"--input: {len(others):,} other files in {folder!r} are not read, as {min(others)!r}", file=sys.stderr)
     return [(path, status.st_size, status.st_mtime_ns) for path in sorted(paths) if (status := os.stat(path))]
+
+
+def is_data_file(path: str) -> bool:
+    """Whether a file of a folder, or a member of an archive, is one of the data. `path`: below the folder."""
+    hidden = any(part.startswith((".", "__MACOSX")) for part in PurePath(path).parts)
+    return bool(PurePath(path).suffix and format_of(path) and not hidden)
 
 
 def format_of(path: str) -> tuple[str, str] | None:
@@ -210,34 +216,102 @@ def _same_kind(a: Source, b: Source) -> bool:
     return (a.format == "bin") == (b.format == "bin")
 
 
-def chunks(
-    group: list[Source],
-    number: int,
-    sizes: ChunkSizes,
-    txt_document: str = "line",
-    bos_eos: tuple[int | None, int] | None = None,
-    open_file: Callable[[str], BinaryIO] = open_local,
-    encoding: str = encodings.UTF8,
-    text_key: str = "text",
-) -> Iterator[Chunk]:
-    """The chunks of one of `groups`, in order.
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """How sources are read.
 
-    Args:
-      number: of the group among all.
+    Attributes:
       txt_document: what a document of a .txt file is, one of lines.TXT_DOCUMENTS.
       bos_eos: the ids of `<s>` and `</s>`, between which a document of a .bin file stands.
       open_file: opens a path for reading bytes; Beam brings its own.
       encoding: of text without a byte order mark, as `encodings.normal_name` has it.
       text_key: a column of parquet files that is read, besides the dialogue schemas'.
+    """
+
+    txt_document: str = "line"
+    bos_eos: tuple[int | None, int] | None = None
+    open_file: Callable[[str], BinaryIO] = open_local
+    encoding: str = encodings.UTF8
+    text_key: str = "text"
+
+    def streams(
+        self, source: Source, sizes: ChunkSizes, progress: list[int]
+    ) -> Iterator[tuple[Source, Iterator[tuple[int, Record]]]]:
+        """The source, or each member of an archive, with its records. One is to be read before the next is taken.
+
+        progress[0] is kept at the bytes of the source's file that were read.
+        """
+        if source.format not in ARCHIVES.values():
+            yield source, self._records(source, self._blocks(source, progress), sizes, progress)
+            return
+        try:
+            for name, content in self._members(source, progress):
+                member = dataclasses.replace(source, member=name)
+                yield member, self._records_of_member(member, content, sizes)
+        except BROKEN as error:
+            yield source, iter([(1, ("broken_file", f"cannot be read further ({error})"))])
+
+    def _members(self, source: Source, progress: list[int]) -> Iterator[archives.Member]:
+        if source.format == "tar":
+            yield from archives.tar_members(decompressed(self._blocks(source, progress), source.compression))
+            return
+        with self.open_file(source.path) as file:
+            yield from archives.zip_members(file, progress)
+
+    def _records_of_member(self, member: Source, content: Iterator[bytes], sizes: ChunkSizes) -> Iterator[tuple[int, Record]]:
+        known = format_of(member.member) if is_data_file(member.member) else None
+        if not known or known[0] not in TEXT_FORMATS.values():
+            return iter([(1, ("not_read", f"not a name of {', '.join(TEXT_FORMATS)}"))])
+        return self._records(dataclasses.replace(member, format=known[0], compression=known[1]), content, sizes, [0])
+
+    def _blocks(self, source: Source, progress: list[int]) -> Iterator[bytes]:
+        """The file's bytes, in bounded blocks."""
+        with sys.stdin.buffer if source.path == "-" else self.open_file(source.path) as file:
+            while block := file.read(READ_BYTES):
+                progress[0] += len(block)
+                yield block
+
+    def _records(
+        self, source: Source, blocks: Iterator[bytes], sizes: ChunkSizes, progress: list[int]
+    ) -> Iterator[tuple[int, Record]]:
+        """(line, record) or (line, (rule, reason)); of an array the element's number, of a table the row's."""
+        if source.format == "bin":
+            yield from bin_documents.documents(source.path, self.bos_eos, sizes.bytes, progress)
+        elif source.format == "parquet":
+            with self.open_file(source.path) as file:
+                yield from parquet.rows(file, source.size, self.text_key, sizes.longest_record, progress)
+        elif source.format == "tfds":
+            yield from lines.line_records(tfds_examples.lines(source.path), sizes.longest_record)
+        else:
+            encoding, text = encodings.to_utf8(decompressed(blocks, source.compression), self.encoding)
+            records = self._text_records(text, source.format, sizes.longest_record)
+            yield from records if encoding == encodings.UTF8 else encodings.rejecting_undecodable(records, encoding)
+
+    def _text_records(self, blocks: Iterator[bytes], format: str, longest: int) -> Iterator[tuple[int, Record]]:
+        """Of blocks in UTF-8."""
+        if format in DELIMITERS:
+            return csv_rows.rows(lines.lines(blocks, longest), DELIMITERS[format], longest)
+        if format == "txt" and self.txt_document != "line":
+            return lines.text_records(blocks, self.txt_document, longest)
+        is_array, blocks = json_array.is_array(blocks) if format == "jsonl" else (False, blocks)
+        return (json_array.elements if is_array else lines.line_records)(blocks, longest)
+
+
+def chunks(group: list[Source], number: int, sizes: ChunkSizes, reader: Reader | None = None) -> Iterator[Chunk]:
+    """The chunks of one of `groups`, in order.
+
+    Args:
+      number: of the group among all.
+      reader: how records are read; None: by default.
 
     Raises:
       UserError: a TFDS dataset that is not there; a .bin file that holds no 16-bit numbers; pyarrow is needed.
     """
-    reader = _Reader(sizes.longest_record, sizes.bytes, txt_document, bos_eos, open_file, encoding, text_key)
+    reader = reader or Reader()
     index, parts, size, n_records = 0, [], 0, 0
     for source in group:
         progress = [0]  # bytes of the source's file read so far
-        for stream, records in reader.streams(source, progress):
+        for stream, records in reader.streams(source, sizes, progress):
             part, line = Part(stream), 0
             try:
                 for line, record in records:
@@ -259,72 +333,3 @@ def chunks(
                 parts.append(part)
     if parts:
         yield Chunk(f"{number:07d}-{index:06d}", parts)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """How sources are read. progress[0] is kept at the bytes of the source's file that were read."""
-
-    longest_record: int
-    longest_bin_document: int
-    txt_document: str
-    bos_eos: tuple[int | None, int] | None
-    open_file: Callable[[str], BinaryIO]
-    encoding: str
-    text_key: str
-
-    def streams(self, source: Source, progress: list[int]) -> Iterator[tuple[Source, Iterator[tuple[int, Record]]]]:
-        """The source, or each member of an archive, with its records. One is to be read before the next is taken."""
-        if source.format not in ARCHIVES.values():
-            yield source, self._records(source, self._blocks(source, progress), progress)
-            return
-        try:
-            for name, content in self._members(source, progress):
-                member = dataclasses.replace(source, member=name)
-                yield member, self._records_of_member(member, content)
-        except BROKEN as error:
-            yield source, iter([(1, ("broken_file", f"cannot be read further ({error})"))])
-
-    def _members(self, source: Source, progress: list[int]) -> Iterator[archives.Member]:
-        if source.format == "tar":
-            yield from archives.tar_members(decompressed(self._blocks(source, progress), source.compression))
-            return
-        with self.open_file(source.path) as file:
-            yield from archives.zip_members(file, progress)
-
-    def _records_of_member(self, member: Source, content: Iterator[bytes]) -> Iterator[tuple[int, Record]]:
-        name = PurePath(member.member)
-        known = format_of(name.name) if name.suffix and not name.name.startswith(".") else None
-        if not known or known[0] not in TEXT_FORMATS.values():
-            return iter([(1, ("not_read", f"not a name of {', '.join(TEXT_FORMATS)}"))])
-        return self._records(dataclasses.replace(member, format=known[0], compression=known[1]), content, [0])
-
-    def _blocks(self, source: Source, progress: list[int]) -> Iterator[bytes]:
-        """The file's bytes, in bounded blocks."""
-        with sys.stdin.buffer if source.path == "-" else self.open_file(source.path) as file:
-            while block := file.read(READ_BYTES):
-                progress[0] += len(block)
-                yield block
-
-    def _records(self, source: Source, blocks: Iterator[bytes], progress: list[int]) -> Iterator[tuple[int, Record]]:
-        """(line, record) or (line, (rule, reason)); of an array the element's number, of a table the row's."""
-        if source.format == "bin":
-            yield from bin_documents.documents(source.path, self.bos_eos, self.longest_bin_document, progress)
-        elif source.format == "parquet":
-            with self.open_file(source.path) as file:
-                yield from parquet.rows(file, source.size, self.text_key, self.longest_record, progress)
-        elif source.format == "tfds":
-            yield from lines.line_records(tfds_examples.lines(source.path), self.longest_record)
-        else:
-            encoding, text = encodings.to_utf8(decompressed(blocks, source.compression), self.encoding)
-            records = self._text_records(text, source.format)
-            yield from records if encoding == encodings.UTF8 else encodings.rejecting_undecodable(records, encoding)
-
-    def _text_records(self, blocks: Iterator[bytes], format: str) -> Iterator[tuple[int, Record]]:
-        """Of blocks in UTF-8."""
-        if format in DELIMITERS:
-            return csv_rows.rows(lines.lines(blocks, self.longest_record), DELIMITERS[format], self.longest_record)
-        if format == "txt" and self.txt_document != "line":
-            return lines.text_records(blocks, self.txt_document, self.longest_record)
-        is_array, blocks = json_array.is_array(blocks) if format == "jsonl" else (False, blocks)
-        return (json_array.elements if is_array else lines.line_records)(blocks, self.longest_record)

@@ -14,11 +14,11 @@ from mateconv_jax.errors import UserError
 SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 
-def load(folder: str | Path, key: str, needs_begin: bool = True) -> PreTrainedTokenizerFast:
+def load(folder: str | Path, key: str) -> PreTrainedTokenizerFast:
     """The tokenizer in `folder`. `key` names the flag or configuration key that gave the folder, for the error.
 
     Raises:
-      UserError: no tokenizer there, or one without `</s>`, or without `<s>`, which `needs_begin` (some models have none).
+      UserError: no tokenizer there, or one without `</s>`. One without `<s>`, as Qwen's, is right.
     """
     if not (Path(folder) / "tokenizer.json").is_file():
         raise UserError(f"{key}: no tokenizer at {str(folder)!r} (expected a folder with tokenizer.json)")
@@ -26,8 +26,10 @@ def load(folder: str | Path, key: str, needs_begin: bool = True) -> PreTrainedTo
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # the library raises bare Exception for a broken file
         raise UserError(f"{key}: cannot read the tokenizer at {str(folder)!r} ({error})") from error
-    if needs_begin and tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise UserError(f"{key}: the tokenizer at {str(folder)!r} has no begin or no end token (expected <s> and </s>)")
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{key}: the tokenizer at {str(folder)!r} has no end token (expected eos_token in its tokenizer_config.json)"
+        )
     return tokenizer
 
 

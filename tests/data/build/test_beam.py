@@ -1,13 +1,17 @@
 import gzip
+import json
 import random
 import shutil
 import sys
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from mateconv_jax.errors import UserError
 from mateconv_jax.prepare import main, parse_args
 from tests.data.build.preparing import assert_equal_datasets, stats, write_jsonl
+from tests.data.text.test_formats import JSONL, tar, zipped
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +89,22 @@ def test_without_beam_the_error_says_what_to_install(inputs, tmp_path, monkeypat
     monkeypatch.delattr("mateconv_jax.data.build.beam", raising=False)
     with pytest.raises(UserError, match="--runner: Apache Beam is not installed"):
         main(parse_args([*inputs, *FLAGS, "--output", str(tmp_path / "x"), "--runner", "DirectRunner"]))
+
+
+def test_a_folder_of_many_formats_read_by_beam(tmp_path, dataset_folder):
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    for name, content in (
+        ("a.zip", zipped({"a.txt": "甲\n乙".encode(), "no.md": b""})),
+        ("b.tar.gz", gzip.compress(tar({"b.jsonl": JSONL}))),
+    ):
+        (tmp_path / "in" / name).write_bytes(content)
+    (tmp_path / "in" / "sub" / "c.json").write_text('[{"text": "数组"}]', encoding="gb18030")
+    (tmp_path / "in" / "sub" / "notes.md").touch()
+    parquet.write_table(pyarrow.table({"text": [f"第{i}行" for i in range(100)]}), tmp_path / "in" / "sub" / "d.parquet")
+    (tmp_path / "in" / "a.zip").rename(tmp_path / "in" / "A.ZIP")
+    flags = ["--input", str(tmp_path / "in"), "--encoding", "GBK", "--seq_len", "16", "--keep_going"]
+    flags += ["--tokenizer", str(dataset_folder / "tokenizer")]
+    main(parse_args([*flags, "--output", str(tmp_path / "local"), "--num_workers", "1"]))
+    main(parse_args([*flags, "--output", str(tmp_path / "beam"), "--runner", "DirectRunner", "--direct_num_workers", "1"]))
+    assert_equal_datasets(tmp_path / "beam", tmp_path / "local")
+    assert json.loads((tmp_path / "beam" / "stats.json").read_text())["documents"] > 100

@@ -16,7 +16,7 @@ from hypothesis import given, strategies as st
 from pyarrow import parquet
 
 from mateconv_jax.data.text import archives, encodings, json_array, sources
-from mateconv_jax.data.text.sources import ChunkSizes
+from mateconv_jax.data.text.sources import ChunkSizes, Reader
 from mateconv_jax.errors import UserError
 
 TEXTS = [f"第 {i} 篇文章说的是春天。" for i in range(100)]
@@ -29,7 +29,7 @@ COMPRESS = {
 def read(path, sizes=ChunkSizes(), **options):
     """{name: [(line, record)]} and [(name, line, rule)] of an input."""
     found, rejects = {}, []
-    for chunk in sources.chunks(sources.find([str(path)]), 0, sizes, **options):
+    for chunk in sources.chunks(sources.find([str(path)]), 0, sizes, Reader(**options)):
         for part in chunk.parts:
             name = part.source.name.removeprefix(str(path)).removeprefix(":")
             found.setdefault(name, []).extend(part.records)

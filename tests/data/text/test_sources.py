@@ -13,12 +13,12 @@ import pytest
 import tensorflow_datasets as tfds
 import zstandard
 from array_record.python.array_record_module import ArrayRecordReader
-from hypothesis import given, strategies as st
+from hypothesis import assume, given, strategies as st
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from mateconv_jax.data.text import sources
 from mateconv_jax.data.text.compression import decompressed
-from mateconv_jax.data.text.sources import ChunkSizes
+from mateconv_jax.data.text.sources import ChunkSizes, Reader
 from mateconv_jax.errors import UserError
 
 COMPRESS = {
@@ -31,7 +31,7 @@ COMPRESS = {
 
 def chunks(path, sizes=ChunkSizes(), **options):
     """The parts that chunks of one file have."""
-    found = list(sources.chunks(sources.find([str(path)]), 0, sizes, **options))
+    found = list(sources.chunks(sources.find([str(path)]), 0, sizes, Reader(**options)))
     assert [chunk.name for chunk in found] == [f"0000000-{part:06d}" for part in range(len(found))]
     return [part for chunk in found for part in chunk.parts]
 
@@ -52,7 +52,10 @@ def rejects(path, sizes=ChunkSizes(), **options):
 )
 def test_chunks_hold_every_line_once_and_do_not_depend_on_how_the_file_is_read(tmp_path_factory, lines, size, block, ends):
     path = tmp_path_factory.mktemp("chunks") / "a.jsonl"
-    path.write_bytes(b"\n".join(lines) + (b"\n" if ends else b""))
+    path.write_bytes(data := b"\n".join(lines) + (b"\n" if ends else b""))
+    assume(
+        data.lstrip(b"\xef\xbb\xbf\n \t\r\v\f")[:1] != b"[" and data[:2] not in (b"\xff\xfe", b"\xfe\xff")
+    )  # see test_formats.py
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "READ_BYTES", block)
         by_block = chunks(path, ChunkSizes(size))
