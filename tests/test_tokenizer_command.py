@@ -267,11 +267,12 @@ def test_what_does_not_go_with_dialogues(arguments, message, capsys):
 
 
 @pytest.mark.parametrize(
-    "file, message", [("none.jsonl", "--dialogue: no file at 'none.jsonl'"), (__file__, None), ("x.bin", "holds no dialogues")]
+    "file, message", [("none.jsonl", "--dialogue: no file at 'none.jsonl'"), ("x.jsonl", None), ("x.bin", "holds no dialogues")]
 )
 def test_a_file_without_dialogues(folder, tmp_path, capsys, monkeypatch, file, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.bin").write_bytes(b"12")
+    (tmp_path / "x.jsonl").write_text("no JSON\nnor this\n")
     if message is None:  # each of its lines is an error
         code, shown, errors = inspected(capsys, folder, file)
         assert code == 2 and shown == [] and errors[0].startswith(f"error: {file}:1: not JSON")
