@@ -13,14 +13,14 @@ def get_config():
 
     config.training.out_dir = "runs/demo_chat"
     config.training.init_from = "runs/demo"
-    config.training.max_steps = 80
+    config.training.max_steps = 150
     config.training.batch_size = 16
-    config.training.learning_rate = 5e-4
-    config.training.min_lr = 5e-5
+    config.training.learning_rate = 1e-3
+    config.training.min_lr = 1e-4
     config.training.weight_decay = 0.0
-    config.training.eval_interval = 40
-    config.training.save_interval = 40
-    config.training.samples_interval = 40
+    config.training.eval_interval = 50
+    config.training.save_interval = 50
+    config.training.samples_interval = 50
     config.training.sample_prompts = ("法国的首都是哪里？", "熊猫最爱吃什么？")
     config.training.sample_chat = True
     return config

@@ -11,7 +11,7 @@ def get_config():
     config.training.out_dir = "out_sft"
     config.training.epochs = 3
     config.training.batch_size = 32
-    config.training.learning_rate = 2e-5  # MateConv's; a model of a few million parameters learns at 10 to 50 times that
+    config.training.learning_rate = 2e-5  # MateConv's; the quickstart's 1.4 M parameters take 1e-3
     config.training.min_lr = 2e-6
     config.training.warmup_ratio = 0.03
     config.training.weight_decay = 0.0

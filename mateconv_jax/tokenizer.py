@@ -107,8 +107,8 @@ def _check_not_broken(chunk: sources_lib.Chunk) -> sources_lib.Chunk:
         for line, rule, reason in part.rejects:
             if rule == "broken_file":
                 raise UserError(
-                    f"--input: {part.source.name!r} could not be read beyond line {line}: {reason}. Mend it or leave it out "
-                    "(--keep_going uses what can be read)"
+                    f"--input: {part.source.name!r} could not be read beyond line {line}: {reason}. Fix it or leave it out "
+                    "(--keep_going uses what is readable)"
                 )
     return chunk
 

@@ -38,7 +38,11 @@ def commands(page):
 
 # What the quickstart does, as it stands in the script.
 QUICKSTART = re.findall(r'"\$PYTHON" -m (mateconv_jax\..*?)(?:; fi)?$', (ROOT / "launch/quickstart.sh").read_text(), re.M)
-QUICKSTART = [f"python -m {line}" for line in sorted(QUICKSTART, key=lambda line: "sample" in line) if "$prompt" not in line]
+QUICKSTART = [
+    f"python -m {line}"
+    for line in sorted(QUICKSTART, key=lambda line: "sample" in line or "evaluate" in line)
+    if "$prompt" not in line
+]
 COMMANDS = list(dict.fromkeys([*QUICKSTART, *(command for page, _ in PAGES for command in commands(page))]))
 
 # Appended to commands in which the part occurs, to make them short; the last mention of an option counts.

@@ -324,8 +324,6 @@ def test_a_reader_that_has_seen_enough_is_no_error(run, tmp_path):
         assert process.stderr.read() == b""
 
 
-# Fails beside other work (2 of 3 full runs; alone it passes): the saved answer is not what the terminal showed. Not understood.
-@pytest.mark.slow
 def test_a_dialogue_on_a_terminal(run, tmp_path):
     """Ctrl-C while it answers, Ctrl-C and Ctrl-D at the prompt, and nothing on the terminal that is not ours."""
     terminal, program = pty.openpty()
@@ -352,8 +350,8 @@ def test_a_dialogue_on_a_terminal(run, tmp_path):
         at = wait_for("你：", at)
         assert "Warning" not in shown and "WARNING" not in shown and "\x1b[6n" not in shown and shown.count("\n") <= 5
         os.write(terminal, "小明\r".encode())
-        at = wait_for("助手：", at)
-        while len(shown) < at + 20:  # it answers
+        begin = at = wait_for("助手：", at)
+        while len(shown) < at + 20:  # it answers; what is not read yet when Ctrl-C comes, the terminal discards
             shown += decode(os.read(terminal, 65536))
         os.write(terminal, b"\x03")
         at = wait_for("（已停止）", at)
@@ -371,4 +369,5 @@ def test_a_dialogue_on_a_terminal(run, tmp_path):
         process.wait()
         os.close(terminal)
     _, answer = json.loads((tmp_path / "dialogue.json").read_text())
-    assert answer["role"] == "assistant" and 0 < len(answer["content"]) and answer["content"][:3] in shown
+    on_screen = answer["content"].replace("\n", "\r\n")  # as a terminal writes it
+    assert answer["role"] == "assistant" and on_screen[:20] == shown[begin : begin + 20]

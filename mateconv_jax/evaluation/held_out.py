@@ -205,7 +205,7 @@ def _prepare(data: list[str], folder: Path, tokenizer: PreTrainedTokenizerFast, 
         return figures["rejects"]
     except UserError as error:
         # The messages name the flags of `prepare` and end with how to resume it, which does not apply to a temporary folder.
-        message = str(error).split(" (what was finished")[0].removesuffix(" (--keep_going uses what can be read)")
+        message = str(error).split(" (finished chunks")[0].removesuffix(" (--keep_going uses what is readable)")
         raise UserError(message.replace("--input:", "--data:").replace("--output:", "--data:")) from error
 
 

@@ -14,14 +14,10 @@ ROOT = Path(__file__).parents[2]
 # Pairs of rows, of which one is to become likelier than the other by a margin; noise from the rows' keys.
 CODE = """
 import json, jax, jax.numpy as jnp, numpy as np
-from flax import nnx
 from mateconv_jax import config as config_lib
 from mateconv_jax.losses.loss_output import LossOutput
-from mateconv_jax.model.config import ModelConfig
-from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.runtime import sharding
-from mateconv_jax.training import optimizer, train_state
-from mateconv_jax.training.step import make_eval_step, make_train_step
+from mateconv_jax.training import setup
 
 def toy_loss(model, batch, key_B):
     def score_B(tokens_BS):
@@ -44,22 +40,18 @@ for devices, fsdp in [(1, 1), (8, 1), (8, 4)]:
     config.mesh.fsdp = fsdp
     config.model.update(dict(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=64, max_seq_len=16))
     config.data.seq_len = 16
-    config.training.update(dict(accumulation_steps=2, learning_rate=0.3, warmup_steps=0, use_ema=True, optimizer_type="adafactor"))
+    config.training.update(dict(batch_size=8, accumulation_steps=2, learning_rate=0.3, warmup_steps=0, use_ema=True))
+    config.training.update(dict(optimizer_type="adafactor", dtype="float32", seed=0))
     config = config_lib.resolve(config)
-    c = ModelConfig.make(config.model, "float32")
-    tx = optimizer.make_optimizer(config.training, c)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, jax.devices()[:devices])
-    init = lambda: train_state.init(c, tx, 0, True)
-    abstract = sharding.with_shardings(mesh, jax.eval_shape(init))
-    state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
-    graph = abstract_model(c)[0]
-    step = make_train_step(graph, toy_loss, tx, optimizer.make_schedule(config.training, 4), config.training, abstract)
+    programs = setup.build(config, setup.model_config(config), mesh, len(batches), toy_loss)
+    state = programs.fresh_state()
     figures = []
     for batch in batches:
-        state, metrics = step(state, sharding.to_devices(batch, mesh, rows_axis=1))
+        state, metrics = programs.train_step(state, sharding.to_devices(batch, mesh, rows_axis=1))
         figures += [float(metrics["train/loss"]), float(metrics["train/accuracy"]), *metrics["leaf_norms"].tolist()]
     rows = sharding.to_devices({name: values[0] for name, values in batches[0].items()}, mesh)
-    figures += map(float, make_eval_step(graph, toy_loss)(state.params, rows))
+    figures += map(float, programs.eval_step(state.params, rows))
     split = [p.addressable_shards[0].data.size < p.size for p in jax.tree.leaves(state.params)]
     whole = np.concatenate([np.ravel(p) for p in jax.tree.leaves(jax.device_get(state.params))])
     print(json.dumps([sum(split), figures, whole.tolist()]))

@@ -14,14 +14,10 @@ ROOT = Path(__file__).parents[2]
 
 # The first update of a small model, by devices, FSDP and dtype of the sums: loss, gradient norm, norms by leaf.
 CODE = """
-import json, jax, jax.numpy as jnp, numpy as np
+import json, jax, numpy as np
 from mateconv_jax import config as config_lib
 from mateconv_jax.runtime import sharding
-from mateconv_jax.model.config import ModelConfig
-from mateconv_jax.model.transformer import abstract_model
-from mateconv_jax.training import gradient_sums, optimizer, train_state
-from mateconv_jax.training.step import make_train_step
-from mateconv_jax.losses.next_token import next_token_loss
+from mateconv_jax.training import gradient_sums, setup
 gradient_sums.BUCKET_BYTES = 100_000  # several of them
 tokens = np.random.default_rng(0).integers(0, 256, (2, 8, 33), np.uint16)
 lengths = np.full((2, 8), 33, np.int32); lengths[0, 0] = 5; lengths[1, 7] = 0
@@ -30,16 +26,12 @@ for devices, fsdp, dtype in [(1, 1, "float32"), (4, 1, "float32"), (4, 1, "bfloa
     config.mesh.fsdp = fsdp
     config.model.update(dict(dim=128, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=256, max_seq_len=32))
     config.data.seq_len = 32
-    config.training.update(dict(grad_allreduce_dtype=dtype, accumulation_steps=2))
+    config.training.update(dict(batch_size=8, accumulation_steps=2, grad_allreduce_dtype=dtype, dtype="float32"))
+    config.training.update(dict(learning_rate=1e-3, warmup_steps=0, lr_scheduler="constant"))
     config = config_lib.resolve(config)
-    c = ModelConfig.make(config.model, "float32")
-    tx = optimizer.make_optimizer(config.training, c)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, jax.devices()[:devices])
-    init = lambda: train_state.init(c, tx, 0, True)
-    abstract = sharding.with_shardings(mesh, jax.eval_shape(init))
-    state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
-    step = make_train_step(abstract_model(c)[0], next_token_loss, tx, lambda step: 1e-3, config.training, abstract_state=abstract)
-    _, metrics = step(state, sharding.to_devices({"tokens": tokens, "length": lengths}, mesh, rows_axis=1))
+    programs = setup.build(config, setup.model_config(config), mesh, total_steps=1)
+    _, metrics = programs.train_step(programs.fresh_state(), sharding.to_devices({"tokens": tokens, "length": lengths}, mesh, rows_axis=1))
     print(json.dumps([float(metrics["train/loss"]), float(metrics["update_to_weight"]), *metrics["leaf_norms"].tolist()]))
 """
 

@@ -1,10 +1,10 @@
-"""Finished chunks become a dataset folder.
+"""Assemble finished chunks into a dataset folder.
 
 mateconv-train.array_record-00000-of-00004 …    see data/shards.py
 dataset_info.json, features.json, metadata.json  `tfds.builder_from_directory` opens the folder
 tokenizer/
 stats.json, stats.png                            see data/build/statistics.py
-rejected.jsonl                                   what was left out: file, line, rule, reason
+rejected.jsonl                                   rejected records: file, line, rule, reason
 """
 
 import dataclasses
@@ -43,23 +43,23 @@ def assemble(
     seconds: float,
     also_bin: bool,
 ) -> dict:
-    """Put the folders of finished chunks together as a dataset folder. The chunks' own folders stay as they are.
+    """Assemble a dataset folder from the folders of finished chunks, which are left unchanged.
 
     Args:
       chunks: folders that ChunkWriter wrote, in order.
-      folder: a new one.
-      tokenizer_folder: the tokenizer that made the chunks; it is copied as it is.
+      folder: must not exist yet.
+      tokenizer_folder: the tokenizer that the chunks were made with; copied unchanged.
       options, input_digest: what the dataset was made from, see build/identity.py.
-      seconds: that the work took, for stats.json.
-      also_bin: write each split as a flat uint16 stream too, SPLIT.bin.
+      seconds: how long the work took, for stats.json.
+      also_bin: also write each split as a flat uint16 stream, SPLIT.bin.
 
     Returns:
       The summary, as in stats.json.
 
     Raises:
-      UserError: no chunk has a document.
+      UserError: no chunk has a training document.
     """
-    from mateconv_jax.data.build.statistics_plot import write_plot  # matplotlib, 1 s: not for those who only read a dataset
+    from mateconv_jax.data.build.statistics_plot import write_plot  # imports matplotlib, 1 s
 
     folder.mkdir(parents=True)
     tokenizer = tokenizer_lib.load(tokenizer_folder, "--tokenizer")
@@ -89,19 +89,19 @@ def assemble(
         split_infos=split_infos,
         description=DESCRIPTION,
         metadata=tfds.core.MetadataDict(metadata),
-        check_data=False,  # TFDS' check reads with TensorFlow, which has no ArrayRecord
+        check_data=False,  # TFDS would read with TensorFlow, which lacks ArrayRecord
     )
     return figures
 
 
-Shards = dict[str, list[tuple[Path, dict]]]  # split: each shard and its counts, see chunk_writer.py
+Shards = dict[str, list[tuple[Path, dict]]]  # {split: [(shard, its counts)]}, see chunk_writer.py
 
 
 def _gather(chunks: list[Path], folder: Path, vocab_size: int) -> tuple[Statistics, Shards]:
-    """What all chunks have: their statistics together and their shards; their rejects go to rejected.jsonl.
+    """Merge the chunks' statistics, collect their shards, and concatenate their rejects into rejected.jsonl.
 
     Raises:
-      UserError: no chunk has a document.
+      UserError: no chunk has a training document.
     """
     statistics = Statistics(vocab_size)
     shards: Shards = {split: [] for split in SPLITS}
@@ -121,7 +121,7 @@ def _gather(chunks: list[Path], folder: Path, vocab_size: int) -> tuple[Statisti
 
 
 def _place_split(folder: Path, split: str, shards: list[tuple[Path, dict]], format: RowFormat) -> tfds.core.SplitInfo:
-    """The shards under the names that TFDS gives them, all in the same format: where any rows say what is learned, all do."""
+    """Link the shards under TFDS's names. If any shard has the field `learned`, those without it are rewritten with it."""
     template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=NAME, split=split, filetype_suffix="array_record")
     n_bytes = 0
     for index, (path, counts) in enumerate(shards):
@@ -142,7 +142,7 @@ def _place_split(folder: Path, split: str, shards: list[tuple[Path, dict]], form
 
 def _read(path: Path, format: RowFormat) -> Batch:
     """All rows of a shard."""
-    shard = ShardRows([path], format, document_starts=(0, 0))  # they are recorded: the ids do not matter
+    shard = ShardRows([path], format, document_starts=(0, 0))  # shards record the starts, so the ids are unused
     return shard.read(np.arange(len(shard)))
 
 
@@ -152,11 +152,11 @@ def _write_bins(folder: Path, shards: Shards, format: RowFormat) -> None:
     for split, found in shards.items():
         if found:
             with (folder / f"{split}.bin").open("wb") as file:
-                for path, counts in found:  # opened one at a time: there may be more than files may be open
+                for path, counts in found:  # one at a time: there may be more shards than the limit of open files
                     _write_stream(file, _read(path, dataclasses.replace(format, learned=counts["learned"])), counts)
 
 
 def _write_stream(file: BinaryIO, rows: Batch, counts: dict) -> None:
-    """The shard's tokens: a row of a text lacks the one that it shares with the row before."""
+    """Append the shard's tokens. A text row omits its first token, which is the last one of the row before."""
     for i, (tokens, length) in enumerate(zip(rows["tokens"], rows["length"], strict=True)):
         file.write(tokens[0 < i < counts["streamed_rows"] : length].tobytes())

@@ -1,10 +1,10 @@
-"""The chunks of `prepare` as an Apache Beam pipeline, on whatever runner Beam has; the dataset is byte for byte the same.
+"""The chunks of `prepare` on Apache Beam, with any runner. The dataset is byte for byte the same.
 
     sources → chunks → cleaned chunks ─┬────────────────────────────────→ join → tokenise, write
                                        └→ keys → positions of duplicates ─┘
 
-Files go through Beam's file systems, so that inputs and the work folder may be gs://, s3:// or hdfs:// where the runner's
-workers see no common disk.
+Files go through Beam's file systems. Inputs and the work folder may be gs://, s3:// or hdfs:// paths, for runners whose workers
+share no disk.
 """
 
 import dataclasses
@@ -30,19 +30,25 @@ from mateconv_jax.data.text import duplicates, sources as sources_lib
 from mateconv_jax.data.text.sources import Chunk, Source
 from mateconv_jax.errors import UserError
 
-CHUNK_FILES = (*SPLITS, "statistics.npz", "keys.npy", "rejected.jsonl", "chunk.json")  # the last one seals
+CHUNK_FILES = (
+    *SPLITS,
+    "statistics.npz",
+    "keys.npy",
+    "rejected.jsonl",
+    "chunk.json",
+)  # the last one marks a finished chunk
 
 
 def run_chunks(
     sources: list[Source], setup: WorkerSetup, identity: str, beam_flags: list[str], work_folder: str | None
 ) -> list[str]:
-    """Make the folders of all chunks in setup.chunks_folder; their names, in order.
+    """Make the folders of all chunks in setup.chunks_folder, and return their names in order.
 
     Args:
-      identity: of the inputs, tokenizer and options. Chunks go to a folder of that name in work_folder, so that a run finds its
-        own chunks again and never another's.
-      beam_flags: Beam's own options, `--runner=…` and what the runner takes.
-      work_folder: where workers put chunks before they are fetched; None: beside setup.chunks_folder.
+      identity: hash of the inputs, tokenizer and options. Chunks go to a folder of that name in work_folder, so a run only ever
+        reuses its own.
+      beam_flags: Beam's own options: `--runner=…` and the runner's.
+      work_folder: where workers store chunks before they are fetched; None: beside setup.chunks_folder.
     """
     work_folder = f"{work_folder or setup.chunks_folder.with_name('beam')}/{identity}"
     tokenizer = {path.name: path.read_bytes() for path in setup.tokenizer_folder.iterdir()}
@@ -67,7 +73,7 @@ def run_chunks(
 
 
 def files(pattern: str) -> list[tuple[str, int, int | None]]:
-    """As sources.local_files, on any of Beam's file systems."""
+    """Like sources.local_files, on any of Beam's file systems."""
     found = [(match.path, match.size_in_bytes, _modified(match)) for match in FileSystems.match([pattern])[0].metadata_list]
     if not found:
         raise UserError(f"--input: no file at {pattern!r} (expected .jsonl, .txt or .bin files, or a glob)")
@@ -75,14 +81,14 @@ def files(pattern: str) -> list[tuple[str, int, int | None]]:
 
 
 def _modified(match: FileMetadata) -> int | None:
-    """Nanoseconds, to the digit as sources.local_files has it where that can see the file."""
+    """Modification time in nanoseconds; equal to that of sources.local_files for a local file."""
     if os.path.exists(match.path):
         return os.stat(match.path).st_mtime_ns
     return int(1e9 * match.last_updated_in_seconds) or None
 
 
 def open_file(path: str):
-    return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)  # sources.py decompresses itself
+    return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)  # sources.py decompresses
 
 
 def _chunks(numbered: tuple[int, list[Source]], setup: WorkerSetup) -> Iterator[Chunk]:
@@ -96,13 +102,13 @@ def _clean(chunk: Chunk, setup: WorkerSetup) -> tuple[str, tuple[bytes, str, np.
     return chunk.name, (pickle.dumps(cleaned), cleaned.digest, cleaned.keys)
 
 
-Position = tuple[str, int]  # chunk, document: in the order of the input
+Position = tuple[str, int]  # (chunk, document), ordered as in the input
 
 
 def _keys(cleaned: tuple[str, tuple[bytes, str, np.ndarray]], dedup: str) -> Iterator[tuple[tuple[bool, int], Position]]:
     name, (_, _, keys_NK) = cleaned
     if dedup != "none":
-        for document, keys in enumerate(keys_NK.view(np.int64).tolist()):  # Beam knows no unsigned integers
+        for document, keys in enumerate(keys_NK.view(np.int64).tolist()):  # Beam has no unsigned integers
             for column, key in enumerate(keys):
                 yield (column == 0, key), (name, document)
 
@@ -116,7 +122,7 @@ def _all_but_the_first(group: tuple[tuple[bool, int], Iterable[Position]]) -> It
 
 
 class _Write(beam.DoFn):
-    """Tokenise and write a chunk on this worker's disk, and copy it to the work folder."""
+    """Tokenise and write a chunk on the worker's disk, then copy it to the work folder."""
 
     def __init__(self, setup: WorkerSetup, tokenizer: dict[str, bytes], work_folder: str):
         self._setup = setup
@@ -156,7 +162,7 @@ class _Write(beam.DoFn):
 
 
 def _is_there(target: str, digest: str) -> bool:
-    """Whether a chunk was finished before, of the same input."""
+    """Whether an earlier run finished this chunk, from the same input."""
     if not FileSystems.exists(f"{target}/chunk.json"):
         return False
     with open_file(f"{target}/chunk.json") as file:

@@ -1,4 +1,4 @@
-"""The first half of a chunk's work: parse and clean its documents. Local processes and Beam call the same function."""
+"""First half of a chunk's processing: parse and clean its documents. Shared by local processes and Beam."""
 
 import dataclasses
 from collections import Counter
@@ -15,25 +15,25 @@ from mateconv_jax.data.text.jsonl import Document, parse_line, parse_text
 from mateconv_jax.data.text.rejected import Rejected
 from mateconv_jax.data.text.sources import Chunk
 
-# Rules for records that could not be read as what they were taken for; the others are choices (cleaning, duplicates).
+# Rules for records that could not be parsed as their format; the other rules are choices (cleaning, duplicates).
 UNREADABLE = {
     "broken_file", "line_too_long", "invalid_utf8", "invalid_json", "lone_surrogate", "not_an_object", "no_text",
     "no_such_token", "chat_template", "bad_row", "bad_history", "unknown_role", "unsupported_field", "unsupported_part",
     "role_not_in_template", "field_not_in_template", "learned_unclear", "control_token", "nothing_to_learn",
 }  # fmt: skip
-LIKELY_BYTES = 1 << 12  # of a record that is not UTF-8, to tell what it is
-REFUSED = 255  # among the codes of duplicates: the chat template cannot write it, or a shard of it would have no target
+LIKELY_BYTES = 1 << 12  # of a record that is not UTF-8, to guess its encoding
+REFUSED = 255  # a code beside those of duplicates.py: refused by the chat template, or a shard of one token
 
 
 @dataclasses.dataclass
 class InputCounts:
-    """What became of one input's records in one chunk.
+    """Counts of one input's records in one chunk.
 
     Attributes:
-      first: "line: reason" of the first that was unreadable.
+      first: "line: reason" of the first unreadable record.
       broken: the file could not be read to its end.
-      head: the first bytes of the first unreadable record, to tell what the file is, as text.
-      encoding: what that record seems to be in, if it is not UTF-8.
+      head: the first bytes of that record as Latin-1, to recognise the file's real format.
+      encoding: the likely encoding of that record if it is not UTF-8.
     """
 
     path: str
@@ -57,14 +57,14 @@ class InputCounts:
 
 @dataclasses.dataclass
 class CleanChunk:
-    """What `read_chunk` found: n documents that passed every rule but duplicates.
+    """A parsed and cleaned chunk: n documents that passed every rule except deduplication.
 
     Attributes:
-      documents: pieces of each; an array is token ids already.
+      documents: the pieces of each; arrays are token ids.
       places: (input, line) of each.
-      keys: (n, k) uint64.
+      keys: (n, k) uint64, for deduplication.
       rejects: (input, line, rule, reason).
-      inputs: the chunk's, in order; an input above is an index into this.
+      inputs: in order; `input` above is an index into this list.
     """
 
     name: str
@@ -78,7 +78,7 @@ class CleanChunk:
 
 
 def digest(chunk: Chunk) -> str:
-    """Of the chunk's input."""
+    """Hash of the chunk's input."""
     hasher = blake2b(digest_size=16)
     for part in chunk.parts:
         for line, record in part.records:
@@ -112,7 +112,7 @@ def read_chunk(chunk: Chunk, options: PrepareOptions, special_tokens: tuple[str,
                         result.statistics.ignored_fields.update(dropped)
                     pieces, key, changed, text = _document_of(parsed, cleaner, options)
                     result.statistics.control_tokens_as_text += any(token in text for token in special_tokens)
-                    if changed or len(pieces) > 1:  # Counter.update takes a tenth of a short text's time
+                    if changed or len(pieces) > 1:  # Counter.update would take a tenth of the time of a short text
                         cleaned.update(changed, split=len(pieces) > 1)
             except Rejected as error:
                 result.rejects.append((i, line, error.rule, str(error)))
@@ -130,7 +130,7 @@ def read_chunk(chunk: Chunk, options: PrepareOptions, special_tokens: tuple[str,
 
 
 def _token_ids_of(record: bytes, vocab_size: int) -> tuple[Sequence[np.ndarray], list[int]]:
-    """A document of a .bin file, and its key."""
+    """A document of a .bin file as its only piece, and its key."""
     ids = np.frombuffer(record, np.uint16)
     if ids.max() >= vocab_size:
         raise Rejected("no_such_token", f"token id {ids.max()} (the vocabulary has {vocab_size})")
@@ -146,7 +146,7 @@ def _parse(record: bytes, format: str, options: PrepareOptions) -> tuple[Documen
 def _document_of(
     parsed: Document, cleaner: Cleaner, options: PrepareOptions
 ) -> tuple[Sequence[Document], list[int], set[str], str]:
-    """A document's pieces, its keys, the rules that changed it, and its text."""
+    """(pieces, keys, rules that changed the document, its text)."""
     document, changed = cleaner.clean(parsed)
     text = duplicates.document_text(document)
     key = [duplicates.document_key(document)]
@@ -156,7 +156,7 @@ def _document_of(
 
 
 def rejects_of(chunk: CleanChunk, codes: np.ndarray) -> list[dict]:
-    """{"file", "line", "rule", "reason"} of what a chunk left out, in order. `codes` (n,) as for `write_chunk`."""
+    """{"file", "line", "rule", "reason"} of a chunk's rejects and duplicates, in order. `codes` (n,): see `write_chunk`."""
     names = {duplicates.DUPLICATE: "duplicate", duplicates.NEAR_DUPLICATE: "near_duplicate"}
     copies = [
         (*place, names[code], "as an earlier document")

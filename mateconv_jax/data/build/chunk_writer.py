@@ -1,12 +1,12 @@
-"""The second half of a chunk's work: tokenise, pack and write the documents that are no duplicates of earlier ones.
+"""Second half of a chunk's processing: tokenise, pack and write the documents that are not duplicates.
 
 A finished chunk is a folder:
 
-    train, validation    shards, where there are such documents
+    train, validation    shards; absent if the chunk has no such documents
     statistics.npz       see data/build/statistics.py
-    keys.npy             (documents, keys) uint64, what later chunks' duplicates are found by
+    keys.npy             (documents, keys) uint64, to find duplicates in later chunks
     rejected.jsonl       {"file", "line", "rule", "reason"}
-    chunk.json           {"digest": of the input, "splits": {split: {"rows", "streamed_rows", "bytes", "learned"}},
+    chunk.json           {"digest": hash of the input, "splits": {split: {"rows", "streamed_rows", "bytes", "learned"}},
                          "inputs": see InputCounts}
 """
 
@@ -32,13 +32,13 @@ from mateconv_jax.data.text import duplicates
 from mateconv_jax.data.text.dialogue import texts as texts_of
 from mateconv_jax.data.text.rejected import Rejected
 
-ENCODE_CHARACTERS = 50_000  # of text given to the tokenizer at once: 4 times as much was 10 % slower and took more memory
+ENCODE_CHARACTERS = 50_000  # per call of the tokenizer: 4 times as many were 10 % slower and took more memory
 
-Piece = str | np.ndarray | RowDialogue  # of a document: text, token ids of a .bin file, or a dialogue's tokens
+Piece = str | np.ndarray | RowDialogue  # of a document: text, token ids from a .bin file, or an encoded dialogue
 
 
 class ChunkWriter:
-    """Tokenises, packs and writes chunks. One in each worker: it holds the tokenizer."""
+    """Tokenises, packs and writes chunks. Each worker has one, because it holds the tokenizer."""
 
     def __init__(
         self, folder: Path, options: PrepareOptions, tokenizer_folder: Path, bos_eos: tuple[int, int], vocab_size: int
@@ -48,17 +48,17 @@ class ChunkWriter:
         self.bos_token_id, self.eos_token_id = bos_eos
         self._vocab_size = vocab_size
         self._tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
-        self._tokenizer.encode_special_tokens = True  # a literal `</s>` in a text is five ordinary characters
+        self._tokenizer.encode_special_tokens = True  # a literal `</s>` in a text is encoded as ordinary characters
         self._dialogues = RowDialogues(tokenizer_folder, options)
 
     def write_chunk(self, chunk: CleanChunk, codes: np.ndarray) -> list[InputCounts]:
-        """Write the chunk's folder aside and rename it. A worker that was killed leaves nothing but what lies aside.
+        """Write the chunk's folder aside and rename it, so that a killed worker leaves no half-written chunk.
 
         Args:
           codes: (n,) KEPT, DUPLICATE or NEAR_DUPLICATE for each document.
 
         Returns:
-          The chunk's inputs, with those counted that only tokenising finds out to be unusable.
+          The counts of the chunk's inputs, now including records that failed in tokenisation.
         """
         with files.aside(self.folder / chunk.name, folder=True) as written:
             self._write_files(written, chunk, codes.copy())
@@ -69,7 +69,7 @@ class ChunkWriter:
 
     def _write_files(self, folder: Path, chunk: CleanChunk, codes: np.ndarray) -> None:
         dialogues = self._encode_dialogues(chunk, codes)
-        # The same key decides for every piece of a document, and for every copy of it in any input.
+        # The split depends on the key alone: all pieces of a document, and its copies in any input, go to the same split.
         is_validation = chunk.keys[:, 0] < int(self.options.val_fraction * 2**64)
         splits = {}
         for split in SPLITS:
@@ -83,13 +83,13 @@ class ChunkWriter:
         (folder / "rejected.jsonl").write_text(
             "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects),
             encoding="utf-8",
-            errors="backslashreplace",  # a file's name may be no text
+            errors="backslashreplace",  # a file name may not be valid UTF-8
         )
         inputs = [dataclasses.asdict(counts) for counts in chunk.inputs]
         (folder / "chunk.json").write_text(json.dumps({"digest": chunk.digest, "splits": splits, "inputs": inputs}))
 
     def _encode_dialogues(self, chunk: CleanChunk, codes: np.ndarray) -> dict[int, RowDialogue]:
-        """{document: its tokens} of the dialogues that are kept. Those that cannot be written become rejects."""
+        """{document: tokens} of the dialogues to keep. Dialogues that cannot be encoded become rejects."""
         found = {}
         for i in np.flatnonzero(codes == duplicates.KEPT).tolist():
             if isinstance(dialogue := chunk.documents[i][0], Dialogue):
@@ -110,7 +110,7 @@ class ChunkWriter:
     def _write_split(
         self, path: Path, split: str, chunk: CleanChunk, codes: np.ndarray, chosen: list[int], encoded: dict[int, RowDialogue]
     ) -> dict | None:
-        """Write the chosen documents' rows: first texts, cut where a row ends, then whole dialogues. None if there are none."""
+        """Write the chosen documents' rows: first texts, cut at row ends, then whole dialogues. None if there are none."""
         whole = [i for i in chosen if i in encoded] if self.options.learn != "everything" else []
         streamed = [i for i in chosen if i not in encoded or self.options.learn == "everything"]
         pieces: list[Piece] = []
@@ -139,7 +139,7 @@ class ChunkWriter:
 
     def _stream(self, pieces: list[Piece], ids: list[np.ndarray], dtype: np.dtype) -> dict[str, np.ndarray]:
         tokens = np.concatenate(ids).astype(dtype, copy=False)
-        if any(isinstance(piece, np.ndarray) for piece in pieces):  # parts of a .bin file's stream, which may be turns
+        if any(isinstance(piece, np.ndarray) for piece in pieces):  # from a .bin file, where a piece may be a single turn
             starts = starts_after_end(tokens[None], self.bos_token_id, self.eos_token_id)[0]
             starts[0] = True
         else:
@@ -148,13 +148,13 @@ class ChunkWriter:
         return {"tokens": tokens, "document_starts": starts}
 
     def _token_ids(self, pieces: list[Piece]) -> Iterator[np.ndarray]:
-        """A text becomes `<s>` text `</s>`; the chat template has brought a dialogue its own control tokens."""
+        """Token ids of each piece. Texts get `<s>` and `</s>`; dialogues have their control tokens from the chat template."""
         for batch in _batches(pieces):
             texts = [piece for piece in batch if isinstance(piece, str)]
             encodings = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
             for piece in batch:
                 if isinstance(piece, str):
-                    # array.array takes a list at 12 ns a number, np.array at 40.
+                    # array.array converts a list at 12 ns per number, np.array at 40.
                     ids = [self.bos_token_id, *next(encodings).ids, self.eos_token_id]
                     yield np.frombuffer(array.array("I", ids), np.uint32)
                 else:

@@ -1,4 +1,4 @@
-"""A dialogue's tokens, at most as many as a row has."""
+"""Encode dialogues into at most one row each."""
 
 import dataclasses
 from pathlib import Path
@@ -13,7 +13,13 @@ from mateconv_jax.errors import UserError
 
 
 class RowDialogue(NamedTuple):
-    """ids (n,) uint32; learned (n,) bool, which of them are learned as targets; n_dropped: oldest turns that were left out."""
+    """A dialogue's tokens.
+
+    Attributes:
+      ids: (n,) uint32.
+      learned: (n,) bool, which tokens contribute to the loss as targets.
+      n_dropped: number of oldest turns left out.
+    """
 
     ids: np.ndarray
     learned: np.ndarray
@@ -21,7 +27,7 @@ class RowDialogue(NamedTuple):
 
 
 class RowDialogues:
-    """Encodes dialogues with the tokenizer of a folder, which is loaded with the first (transformers' import takes 2 s)."""
+    """Encodes dialogues. The tokenizer is loaded with the first dialogue, because importing transformers takes 2 s."""
 
     def __init__(self, tokenizer_folder: Path, options: PrepareOptions):
         self._tokenizer_folder = tokenizer_folder
@@ -29,11 +35,11 @@ class RowDialogues:
         self._encoder = None
 
     def encode(self, dialogue: Dialogue) -> RowDialogue:
-        """The dialogue's tokens. One that is longer than a row loses its oldest turns, unless options.too_long_dialogue is
-        "drop"; with options.learn "everything" it is cut like a text instead.
+        """The dialogue's tokens. A dialogue longer than a row loses its oldest turns, or is rejected if too_long_dialogue is
+        "drop". With options.learn "everything" it keeps its length and is cut like a text later.
 
         Raises:
-          Rejected: the chat template refuses it, nothing of it is learned, or not even its last turn fits a row.
+          Rejected: the chat template refuses it, it has no token to learn, or even its last turn does not fit a row.
         """
         encoded = self._encode(dialogue)
         most = self._options.seq_len + 1
@@ -77,7 +83,7 @@ class RowDialogues:
         if shortest is None or len(shortest.ids) > most:
             n_tokens = length if shortest is None else len(shortest.ids)
             raise Rejected("too_long_dialogue", f"{n_tokens} tokens in the last turn alone (a row holds {most})")
-        too_few, enough, fitting = 0, len(turns) - 1, shortest  # turns to leave out
+        too_few, enough, fitting = 0, len(turns) - 1, shortest  # numbers of turns to leave out
         while enough - too_few > 1:
             middle = (too_few + enough) // 2
             if len((encoded := without(middle)).ids) <= most:
@@ -88,7 +94,7 @@ class RowDialogues:
 
 
 def split_turns(messages: list[dict]) -> tuple[list[dict], list[list[dict]]]:
-    """The system messages in front, and the turns: each a question with everything up to the next question."""
+    """(leading system messages, turns). A turn is a user message with everything up to the next user message."""
     n_head = next((i for i, message in enumerate(messages) if message["role"] not in ("system", "developer")), len(messages))
     turns: list[list[dict]] = []
     for message in messages[n_head:]:

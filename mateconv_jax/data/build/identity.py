@@ -1,4 +1,4 @@
-"""What a dataset is made from, and whether that is what an earlier run had before it."""
+"""Identify what a dataset is made from, and compare it with an earlier run."""
 
 import json
 from collections.abc import Iterable
@@ -11,13 +11,13 @@ from mateconv_jax.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-END_BYTES = 1 << 16  # of each end of an input that are compared
-# Options that earlier versions lacked, with the value that means what they did.
+END_BYTES = 1 << 16  # compared at each end of an input
+# Options that earlier versions lacked, with the values that reproduce their behaviour.
 ADDED_OPTIONS = {"encoding": "utf-8", "ignore_fields": [], "learn": "everything", "too_long_dialogue": "shorten"}
 
 
 def inputs(sources: list[Source]) -> list[list]:
-    """[path, bytes, when it was last written, digest of its ends] of each input; the last two are None where not known."""
+    """[path, bytes, modification time, hash of both ends] of each input; the last two are None if unknown."""
     return [[source.path, source.size, source.modified, _ends(source)] for source in sources]
 
 
@@ -30,27 +30,27 @@ def _ends(source: Source) -> str | None:
             if source.size > END_BYTES:
                 file.seek(max(END_BYTES, source.size - END_BYTES))
                 hasher.update(file.read(END_BYTES))
-    except OSError:  # on a file system that Beam knows
+    except OSError:  # on a file system that only Beam can read
         return None
     return hasher.hexdigest()
 
 
 def tokenizer_settings(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Equal for two tokenizers that write dialogues and document ends alike; `tokenizer.fingerprint` covers ordinary text."""
+    """Hash of what decides how dialogues and document ends are encoded; `tokenizer.fingerprint` covers ordinary text."""
     settings = [tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.all_special_tokens]
     return sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
 def same_input(theirs: dict, ours: dict) -> bool:
-    """Whether the inputs are known to be unchanged without reading them. Not so for standard input and TFDS."""
+    """Whether the inputs are known to be unchanged without reading them. Always False for standard input and TFDS."""
     known = all(size is not None and modified is not None for _, size, modified, _ in ours["input"])
     return known and theirs.get("input") == ours["input"]
 
 
 def check_options(theirs: dict, ours: dict, what: str) -> None:
-    """Raises UserError with the first option that differs. `what` starts the sentence: "'data/zh' was made".
+    """Raises UserError for the first option that differs. `what` starts the message: "'data/zh' was made".
 
-    Of the inputs only names and sizes are compared here, see `same_input`.
+    Inputs are compared by name and size only; see `same_input`.
     """
     ours = json.loads(json.dumps(ours))
     for key in [*ours, *theirs]:
@@ -88,5 +88,5 @@ def _input_difference(theirs: list[list], ours: list[list]) -> str | None:
 
 
 def input_digest(chunk_digests: Iterable[str]) -> str:
-    """Of everything that was read, from the digests of all chunks in order."""
+    """Hash of the whole input, from the digests of all chunks in order."""
     return blake2b("".join(chunk_digests).encode(), digest_size=16).hexdigest()

@@ -1,4 +1,4 @@
-"""How much of the input is done, on the terminal or in a log."""
+"""Progress through the input, on a terminal or in a log."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ from mateconv_jax.data.text.sources import Chunk, Source
 
 
 class InputProgress:
-    """How much of the input is done: a bar on a terminal, a line every ten seconds in a log."""
+    """A progress bar on a terminal, a line every ten seconds in a log."""
 
     def __init__(self, sources: list[Source]):
         sizes = [source.size for source in sources if source.size is not None]
@@ -33,7 +33,7 @@ class InputProgress:
         self._bar.close()
 
     def done(self, chunk: Chunk) -> None:
-        """A chunk is finished, perhaps not in order."""
+        """Count a finished chunk. Chunks may finish out of order."""
         advance = 0
         for part in chunk.parts:
             before = self._positions.get(part.source.path, 0)

@@ -1,4 +1,4 @@
-"""What decides the bytes of a dataset."""
+"""Options that determine a dataset's bytes."""
 
 import dataclasses
 
@@ -16,21 +16,23 @@ TOO_LONG_DIALOGUE = ("shorten", "drop")
 
 @dataclasses.dataclass(frozen=True)
 class PrepareOptions:
-    """Everything but the input and the tokenizer that decides what the dataset's bytes are.
+    """Everything that determines a dataset's bytes, except the input and the tokenizer.
 
-    text_key: of a line of JSON, or a column of CSV or parquet.
-    encoding: of text files without a byte order mark, by any name that Python knows.
-    ignore_fields: of lines and messages, which are dropped unread; sorted.
-    txt_document: what a document of a .txt file is, one of lines.TXT_DOCUMENTS.
-    seq_len: tokens that a row trains on.
-    learn: of a dialogue: what the assistant says in every turn, or in the last one; or everything: then the dialogue is packed
-      like a text, and cut where a row ends; otherwise it stays whole.
-    too_long_dialogue: what becomes of a dialogue longer than a row: shorten leaves out its oldest turns, drop rejects it.
-    val_fraction: share of the documents that make the validation split.
-    dedup: none, exact or near (exact ones too); near_threshold: the Jaccard similarity of which half are dropped.
+    Attributes:
+      text_key: JSON key, or CSV or parquet column, that holds the text.
+      encoding: of text files without a byte order mark, by any name that Python knows.
+      ignore_fields: sorted keys of records and messages to drop unread.
+      txt_document: what a document is in a .txt file, one of lines.TXT_DOCUMENTS.
+      seq_len: targets per row.
+      learn: which tokens of a dialogue are targets, one of dialogue.LEARN. With "everything" a dialogue is packed like a text
+        and cut at row ends; otherwise it stays whole.
+      too_long_dialogue: "shorten" drops the oldest turns of a dialogue longer than a row, "drop" rejects it.
+      val_fraction: share of documents in the validation split.
+      dedup: none, exact, or near (which includes exact).
+      near_threshold: Jaccard similarity at which a pair is dropped with probability 1/2.
 
     Raises:
-      UserError: a value out of its range.
+      UserError: a value is out of range.
     """
 
     text_key: str = "text"

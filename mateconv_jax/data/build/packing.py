@@ -1,4 +1,4 @@
-"""Token streams and whole dialogues into rows."""
+"""Pack token streams and whole dialogues into rows."""
 
 import bisect
 from collections.abc import Sequence
@@ -9,15 +9,15 @@ from mateconv_jax.data.rows import Batch
 
 
 def pack(stream: dict[str, np.ndarray], seq_len: int) -> Batch:
-    """Cut a shard's stream into rows that overlap by one token, so that each token but the first is a target exactly once.
+    """Cut a shard's stream into rows that overlap by one token, so that every token except the first is a target exactly once.
 
     Args:
-      stream: (n,) arrays, n >= 2, of documents one behind the other: tokens; document_starts and learned where they are known.
+      stream: (n,) arrays of concatenated documents, n >= 2: tokens, and optionally document_starts and learned.
       seq_len: S; a row holds S inputs and S targets.
 
     Returns:
-      R = ceil((n - 1) / S) rows of the same fields, (R, S + 1) in the stream's dtypes, the last one padded with 0; and length
-      (R,) int32, how many of a row's tokens are real. (No token id can mark padding: MateConv's tokenizer has no `<pad>`.)
+      R = ceil((n - 1) / S) rows with the same fields, (R, S + 1) in the stream's dtypes, the last one padded with 0; and length
+      (R,) int32, the number of non-padding tokens. (MateConv's tokenizer has no `<pad>`, so no token id can mark padding.)
     """
     n = len(stream["tokens"])
     n_rows = -(-(n - 1) // seq_len)
@@ -32,11 +32,11 @@ def pack(stream: dict[str, np.ndarray], seq_len: int) -> Batch:
 
 
 def pack_whole(documents: Sequence[tuple[np.ndarray, np.ndarray]], seq_len: int, dtype: np.dtype) -> Batch:
-    """Put whole documents into rows, by best fit.
+    """Pack whole documents into rows by best fit.
 
     Args:
       documents: (ids, learned) of each, (n,) arrays, n <= seq_len + 1.
-      dtype: of the rows' tokens.
+      dtype: of the tokens.
 
     Returns:
       R rows: tokens, document_starts and learned, (R, S + 1), padded with 0; and length (R,) int32.
@@ -56,8 +56,10 @@ def pack_whole(documents: Sequence[tuple[np.ndarray, np.ndarray]], seq_len: int,
 
 
 def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Bins of at most `capacity`, each a list of items in order. The largest item comes first; each goes where the least room
-    is left (best-fit decreasing: at most 11/9 of the fewest bins; Johnson, 1973). Bins are in the order of their first items.
+    """Best-fit decreasing bin packing: at most 11/9 of the optimal number of bins (Johnson, 1973).
+
+    Returns:
+      Bins of at most `capacity`, each a sorted list of items, ordered by their first item.
     """
     bins: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (room left, bin), sorted
@@ -75,12 +77,12 @@ def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def join(parts: list[Batch]) -> Batch:
-    """Rows one behind the other; where only some say what is learned, all real tokens of the others are."""
+    """Concatenate rows. If some have the field `learned`, all non-padding tokens of the others are learned."""
     if any("learned" in rows for rows in parts):
         parts = [{"learned": is_real(rows)} | rows for rows in parts]
     return {name: np.concatenate([rows[name] for rows in parts]) for name in parts[0]}
 
 
 def is_real(rows: Batch) -> np.ndarray:
-    """(R, S + 1) bool: no padding."""
+    """(R, S + 1) bool, True for non-padding tokens."""
     return np.arange(rows["tokens"].shape[1]) < rows["length"][:, None]

@@ -1,4 +1,4 @@
-"""Chunks cleaned, tokenised and written by several processes."""
+"""Clean, tokenise and write chunks with several processes."""
 
 import collections
 import concurrent.futures.process
@@ -29,7 +29,7 @@ from mateconv_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class WorkerSetup:
-    """What every worker needs, besides its chunk."""
+    """What every worker needs besides its chunk."""
 
     chunks_folder: Path
     options: PrepareOptions
@@ -49,28 +49,28 @@ def process_chunks(
     on_done: Callable[[Chunk], None],
     unreadable: UnreadableInputs,
 ) -> list[str]:
-    """Make the folders of all chunks that are not there yet.
+    """Make the folders of all chunks that are still missing.
 
-    Chunks are cleaned and tokenised out of order, but which documents are duplicates is decided in order, between the two.
+    Workers clean and tokenise chunks out of order. Between these two steps, this process finds duplicates in input order.
 
     Args:
-      num_workers: processes; 1 works in this one.
-      on_done: called with each chunk, without its records, when its folder is there.
-      unreadable: told what became of each input.
+      num_workers: number of processes; 1 runs in this process.
+      on_done: called with each chunk, without its records, once its folder exists.
+      unreadable: receives the counts of each input.
 
     Returns:
       The names of all chunks, in order.
 
     Raises:
-      UserError: an input changed since the folder of a chunk was made, or is mostly unusable; a worker was killed.
+      UserError: an input has changed since one of its chunks was finished, or is mostly unusable; a worker was killed.
     """
     seen, names = duplicates.SeenKeys(), []
-    reading: collections.deque = collections.deque()  # (chunk, its cleaned form and keys), in order
+    reading: collections.deque = collections.deque()  # (chunk, future of its cleaned form and keys, or keys), in order
     writing: dict[concurrent.futures.Future, Chunk] = {}
 
     def write_next():
         chunk, cleaned = reading.popleft()
-        if isinstance(cleaned, np.ndarray):  # the keys of a chunk that is done
+        if isinstance(cleaned, np.ndarray):  # the chunk was finished by an earlier run
             seen.mark(cleaned)
             unreadable.done(counts_of_done(setup.chunks_folder / chunk.name))
             on_done(chunk)
@@ -87,7 +87,7 @@ def process_chunks(
 
     with _workers(num_workers, setup) as pool:
         for chunk in chunks:
-            # Both halves wait in one queue; more in flight would only hold more memory.
+            # Reads and writes share one pool; more in flight would only take more memory.
             while len(reading) >= num_workers:
                 write_next()
             while len(writing) > num_workers:
@@ -120,7 +120,7 @@ def _keys_of_done(folder: Path, chunk: Chunk) -> np.ndarray | None:
         first = chunk.parts[0]
         raise UserError(
             f"--input: {first.source.name!r} has changed since part of it was prepared, near line "
-            f"{first.records[0][0] if first.records else 1:,} (--overwrite begins again)"
+            f"{first.records[0][0] if first.records else 1:,} (--overwrite starts over)"
         )
     return np.load(done / "keys.npy")
 
@@ -134,14 +134,14 @@ class _ThisProcess(concurrent.futures.Executor):
 
 @contextlib.contextmanager
 def _workers(num_workers: int, setup: WorkerSetup) -> Iterator[concurrent.futures.Executor]:
-    """A pool that is given up at the first error. Raises UserError where a worker was killed."""
+    """A pool that is shut down at the first error. Raises UserError if a worker was killed."""
     with _pool(num_workers, setup) as pool:
         try:
             yield pool
         except concurrent.futures.process.BrokenProcessPool as error:
             raise UserError(
-                "--num_workers: a worker process was killed, perhaps because memory ran out (run the command again to go on; "
-                "fewer workers need less)"
+                "--num_workers: a worker process was killed, perhaps because memory ran out (run the same command again to "
+                "resume; fewer workers need less memory)"
             ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -152,7 +152,7 @@ def _pool(num_workers: int, setup: WorkerSetup) -> concurrent.futures.Executor:
     if num_workers == 1:
         _start(setup)
         return _ThisProcess()
-    # Not fork: the tokenizer's and other threads of this process would not survive it. The server imports once for all.
+    # Not fork: this process has threads, such as the tokenizer's. The fork server imports the modules once for all workers.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([chunk_writer.__name__, __name__])
     return concurrent.futures.ProcessPoolExecutor(num_workers, context, _start_worker, (setup,))
@@ -160,7 +160,7 @@ def _pool(num_workers: int, setup: WorkerSetup) -> concurrent.futures.Executor:
 
 _setup: WorkerSetup
 _writer: ChunkWriter
-_lock: TextIO  # kept open
+_lock: TextIO  # held until the worker ends
 
 
 def _start(setup: WorkerSetup) -> None:
@@ -171,8 +171,8 @@ def _start(setup: WorkerSetup) -> None:
 
 def _start_worker(setup: WorkerSetup) -> None:
     global _lock
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker is one thread
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _lock = work_folder.hold_for_worker(setup.chunks_folder.parent)
     _start(setup)
@@ -187,7 +187,7 @@ def _die_with_parent() -> None:
 
 def _read(chunk: Chunk) -> tuple[bytes, np.ndarray]:
     cleaned = chunk_reader.read_chunk(chunk, _setup.options, _setup.special_tokens, _setup.vocab_size)
-    return pickle.dumps(cleaned), cleaned.keys  # pickled here, the documents only pass through the parent
+    return pickle.dumps(cleaned), cleaned.keys  # pickled here: the parent only passes the documents on
 
 
 def _write(pickled: bytes, codes: np.ndarray) -> list[InputCounts]:

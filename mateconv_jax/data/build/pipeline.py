@@ -1,7 +1,7 @@
-"""Making a dataset folder: a tokenizer, the chunks in parallel, and the folder assembled from them.
+"""Prepare a dataset folder: get a tokenizer, process chunks in parallel, assemble the folder.
 
-Everything is made in OUTPUT.partial, one folder a finished chunk, and renamed at the end. A run that was killed goes on with
-the chunks that are missing, and gives the same bytes as one that was not.
+All work happens in OUTPUT.partial, with one folder per finished chunk, and is renamed into place at the end. After a kill, the
+next run processes only the missing chunks; the dataset is byte for byte the same.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from mateconv_jax.data.text import sources as sources_lib
 from mateconv_jax.data.text.sources import Chunk, Source
 from mateconv_jax.errors import UserError
 
-CHUNK_VERSION = 3  # of the folders of finished chunks
+CHUNK_VERSION = 3  # of the finished chunks' folders
 
 
 def prepare(
@@ -44,20 +44,20 @@ def prepare(
     """Make a dataset folder; see data/dataset.py.
 
     Args:
-      tokenizer: a folder that holds one, or how to train one.
-      num_workers: processes that clean and tokenise; 1 works in this one.
-      overwrite: replace the dataset that is there, or was begun there, with other options. Nothing but a dataset is replaced.
-      also_bin: write each split as a flat uint16 stream too.
-      run_chunks: takes (sources, WorkerSetup, identity), makes all chunks in place of this machine's processes, and returns
-        their names in order.
-      open_file: opens an input for reading bytes.
-      keep_going: use what can be read of an input that is broken or mostly rejected; otherwise it is an error.
+      tokenizer: a tokenizer's folder, or how to train one.
+      num_workers: processes that clean and tokenise; 1 runs in this process.
+      overwrite: replace a dataset, finished or begun, that was made with other options. Only datasets are ever replaced.
+      also_bin: also write each split as a flat uint16 stream.
+      run_chunks: called with (sources, WorkerSetup, identity), makes all chunks instead of local processes and returns their
+        names in order.
+      open_file: opens an input in binary mode.
+      keep_going: use the readable part of an input that is broken or mostly rejected, which is an error otherwise.
 
     Returns:
-      What stats.json holds; None where the dataset was there already, made with the same options.
+      The content of stats.json; None if the dataset already exists, made with the same options.
 
     Raises:
-      UserError: wrong input, another run in the same folder, a full disk. What was finished stays, and is not done again.
+      UserError: invalid input, another run in the same folder, a full disk. Finished chunks are kept and reused.
     """
     start = time.perf_counter()
     partial = work_folder.path_for(output)
@@ -71,7 +71,7 @@ def prepare(
         work_folder.remove(partial)
         return None
     work_folder.check_replaceable(output, sources)
-    versions = {"row_version": VERSION, "chunk_version": CHUNK_VERSION}  # chunks of another version cannot be mixed with ours
+    versions = {"row_version": VERSION, "chunk_version": CHUNK_VERSION}  # chunks of other versions cannot be mixed with these
     unreadable = UnreadableInputs(keep_going, options.txt_document == "file")
     try:
         with work_folder.opened(partial, described | versions, overwrite) as folder:
@@ -80,14 +80,14 @@ def prepare(
         work_folder.remove(partial)
     except OSError as error:
         raise UserError(
-            f"--output: cannot write {error.filename or str(partial)!r}: {error.strerror or error} (what was finished stays in "
-            f"{str(partial)!r}; the same command goes on)"
+            f"--output: cannot write {error.filename or str(partial)!r}: {error.strerror or error} (finished chunks stay in "
+            f"{str(partial)!r}; the same command resumes from there)"
         ) from error
     return figures
 
 
 def _described(sources: list[Source], tokenizer: str | TokenizerTraining, options: PrepareOptions, also_bin: bool):
-    """How a tokenizer is trained, or None; the one given, or None; and what decides the dataset's bytes, for JSON."""
+    """(TokenizerTraining or None, the given tokenizer or None, everything that determines the dataset's bytes, as JSON)."""
     from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib  # imports transformers, 2 s
 
     if isinstance(tokenizer, TokenizerTraining):
@@ -112,11 +112,11 @@ def _check_there(output: Path, described: dict, read: Callable[[], Iterator[Chun
     identity.check_options(theirs, described, f"{str(output)!r} was made")
     if identity.same_input(theirs, described):
         return
-    if "input_digest" not in metadata:  # made by an earlier version, which compared names and sizes
+    if "input_digest" not in metadata:  # made by an earlier version, which compared only names and sizes
         if any(size is None for _, size, *_ in described["input"]):
-            raise UserError(f"--input: what {str(output)!r} was made from cannot be compared with this (give --overwrite)")
+            raise UserError(f"--input: cannot be compared with what {str(output)!r} was made from (use --overwrite)")
         return
-    print("the input may have changed: comparing it with what the dataset was made from", file=sys.stderr, flush=True)
+    print("the input may have changed: comparing its content with what the dataset was made from", file=sys.stderr, flush=True)
     if identity.input_digest(map(chunk_reader.digest, read())) != metadata["input_digest"]:
         raise UserError(
             f"--input: the content is not what {str(output)!r} was made from (choose another --output, or --overwrite)"
@@ -135,6 +135,7 @@ def _check_bin(sources: list[Source], trains_tokenizer: bool, also_bin: bool, vo
 def all_chunks(
     sources: list[Source], options: PrepareOptions, bos_eos: tuple[int | None, int] | None, open_file=sources_lib.open_local
 ) -> Iterator[Chunk]:
+    """The chunks of all sources, in order."""
     for number, group in enumerate(sources_lib.groups(sources, options.sizes)):
         yield from chunks_of(group, number, options, bos_eos, open_file)
 
@@ -142,8 +143,8 @@ def all_chunks(
 def _make_chunks(
     folder: Path, sources, read, given, training, options, num_workers, run_chunks, unreadable: UnreadableInputs
 ) -> list[str]:
-    """Tokenizer and finished chunks in a work folder; the chunks' names in order. `read` gives all sources' chunks, from the
-    beginning each time; the other arguments are `prepare`'s.
+    """Make the tokenizer and all chunks in a work folder, and return the chunks' names in order. `read()` yields the chunks of
+    all sources from the start; the other arguments are those of `prepare`.
     """
     chunks = read()
     if given is None:
@@ -165,7 +166,7 @@ def _make_chunks(
         with InputProgress(sources) as progress:
             return parallel_chunks.process_chunks(chunks, setup, num_workers, progress.done, unreadable)
     made_from = (folder / "options.json").read_text(encoding="utf-8")
-    if not identity.same_input(json.loads(made_from), json.loads(made_from)):  # not known: no chunk can be taken for ours
+    if not identity.same_input(json.loads(made_from), json.loads(made_from)):  # unknown: never reuse a chunk
         made_from += str(time.time_ns())
     names = run_chunks(sources, setup, blake2b(made_from.encode(), digest_size=8).hexdigest())
     for name in names:
@@ -179,7 +180,7 @@ def _make_chunks(
 def _assemble(
     folder: Path, names: list[str], output: Path, options: PrepareOptions, described: dict, also_bin: bool, start: float
 ) -> dict:
-    """The finished chunks of a work folder become the dataset at `output`. `start`: when the work began."""
+    """Turn a work folder's finished chunks into the dataset at `output`. `start`: when the work began."""
     from mateconv_jax.data.build.assembling import assemble  # imports tensorflow_datasets, 2 s
 
     made, replaced = folder / "dataset", folder / "replaced"
@@ -189,7 +190,7 @@ def _assemble(
     seconds = time.perf_counter() - start
     figures = assemble(chunks, made, folder / "tokenizer", options.seq_len, described, digest, seconds, also_bin)
     if output.exists():
-        shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed after it had put a newer one in its place
+        shutil.rmtree(replaced, ignore_errors=True)  # left by a run that was killed after putting its dataset in place
         output.rename(replaced)
     made.rename(output)
     return figures

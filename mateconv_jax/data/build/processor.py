@@ -1,4 +1,4 @@
-"""Data preparation as users of the PyTorch MateConv call it from Python."""
+"""Data preparation from Python, with the interface of the PyTorch MateConv."""
 
 import dataclasses
 import json
@@ -25,9 +25,9 @@ class DataProcessor:
 
     Args:
       tokenizer_path: a tokenizer's folder.
-      max_length: of a document in characters, longer ones are dropped as MateConv did; and the tokens of a row.
-      chunk_size: records that are worked on, and become a shard, at a time.
-      num_workers: processes; above 1, the calling script needs the usual `if __name__ == "__main__":`.
+      max_length: most characters of a document, longer ones are dropped as in MateConv; also the targets per row.
+      chunk_size: records per chunk; a chunk becomes a shard.
+      num_workers: number of processes. With more than 1, the calling script needs `if __name__ == "__main__":`.
     """
 
     def __init__(self, tokenizer_path: str, max_length: int = 512, chunk_size: int = 50_000, num_workers: int = 1):
@@ -41,10 +41,10 @@ class DataProcessor:
         self._statistics: dict | None = None
 
     def validate_and_clean_jsonl(self, input_path: str, output_path: str) -> dict[str, int]:
-        """Write every usable document, cleaned, as a line of JSON, and OUTPUT_PATH.rejected.jsonl about the others.
+        """Write every usable document, cleaned, as a line of JSON; list the others in OUTPUT_PATH.rejected.jsonl.
 
         Returns:
-          {"lines", "documents"} and, for each rule, how many it rejected.
+          {"lines", "documents"} and the number of rejects per rule.
 
         Raises:
           UserError: no such input, or the output would replace it.
@@ -76,19 +76,19 @@ class DataProcessor:
         return dict(counts)
 
     def process_dataset(self, input_path: str, output_path: str, resume: bool = True, keep_going: bool = False) -> dict:
-        """Make a dataset folder that training takes as data.train_data_path; or, when output_path ends in .bin, MateConv's flat
-        file of 16-bit token ids, all documents in it.
+        """Make a dataset folder for data.train_data_path or, if output_path ends in .bin, MateConv's flat file of 16-bit token
+        ids with all documents.
 
         Args:
-          resume: go on with what an earlier call began, and do nothing where it finished; False begins again.
-          keep_going: use what can be read of an input that is broken or mostly rejected; otherwise it is an error.
+          resume: continue an earlier call, and do nothing if it finished; False starts over.
+          keep_going: use the readable part of an input that is broken or mostly rejected, which is an error otherwise.
 
         Returns:
-          What stats.json holds.
+          The content of stats.json.
 
         Raises:
-          UserError: no such input, no such tokenizer, (with resume) other options made what is there, or what is there was not
-            made by this method.
+          UserError: no such input or tokenizer; the output exists and was made with other options (if `resume`), or not by this
+            method.
         """
         output = Path(output_path)
         flat = output.suffix == ".bin"

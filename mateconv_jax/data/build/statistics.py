@@ -1,4 +1,4 @@
-"""What a prepared dataset holds: sums that each chunk saves and that merge exactly, and the figures made of them."""
+"""Dataset statistics: per-chunk sums that merge exactly, and the figures computed from them."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from mateconv_jax import files
 from mateconv_jax.data.rows import Batch, learned_targets
 from mateconv_jax.data.tokenizer.pieces import readable, visible
 
-if TYPE_CHECKING:  # its import costs seconds, and workers import this module
+if TYPE_CHECKING:  # takes seconds to import, and workers import this module
     from transformers import PreTrainedTokenizerFast
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
@@ -25,15 +25,15 @@ RANK_POINTS = 200
 
 @dataclasses.dataclass
 class SplitCounts:
-    """What a split, or a shard of it, holds."""
+    """Size of a split or of one of its shards."""
 
     documents: int = 0
-    characters: int = 0  # of text, control tokens left out; 0 where only tokens were given
+    characters: int = 0  # of text, without control tokens; 0 if only token ids were given
     tokens: int = 0
     rows: int = 0
     bytes: int = 0  # on disk
-    filled: int = 0  # places of rows that hold a token; two rows of a text share one
-    targets: int = 0  # tokens that are learned
+    filled: int = 0  # non-padding positions; the token that two overlapping rows share counts twice
+    targets: int = 0  # tokens that contribute to the loss
 
     def __add__(self, other: "SplitCounts") -> "SplitCounts":
         return SplitCounts(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
@@ -41,18 +41,18 @@ class SplitCounts:
 
 @dataclasses.dataclass(eq=False)
 class Statistics:
-    """Sums over documents. `a += b` equals one pass over the documents of both, in any order."""
+    """Sums over documents. `a += b` equals one pass over both sets of documents, in any order."""
 
     vocab_size: int
     lines: int = 0  # input records read
-    bytes_in: int = 0  # of input, decompressed
-    control_tokens_as_text: int = 0  # documents, before deduplication, in which a control token is spelt out
-    schemas: Counter[str] = dataclasses.field(default_factory=Counter)  # dialogue schema, or text: records, before cleaning
-    ignored_fields: Counter[str] = dataclasses.field(default_factory=Counter)  # field: records that it was dropped from
-    rejects: Counter[str] = dataclasses.field(default_factory=Counter)  # rule: documents that it threw away
-    cleaned: Counter[str] = dataclasses.field(default_factory=Counter)  # rule: documents that it changed
+    bytes_in: int = 0  # input size, decompressed
+    control_tokens_as_text: int = 0  # documents that spell out a control token, before deduplication
+    schemas: Counter[str] = dataclasses.field(default_factory=Counter)  # dialogue schema or "text": records, before cleaning
+    ignored_fields: Counter[str] = dataclasses.field(default_factory=Counter)  # field: records it was dropped from
+    rejects: Counter[str] = dataclasses.field(default_factory=Counter)  # rule: documents it rejected
+    cleaned: Counter[str] = dataclasses.field(default_factory=Counter)  # rule: documents it changed
     splits: dict[str, SplitCounts] = dataclasses.field(default_factory=dict)
-    document_lengths: Counter[int] = dataclasses.field(default_factory=Counter)  # tokens of a document: documents
+    document_lengths: Counter[int] = dataclasses.field(default_factory=Counter)  # length in tokens: documents
     code_points: Counter[int] = dataclasses.field(default_factory=Counter)  # Unicode code point: occurrences
     token_counts: np.ndarray = dataclasses.field(init=False)  # (vocab_size,) int64, occurrences by id
 
@@ -65,13 +65,13 @@ class Statistics:
         """Add a shard of a split.
 
         Args:
-          texts: the documents' texts, in any partition; empty if only their tokens are known.
-          lengths: tokens of each document, control tokens included.
-          tokens: (n,) token ids below vocab_size of all documents.
-          rows: that they were packed into.
-          n_bytes: of the shard on disk.
+          texts: the documents' text, split in any way; empty if only token ids are known.
+          lengths: tokens per document, including control tokens.
+          tokens: (n,) token ids of all documents, below vocab_size.
+          rows: the rows they were packed into.
+          n_bytes: size of the shard on disk.
         """
-        # A lone surrogate is counted like any code point.
+        # surrogatepass: lone surrogates count like any other code point.
         characters = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
         filled, targets = int(rows["length"].sum()), int(learned_targets(rows).sum())
         counts = SplitCounts(len(lengths), len(characters), len(tokens), len(rows["length"]), n_bytes, filled, targets)
@@ -96,7 +96,7 @@ class Statistics:
         return self
 
     def save(self, path: Path) -> None:
-        """One file, under 100 kB for a chunk, written aside and renamed."""
+        """Write one file, under 100 kB for a chunk. It is written aside and renamed."""
         small = {
             "vocab_size": self.vocab_size,
             "lines": self.lines,
@@ -120,11 +120,11 @@ class Statistics:
 
     @classmethod
     def load(cls, path: Path) -> "Statistics":
-        """What `save` wrote."""
+        """Read what `save` wrote."""
         with np.load(path) as file:
             small = json.loads(str(file["small"]))
             statistics = cls(small["vocab_size"], small["lines"], small["bytes_in"], small["control_tokens_as_text"])
-            statistics.schemas.update(small.get("schemas", {}))  # absent from chunks of earlier versions
+            statistics.schemas.update(small.get("schemas", {}))  # missing in chunks of earlier versions
             statistics.ignored_fields.update(small.get("ignored_fields", {}))
             statistics.rejects.update(small["rejects"])
             statistics.cleaned.update(small["cleaned"])
@@ -137,14 +137,14 @@ class Statistics:
 
 
 def _occurrences(values: np.ndarray) -> dict[int, int]:
-    """Of non-negative integers. (bincount: np.unique sorts in older numpy, ten times slower for a chunk's characters.)"""
+    """{value: count} of non-negative integers. np.unique of older numpy versions sorts, ten times slower."""
     counts = np.bincount(values)
     distinct = np.flatnonzero(counts)
     return dict(zip(distinct.tolist(), counts[distinct].tolist(), strict=True))
 
 
 def _as_array(counter: Counter[int]) -> np.ndarray:
-    """(2, n) int64: keys in order, and their counts."""
+    """(2, n) int64: sorted keys, and their counts."""
     return np.array(sorted(counter.items()), np.int64).reshape(-1, 2).T
 
 
@@ -152,16 +152,16 @@ def _as_array(counter: Counter[int]) -> np.ndarray:
 
 
 def summary(statistics: Statistics, tokenizer: "PreTrainedTokenizerFast", seq_len: int, seconds: float) -> dict:
-    """The content of stats.json. The same sums give the same figures, whatever the order in which they were added.
+    """The content of stats.json. It does not depend on the order in which chunks were merged.
 
     Args:
-      tokenizer: the one that the tokens are of.
-      seq_len: of the rows.
-      seconds: that the preparation took.
+      tokenizer: the tokenizer that produced the tokens.
+      seq_len: targets per row.
+      seconds: how long the preparation took.
 
     Returns:
-      JSON-able. Lengths are in tokens, control tokens included, and a percentile is the smallest length that at least so
-      many percent of the documents do not exceed; a figure that cannot be known is None.
+      A JSON-serialisable dict. Lengths are in tokens, including control tokens. The p-th percentile is the smallest length
+      that at least p percent of the documents do not exceed. Unknown figures are None.
     """
     total = sum(statistics.splits.values(), SplitCounts())
     has_text = total.characters > 0
@@ -221,18 +221,19 @@ def _length_figures(document_lengths: Counter[int]) -> dict[str, float | None]:
     lengths, counts = _as_array(document_lengths)
     up_to = np.cumsum(counts)
     n = int(up_to[-1])
-    # In whole numbers: the document that stands at place ceil(n · percent / 100), counted from 1, in order of length.
+    # Nearest rank, in integer arithmetic: documents sorted by length, position ceil(n * percent / 100), counted from 1.
     places = [1, *(-(-n * percent // 100) for percent in PERCENTILES), n]
     figures = lengths[np.searchsorted(up_to, places)].tolist()
     return {"mean": round(int(lengths @ counts) / n, 3), **dict(zip(names, figures, strict=True))}
 
 
 def _length_histogram(document_lengths: Counter[int]) -> dict[str, list[int]]:
-    """Bin i holds the documents with edges[i] <= length < edges[i + 1]."""
+    """Bin i counts documents with edges[i] <= length < edges[i + 1]."""
     if not document_lengths:
         return {"edges": [], "counts": []}
     lengths, counts = _as_array(document_lengths)
-    # An eighth wide, but whole numbers; widths that never shrink, unlike those of rounded powers, leave no saw-tooth.
+    # Integer bins about 1/8 of their edge wide. Their widths never shrink, as those of rounded powers do, which would draw a
+    # saw-tooth.
     edges = [1]
     while edges[-1] <= lengths[-1]:
         edges.append(edges[-1] + max(1, edges[-1] // 8))
@@ -244,7 +245,7 @@ def _length_histogram(document_lengths: Counter[int]) -> dict[str, list[int]]:
 
 
 def _token_ranks(token_counts: np.ndarray) -> dict[str, list[int]]:
-    """How often the token of rank r (from 1) occurs, at log-spaced ranks."""
+    """Occurrences of the token of rank r (1 = most frequent), at log-spaced ranks."""
     descending = -np.sort(-token_counts[token_counts > 0])
     if not len(descending):
         return {"rank": [], "count": []}
@@ -253,7 +254,6 @@ def _token_ranks(token_counts: np.ndarray) -> dict[str, list[int]]:
 
 
 def _top_tokens(token_counts: np.ndarray, tokenizer: "PreTrainedTokenizerFast") -> list[dict]:
-
     ids = [token for token in np.argsort(-token_counts, kind="stable")[:TOP_TOKENS].tolist() if token_counts[token]]
     n_tokens = token_counts.sum()
     control = set(tokenizer.all_special_ids)
@@ -286,10 +286,10 @@ _LETTERS = {  # the first word of a letter's Unicode name
 
 
 def characters_by_script(code_points: Counter[int]) -> dict[str, int]:
-    """Characters of each of SCRIPTS, in that order.
+    """Character count per script, in the order of SCRIPTS.
 
-    Fullwidth and halfwidth forms belong to the script of their letter; 〇 and compatibility ideographs are Han; emoji,
-    currency and mathematical signs are symbols; "other" holds other alphabets, control and private characters.
+    Fullwidth and halfwidth forms count as the script of their letter, 〇 and compatibility ideographs as Han, and emoji,
+    currency and mathematical signs as symbols. "other" is everything else: other alphabets, control and private-use characters.
     """
     counts = dict.fromkeys(SCRIPTS, 0)
     for code_point, n in code_points.items():
@@ -300,7 +300,7 @@ def characters_by_script(code_points: Counter[int]) -> dict[str, int]:
 def _script(code_point: int) -> str:
     character = chr(code_point)
     name = unicodedata.name(character, "").removeprefix("FULLWIDTH ").removeprefix("HALFWIDTH ")
-    # Planes 2 and 3 are for ideographs alone, and an older Python does not know the names of the newest ones.
+    # Planes 2 and 3 hold only ideographs, and older Pythons lack the names of the newest ones.
     if 0x20000 <= code_point < 0x40000 or name.startswith(_HAN_NAMES):
         return "han"
     if character.isspace():
@@ -322,7 +322,7 @@ def _script(code_point: int) -> str:
 
 
 def print_table(summary: dict, folder: str | Path) -> None:
-    """The main figures of a `summary`, on standard output; without a terminal in 80 columns and without colours."""
+    """Print the main figures of a `summary` to standard output. Without a terminal: 80 columns, no colours."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -335,7 +335,7 @@ def print_table(summary: dict, folder: str | Path) -> None:
         counts.add_column(Text(split), justify="right")
     for key in ("documents", "characters", "tokens", "rows"):
         counts.add_row(key, *(f"{split[key]:,}" for split in splits.values()))
-    if summary["targets"] < summary["tokens"] - summary["rows"]:  # dialogues, of which not every token is learned
+    if summary["targets"] < summary["tokens"] - summary["rows"]:  # dialogues: some tokens are not targets
         counts.add_row("learned tokens", *(f"{split['targets']:,}" for split in splits.values()))
     counts.add_row("on disk", *(_size(split["bytes"]) for split in splits.values()))
 
@@ -349,7 +349,7 @@ def print_table(summary: dict, folder: str | Path) -> None:
     if summary["ignored_fields"]:
         figures["ignored fields"] = _by_rule(summary["ignored_fields"])
     if n := summary["control_tokens_as_text"]:
-        figures["control tokens"] = f"spelt out in {n:,} documents, where they stay text (see --strip_control_tokens)"
+        figures["control tokens"] = f"spelt out in {n:,} documents, encoded as plain text (see --strip_control_tokens)"
     if summary["characters"]:
         shares = {script: n / summary["characters"] for script, n in summary["characters_by_script"].items()}
         figures["text"] = f"a token is {summary['characters_per_token']:.3f} characters, {summary['bytes_per_token']:.3f} bytes"
@@ -369,7 +369,7 @@ def print_table(summary: dict, folder: str | Path) -> None:
 
     console = Console()
 
-    def written(text: str) -> str:  # a log's encoding may not have every character
+    def written(text: str) -> str:  # a log's encoding may lack some characters
         return text.encode(console.encoding, "backslashreplace").decode(console.encoding)
 
     lines = Table.grid(padding=(0, 2, 0, 0))
@@ -386,5 +386,5 @@ def _size(n_bytes: int) -> str:
 
 
 def _by_rule(counts: dict[str, int], records: int = 0) -> str:
-    """With the share of `records`, where it is given."""
+    """Counts by rule, each with its share of `records` if given."""
     return ", ".join(f"{rule} {n:,}" + (f" ({n / records:.2%})" if records else "") for rule, n in counts.items()) or "none"

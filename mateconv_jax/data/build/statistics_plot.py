@@ -1,4 +1,4 @@
-"""stats.png: a prepared dataset on one page."""
+"""stats.png: a prepared dataset at a glance."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from mateconv_jax import files, plotting
 from mateconv_jax.data.tokenizer.pieces import visible
 from mateconv_jax.plotting import BLUE, DARK, GREEN, RED, drawable, log_ticks, short
 
-MOST_RULES = 12  # bars in the panel of rejects; what is left becomes one more
-LONGEST_LABEL = 30  # characters of a rule, so that bars keep room
+MOST_RULES = 12  # bars in the panel of rejects; one more sums up the rest
+LONGEST_LABEL = 30  # characters of a rule, to leave room for the bars
 
 SCRIPT_LABELS = {
     "han": "汉字 Han",
@@ -52,7 +52,7 @@ RULE_LABELS = {
 def write_plot(summary: dict, path: Path) -> None:
     """Draw a `statistics.summary` as a PNG of 1,800 x 1,260 pixels, written aside and renamed.
 
-    Equal summaries give equal bytes: nothing comes from the user's matplotlib settings, and none of them is changed.
+    Equal summaries give equal bytes: the user's matplotlib settings are neither used nor changed.
     """
     with plotting.style():
         figure = Figure(
@@ -129,7 +129,7 @@ def _draw_ranks(axes: Axes, summary: dict) -> None:
 
 
 def _width(text: str) -> int:
-    """In halves of a Chinese character."""
+    """In units of half a Chinese character."""
     return sum(1 + (character > "\u2e80") for character in text)
 
 
@@ -149,7 +149,7 @@ def _draw_scripts(axes: Axes, summary: dict) -> None:
 
 
 def _draw_bars(axes: Axes, bars: list[tuple[str, int]], color: str, x_label: str) -> None:
-    """Horizontal, the first on top, each with its count and share of the sum."""
+    """Horizontal bars, the first on top, labelled with their count and share of the total."""
     if not bars:
         return _draw_none(axes)
     labels, counts = zip(*bars, strict=True)

@@ -1,4 +1,4 @@
-"""Inputs that vanish: whose records are mostly rejected, or that could not be read to their end."""
+"""Stop for inputs that would silently vanish: mostly rejected, or not readable to their end."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from pathlib import Path
 from mateconv_jax.data.build.chunk_reader import InputCounts
 from mateconv_jax.errors import UserError
 
-HOPELESS = 1000  # records, all of them unreadable, after which a file's end is not waited for
+HOPELESS = 1000  # give up on a file after this many records, all unreadable
 
 _MAGIC = [
     ("\x1f\x8b", "it is compressed: give it the suffix .gz"),
@@ -20,28 +20,29 @@ _MAGIC = [
 
 
 class UnreadableInputs:
-    """Adds up what chunks say about each input, and stops the work as soon as one of them is known to be of no use.
+    """Sums each input's counts over chunks, and raises as soon as an input is known to be unusable.
 
     Args:
-      keep_going: never stop.
-      one_document_files: a .txt file is one document, so that one bad file of many is one bad document.
+      keep_going: never raise.
+      one_document_files: each .txt file is one document. All .txt files are then judged together, because one bad file is
+        only one bad document.
     """
 
     def __init__(self, keep_going: bool, one_document_files: bool):
         self._keep_going = keep_going
         self._one_document_files = one_document_files
         self._found: dict[str, InputCounts] = {}
-        self._waiting: Counter[str] = Counter()  # chunks of an input that are being worked on
+        self._waiting: Counter[str] = Counter()  # chunks in progress, by input
         self._newest = ""
 
     def begin(self, paths: Iterable[str]) -> None:
-        """A chunk with records of these inputs is being worked on; the inputs before the last one are read to their end."""
+        """A chunk with records of these inputs is in progress. All but the last of them have been read to their end."""
         names = [self._name(path) for path in paths]
         self._waiting.update(names)
         self._newest = names[-1]
 
     def done(self, inputs: Iterable[InputCounts]) -> None:
-        """Raises UserError where an input is known to be mostly rejected, or broken."""
+        """Count a finished chunk. Raises UserError if an input is known to be mostly rejected or broken."""
         for counts in inputs:
             name = self._name(counts.path)
             found = self._found.setdefault(name, InputCounts(counts.path))
@@ -55,7 +56,7 @@ class UnreadableInputs:
                 self._check(found)
 
     def finish(self) -> None:
-        """All chunks are done. Raises UserError as `done` does."""
+        """Check all inputs, after the last chunk. Raises UserError like `done`."""
         for counts in self._found.values():
             self._check(counts)
 
@@ -73,5 +74,5 @@ class UnreadableInputs:
         what = "could not be read to its end" if counts.broken else "is mostly unusable"
         raise UserError(
             f"--input: {counts.path!r} {what}: {counts.unreadable:,} of {counts.records:,} records rejected, the first at line "
-            f"{counts.first}{f' ({hint})' if hint else ''}. Mend it or leave it out (--keep_going uses what can be read)"
+            f"{counts.first}{f' ({hint})' if hint else ''}. Fix it or leave it out (--keep_going uses what is readable)"
         )

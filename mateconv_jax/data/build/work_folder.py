@@ -1,4 +1,4 @@
-"""The folder that `prepare` works in, OUTPUT.partial: one run at a time, one set of options, and nothing of anyone else's.
+"""The folder that `prepare` works in, OUTPUT.partial: one run at a time, one set of options, no foreign files.
 
 options.json    what the chunks are made from, see build/identity.py
 lock, workers   locked by the run, and by each of its workers
@@ -21,7 +21,7 @@ from mateconv_jax.data.build import identity
 from mateconv_jax.data.text.sources import Source
 from mateconv_jax.errors import UserError
 
-LOCK_SECONDS = 10.0  # a killed run's lock is gone when the system has taken its memory back, which takes seconds for some GB
+LOCK_SECONDS = 10.0  # a killed run keeps its lock until the system has freed its memory: seconds for some GB
 _OURS = {"options.json", "lock", "workers", "tokenizer", "sample.json", "chunks", "beam", "dataset", "replaced"}
 _OURS |= {f"{name}.partial" for name in _OURS}
 
@@ -30,7 +30,7 @@ def path_for(output: Path) -> Path:
     """Where the dataset at `output` is made.
 
     Raises:
-      UserError: `output` has no name, as `.`.
+      UserError: `output` has no name, such as `.`.
     """
     if output.name in ("", ".."):
         raise UserError(f"--output: {str(output)!r} does not name a folder (expected a name, as data/zh)")
@@ -38,22 +38,22 @@ def path_for(output: Path) -> Path:
 
 
 def check_replaceable(output: Path, sources: list[Source]) -> None:
-    """Raises UserError unless `output` is free, empty, or a dataset without anything else in it, an input of ours included."""
+    """Raises UserError unless `output` does not exist, is empty, or is a dataset without foreign files or inputs in it."""
     if not output.exists() or output.is_dir() and not any(output.iterdir()):
         return
     if not (output / "metadata.json").is_file() or not (output / "dataset_info.json").is_file():
-        raise UserError(f"--output: {str(output)!r} is not a dataset, and is not replaced (choose another folder)")
+        raise UserError(f"--output: {str(output)!r} is not a dataset and is not replaced (choose another folder)")
     if foreign := dataset.foreign_files(output):
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise UserError(
             f"--output: {str(output)!r} holds {foreign[0]!r}{more}, not part of a dataset, and is not replaced "
-            "(move that, or choose another folder)"
+            "(move it, or choose another folder)"
         )
     check_outside(sources, output)
 
 
 def check_outside(sources: list[Source], folder: Path) -> None:
-    """Raises UserError where an input stands in a folder that will be replaced or removed."""
+    """Raises UserError if an input lies in a folder that will be replaced or removed."""
     real = folder.resolve()
     for source in sources:
         if source.size is not None and real in Path(source.path).resolve().parents:
@@ -64,11 +64,11 @@ def check_outside(sources: list[Source], folder: Path) -> None:
 
 @contextlib.contextmanager
 def opened(folder: Path, options: dict, overwrite: bool) -> Iterator[Path]:
-    """The folder, made and locked, once it is known that what lies there was made with the same options.
+    """Create and lock the work folder, and check that its content was made with the same options.
 
     Raises:
-      UserError: another run is writing there, other options made what is there and overwrite is False, or it holds files
-        that no run put there.
+      UserError: another run is writing there; its content was made with other options and overwrite is False; it holds foreign
+        files.
     """
     _check_ours(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,10 +91,10 @@ def opened(folder: Path, options: dict, overwrite: bool) -> Iterator[Path]:
 
 
 def remove(folder: Path) -> None:
-    """What a run left there, if anything.
+    """Delete a work folder, if it exists.
 
     Raises:
-      UserError: another run is writing there, or it holds files that no run put there.
+      UserError: another run is writing there, or it holds foreign files.
     """
     if not folder.exists():
         return
@@ -102,26 +102,26 @@ def remove(folder: Path) -> None:
     with (folder / "lock").open("w") as lock:
         _wait_for(lock, folder)
         _clear(folder, but=set())
-    with contextlib.suppress(OSError):  # someone put a file there meanwhile
+    with contextlib.suppress(OSError):  # a foreign file was put there meanwhile
         folder.rmdir()
 
 
 def restore_replaced(output: Path) -> None:
-    """Bring back the dataset that a killed run had moved away but not yet replaced."""
+    """Restore the dataset that a killed run had moved away but not yet replaced."""
     replaced = path_for(output) / "replaced"
     if replaced.is_dir() and not output.exists():
         replaced.rename(output)
 
 
 def hold_for_worker(folder: Path) -> TextIO:
-    """A lock that a worker keeps until it dies, so that no later run meets one that still writes."""
+    """A lock that a worker holds until it dies, so that no later run starts while it still writes."""
     file = (folder / "workers").open("w")
     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     return file
 
 
 def _wait_for(lock: TextIO, folder: Path) -> None:
-    """Take the lock, and wait until the last worker of an earlier run is gone."""
+    """Take the lock, and wait for the workers of an earlier run to end."""
     with (folder / "workers").open("w") as workers:
         deadline = time.monotonic() + LOCK_SECONDS
         for file in (lock, workers):
@@ -140,8 +140,8 @@ def _wait_for(lock: TextIO, folder: Path) -> None:
 def _check_ours(folder: Path) -> None:
     if folder.exists() and (foreign := sorted(set(os.listdir(folder)) - _OURS if folder.is_dir() else [folder.name])):
         raise UserError(
-            f"--output: {str(folder)!r}, where the work is done, holds {foreign[0]!r}, which is not ours (move it, or choose "
-            "another --output)"
+            f"--output: the work folder {str(folder)!r} holds a foreign file, {foreign[0]!r} (move it, or choose another "
+            "--output)"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a tokenizer holds and how well it serves: its vocabulary as text, compression by kind of text, and round trips."""
+"""Report on a tokenizer: its vocabulary as text, compression by kind of text, and round-trip failures."""
 
 import json
 import os
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from mateconv_jax.data.tokenizer.pieces import BYTES, is_byte_level, read_pieces, readable
 from mateconv_jax.data.tokenizer.samples import HARD_CASES, SAMPLES
 
-if TYPE_CHECKING:  # its import costs 2 s, and workers of `prepare` import `readable`
+if TYPE_CHECKING:  # takes 2 s to import
     from transformers import PreTrainedTokenizerFast
 
 HAN = "\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
-KINDS = {  # of tokens, by what the whole text is but for spaces around it; the first that fits
+KINDS = {  # of tokens, by their text without surrounding spaces; the first match counts
     "white space": re.compile(r"[^\S\x1c-\x1f]*"),
     "Han, 1 character": re.compile(f"[{HAN}]"),
     "Han, 2 characters": re.compile(f"[{HAN}]{{2}}"),
@@ -27,9 +27,9 @@ KINDS = {  # of tokens, by what the whole text is but for spaces around it; the 
 }
 ALL_SAMPLES = "all of these"
 PARTS, CONTROL = "parts of a character", "control tokens"
-EXAMPLES = 12  # of each kind, and of the longest
+EXAMPLES = 12  # per kind, and of the longest tokens
 SAMPLE_TOKENS = 60
-CONTEXT = 6  # characters shown on both sides of where a round trip went wrong
+CONTEXT = 6  # characters shown on each side of the first round-trip difference
 
 # ---- the report ---------------------------------------------------------------------------------------------------
 
@@ -39,17 +39,17 @@ def report(
     texts: dict[str, list[str]] | None = None,
     compare: "PreTrainedTokenizerFast | None" = None,
 ) -> dict:
-    """All that `inspect` shows, ready for JSON.
+    """Everything that `inspect` shows, as a JSON-serialisable dict.
 
     Args:
-      texts: kind: texts to compress and to send round, besides the built-in samples.
-      compare: another tokenizer, for its compression of the same texts.
+      texts: {kind: texts} to measure compression and round trips on, in addition to the built-in samples.
+      compare: another tokenizer to measure on the same texts.
 
     Returns:
-      kind, vocab_size, special_tokens, chat_template, bytes (of 256 in the vocabulary; None where bytes are no tokens),
-      longest_number (digits in one token), tokens_by_kind {kind: count}, examples {kind: texts}, longest {"Han", "other"},
-      sample, compression {kind of text: counts and ratios}, round_trip {"checked", "failed"}, read_from_text (control tokens
-      that come out of plain text), compare (None without).
+      kind, vocab_size, special_tokens, chat_template, bytes (how many of the 256 bytes are tokens; None if the tokenizer has
+      no byte tokens), longest_number (most digits in one token), tokens_by_kind {kind: count}, examples {kind: texts},
+      longest {"Han", "other"}, sample, compression {kind of text: counts and ratios}, round_trip {"checked", "failed"},
+      read_from_text (control tokens that plain text can produce), compare (None without `compare`).
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     special_tokens = _special_tokens(tokenizer)
@@ -92,7 +92,7 @@ def report(
 
 
 def compression(tokenizer: "PreTrainedTokenizerFast", texts: dict[str, list[str]]) -> dict[str, dict]:
-    """Of each kind of text: characters, bytes, tokens, unknown (tokens), characters_per_token and bytes_per_token."""
+    """Per kind of text: characters, bytes, tokens, unknown tokens, characters_per_token and bytes_per_token."""
     from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 
     result = {}
@@ -113,8 +113,7 @@ def compression(tokenizer: "PreTrainedTokenizerFast", texts: dict[str, list[str]
 
 
 def round_trip(tokenizer: "PreTrainedTokenizerFast", cases: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
-    """The (name, text) that do not come back from encoding and decoding: {"name", "text", "decoded"}, around the first
-    difference."""
+    """Cases that encoding and decoding do not reproduce: {"name", "text", "decoded"}, cut to the first difference."""
     from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 
     failed = []
@@ -134,8 +133,9 @@ def _kind(text: str) -> str:
 
 
 def _special_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[dict]:
-    """Tokens added to the model's vocabulary. Those with special False are control tokens too, but stay when special ones are
-    left out of decoded text."""
+    """Tokens added to the model's vocabulary. Those with special False are control tokens too, but skip_special_tokens keeps
+    them in decoded text.
+    """
     roles = tokenizer.special_tokens_map.items()
     return [
         {

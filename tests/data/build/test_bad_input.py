@@ -53,7 +53,7 @@ def test_a_truncated_file_is_an_error_or_used_as_far_as_it_goes(tmp_path):
     "flags, message",
     [
         (["--input", "none.jsonl"], "--input: no file at 'none.jsonl'"),
-        (["--input", "docs/images"], r"--input: no file in 'docs/images' has a known suffix \(\.jsonl"),
+        (["--input", "pictures"], r"--input: no file in 'pictures' has a known suffix \(\.jsonl"),
         (["--tokenizer", "none"], "--tokenizer: no tokenizer at 'none'"),
         (["--seq_len", "0"], "seq_len: 0 is invalid"),
         (["--val_fraction", "1"], "val_fraction: 1.0 is invalid"),
@@ -68,6 +68,8 @@ def test_a_truncated_file_is_an_error_or_used_as_far_as_it_goes(tmp_path):
 def test_impossible_options_write_nothing(tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "raw.jsonl", [{"text": "一"}])
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").touch()
     which = [] if "--tokenizer" in flags else ["--train_tokenizer"]
     with pytest.raises(UserError, match=message):
         main(parse_args(["--input", "raw.jsonl", "--output", "zh", "--num_workers", "1", *which, *flags]))

@@ -87,7 +87,7 @@ def die(chunk):
 def test_a_worker_that_is_killed_is_a_clear_error(corpus, tmp_path, monkeypatch):
     path, flags, straight = corpus
     monkeypatch.setattr(parallel_chunks, "_read", die)
-    with pytest.raises(UserError, match="--num_workers: a worker process was killed.*run the command again"):
+    with pytest.raises(UserError, match="--num_workers: a worker process was killed.*run the same command again"):
         main(parse_args(command(path, tmp_path / "zh", *flags, "--num_workers", "2")))
     monkeypatch.undo()
     assert_equal_datasets(prepare(path, tmp_path / "zh", *flags), straight)
