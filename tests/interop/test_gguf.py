@@ -60,7 +60,7 @@ class LlamaCpp:
 
     def generate(self, prompt: str) -> list[int]:
         body = self.post("/completion", prompt=prompt, n_predict=GREEDY.max_new_tokens, temperature=0, return_tokens=True)
-        return body["tokens"]
+        return body["tokens"][:-1] if body["stop_type"] == "eos" else body["tokens"]
 
     def log_probs(self, ids: list[int], n: int) -> dict[int, float]:
         """Of the n likeliest tokens after these; empty where the first of them is a part of a character."""

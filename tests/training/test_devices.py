@@ -143,7 +143,7 @@ def test_saved_on_eight_devices_it_goes_on_on_others(config, one, eight, tmp_pat
 def test_a_sigterm_of_one_process_checkpoints_all(config, tmp_path):
     long = ("--config.training.max_steps=100000", "--config.training.lr_scheduler=constant")
     first, second = start_two(config, tmp_path / "out", long)
-    first.wait_for("train/loss")
+    first.wait_for("  loss ")
     os.kill(second.process.pid, signal.SIGTERM)
     for training in (first, second):
         training.finish(RESUMABLE)
