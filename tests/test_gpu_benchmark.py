@@ -28,7 +28,7 @@ LINES = {
 
 
 # These start PyTorch or `train` several times, a minute each.
-SLOW = ("resume", "training", "decoding")
+SLOW = ("correct", "resume", "training", "decoding")
 
 
 @pytest.mark.parametrize("part", [pytest.param(part, marks=[pytest.mark.slow] * (part in SLOW)) for part in LINES])

@@ -175,7 +175,7 @@ def test_every_config_trains(path, dataset_folder, tmp_path, monkeypatch):
         "model.dim": 32, "model.n_layers": 2, "model.n_heads": 4, "model.n_kv_heads": 2, "model.head_dim": 8,
         "model.hidden_dim": 64, "model.vocab_size": 400, "model.max_seq_len": 64, "data.train_data_path": dataset_folder,
         "data.seq_len": 32, "training.out_dir": tmp_path / "out", "training.batch_size": 8, "training.max_steps": 2,
-        "training.log_interval": 1, "training.eval_iters": 1,
+        "training.log_interval": 1, "training.eval_iters": 1, "training.init_from": "",
     }  # fmt: skip
     argv = ["train", f"--config={config}", *(f"--config.{key}={value}" for key, value in tiny.items())]
     monkeypatch.setattr(sys, "argv", argv)

@@ -1,6 +1,7 @@
 """The persistent compilation cache."""
 
 import os
+import warnings
 from pathlib import Path
 
 import filelock
@@ -17,6 +18,8 @@ def enable(folder: str | None = None) -> None:
         folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "mateconv_jax" / "xla"))
     if folder:
         _remove_unfinished(Path(folder))
+    # Where another process writes or evicts the same entry, the program is just compiled. Not worth a line in a dialogue.
+    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
     jax.config.update("jax_compilation_cache_dir", folder or None)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # the default of 1 s skips decode steps

@@ -177,6 +177,7 @@ def test_validation_and_evaluation_count_learned_tokens_alone(dialogues_folder, 
     assert result["scores"]["raw"]["loss"] == pytest.approx(val_loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_going_on_equals_going_straight_to_the_bit(dialogues_folder, base_tiny_config, tmp_path):
     """With a mixture of experts, EMA, dropout and accumulation, over an epoch's end."""
     config = fine_tuning(base_tiny_config, dialogues_folder, tmp_path / "straight", batch_size=4, accumulation_steps=2)
