@@ -19,10 +19,10 @@ def get_config():
     config.data.seq_len = 128
 
     config.training.out_dir = "runs/demo"
-    config.training.max_steps = 320
+    config.training.max_steps = 300
     config.training.batch_size = 16
     config.training.learning_rate = 3e-3
     config.training.min_lr = 3e-4
-    config.training.eval_interval = 80
-    config.training.save_interval = 80
+    config.training.eval_interval = 100
+    config.training.save_interval = 100
     return config

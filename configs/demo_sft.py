@@ -18,9 +18,9 @@ def get_config():
     config.training.learning_rate = 1e-3
     config.training.min_lr = 1e-4
     config.training.weight_decay = 0.0
-    config.training.eval_interval = 50
-    config.training.save_interval = 50
-    config.training.samples_interval = 50
+    config.training.eval_interval = 75
+    config.training.save_interval = 75
+    config.training.samples_interval = 75
     config.training.sample_prompts = ("法国的首都是哪里？", "熊猫最爱吃什么？")
     config.training.sample_chat = True
     return config
