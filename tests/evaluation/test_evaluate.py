@@ -182,6 +182,7 @@ def command(*arguments, devices=1):
     return subprocess.run(arguments, capture_output=True, text=True, env=env, timeout=120)
 
 
+@pytest.mark.slow
 def test_four_devices_give_the_numbers_of_one(run, dataset_folder):
     result = command(f"--model_path={run}", f"--data={dataset_folder}", "--json", devices=4)
     assert result.returncode == 0, result.stderr

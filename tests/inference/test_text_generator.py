@@ -19,6 +19,7 @@ GREEDY = GenerationConfig(do_sample=False, max_new_tokens=80)
 PROMPTS = ["小明", "今天早上，老王去公园", "法", "熊猫最爱吃竹子。法国的首都是巴黎。"]
 
 
+@pytest.mark.slow
 def test_greedy_tokens_equal_transformers_generate_with_every_processor(dataset_folder):
     model = llama.peaked_model(max_seq_len=256)
     generator = TextGenerator(model, tokenizer_lib.load(dataset_folder / "tokenizer", ""))

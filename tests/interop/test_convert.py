@@ -187,6 +187,7 @@ def test_a_run_comes_back_from_gguf_bit_for_bit(run, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_every_kind_is_evaluated_and_trained_from(base_tiny_config, run, exported, dataset_folder, tmp_path):
     pth, gguf = tmp_path / "model.pth", tmp_path / "model.gguf"
     for path in (pth, gguf):

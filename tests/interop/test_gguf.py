@@ -378,6 +378,7 @@ def smollm2(smollm2_path):
     return TextGenerator.from_pretrained(smollm2_path)
 
 
+@pytest.mark.slow
 def test_a_pretrained_model_knows_the_capital_of_france(smollm2):
     answer = smollm2.generate("The capital of France is", GenerationConfig(do_sample=False, max_new_tokens=24))
     assert answer.startswith(" Paris.")

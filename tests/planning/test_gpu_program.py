@@ -100,6 +100,7 @@ def test_remat_saves_memory_for_arithmetic(base_step, remat, most, more):
     assert base_step.report.flops() < step.report.flops() < more * base_step.report.flops()
 
 
+@pytest.mark.slow
 def test_deterministic_leaves_nothing_to_chance(base_step):
     """No scatter of atomic additions, and cuDNN is asked for its deterministic backward pass in every layer; without the first
     two conditions an H100 gave other bits from step 4 on. The price: one more product of the output layer's size.
