@@ -49,7 +49,7 @@ class Dataset:
 
     @property
     def learned(self) -> bool:
-        """Whether rows say what is learned of them: there are whole dialogues in them, which must not see each other."""
+        """Whether rows say what is learned of them: there are whole dialogues in them."""
         return self._format is not None and self._format.learned
 
     def n_rows(self, split: str) -> int:
@@ -61,7 +61,8 @@ class Dataset:
 
         Args:
           document_starts: the ids of `<s>` and `</s>`: batches have `document_starts`, which in a format that does not record
-            them follow from the two tokens (see rows.starts_after_end). None: batches come without.
+            them follow from the two tokens (see rows.starts_after_end). None: batches come without, unless rows say what is
+            learned of them: dialogues packed into a row must not see each other.
 
         Raises:
           UserError: the files are missing, broken or of another version.
@@ -69,6 +70,8 @@ class Dataset:
         if self.splits is None:
             return FlatRows(self.path, self.seq_len, self.key, document_starts)
         assert self._format is not None
+        if self.learned and document_starts is None:
+            document_starts = 0, 0  # they are recorded: the ids are not used
         import tensorflow_datasets as tfds  # 2 s: not for those who only read metadata
 
         splits = tfds.builder_from_directory(self.path).info.splits

@@ -1,6 +1,8 @@
 """What a dialogue is."""
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
 LEARN = ("assistant", "last", "everything")  # of a dialogue: the assistant's turns, the last of them, or every token
 
@@ -17,3 +19,16 @@ class Dialogue:
 
     messages: list[dict]
     tools: list[dict] | None = None
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in nested lists and objects, the keys of objects too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from texts_in(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from texts_in(item)

@@ -145,18 +145,14 @@ def opened(
     """
     seq_len = config.data.seq_len
     described = {"data": data, "split": None, "seq_len": seq_len, "rejected": {}}
-    bos_eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-
-    def rows_of(dataset: Dataset, split: str) -> Rows | None:
-        return dataset.rows(split, bos_eos if config.training.document_mask or dataset.learned else None)
-
+    document_starts = (tokenizer.bos_token_id, tokenizer.eos_token_id) if config.training.document_mask else None
     if len(data) == 1 and is_dataset(data[0]) and not _holds_raw_files(Path(data[0])):
         dataset = open_dataset(data[0], "--data", seq_len)
         if split is not None and dataset.splits is None:
             raise UserError(NO_SPLITS.format(data[0]))
         _check_dataset(dataset, config, tokenizer)
         name = split or "validation"
-        rows = rows_of(dataset, name)
+        rows = dataset.rows(name, document_starts)
         if rows is None:
             raise UserError(f"--split: {data[0]!r} has no split {name!r} (available: {', '.join(dataset.splits or ())})")
         vocab_size = tokenizer_lib.vocab_size(tokenizer)
@@ -168,7 +164,7 @@ def opened(
     with tempfile.TemporaryDirectory(prefix="mateconv-") as temporary:
         folder = Path(temporary) / "dataset"
         rejected = _prepare(data, folder, tokenizer, seq_len)
-        rows = rows_of(open_dataset(folder, "--data", seq_len), "train")
+        rows = open_dataset(folder, "--data", seq_len).rows("train", document_starts)
         assert rows is not None
         yield rows, described | {"rejected": rejected}
 

@@ -42,8 +42,7 @@ def train(config: ConfigDict) -> int:
 
     Raises:
       UserError: another process trains in the same folder; a path, a size or an option that does not fit, before anything is
-        written; a file that cannot be read or
-        written; out of memory; training.max_bad_steps skipped updates in a row.
+        written; a file that cannot be read or written; out of memory; training.max_bad_steps skipped updates in a row.
     """
     try:
         with Signals() as signals, run_lock.held(Path(config.training.out_dir)):

@@ -52,13 +52,11 @@ def open_data(data: DataOptions, vocab_size: int, document_mask: bool) -> tuple[
         raise UserError(
             f"model.vocab_size: {vocab_size} is smaller than the tokenizer's vocabulary (expected at least {needed})"
         )
-    bos_eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    train_rows = train.rows("train", bos_eos if document_mask or train.learned else None)
+    document_starts = (tokenizer.bos_token_id, tokenizer.eos_token_id) if document_mask else None
+    train_rows = train.rows("train", document_starts)
     if train_rows is None:
         raise UserError(f"{train.key}: {str(train.path)!r} has no split 'train' (prepare it again)")
-    val_rows = None
-    if validation is not None:
-        val_rows = validation.rows(val_split, bos_eos if document_mask or validation.learned else None)
+    val_rows = None if validation is None else validation.rows(val_split, document_starts)
     for dataset, rows in ((train, train_rows), (validation, val_rows)):
         if dataset is not None and rows is not None:
             dataset.check_tokens(rows, vocab_size, f"model.vocab_size is {vocab_size}")

@@ -1,6 +1,7 @@
 """Encode dialogues into at most one row each."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,12 @@ class RowDialogues:
         self._options = options
         self._encoder = None
 
+    @functools.cached_property
+    def _tokenizer(self):  # without a chat template every dialogue is refused, but the tokenizer is loaded once
+        from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
+
+        return tokenizer_lib.load(self._tokenizer_folder, "--tokenizer")
+
     def encode(self, dialogue: Dialogue) -> RowDialogue:
         """The dialogue's tokens. A dialogue longer than a row loses its oldest turns, or is rejected if too_long_dialogue is
         "drop". With options.learn "everything" it keeps its length and is cut like a text later.
@@ -52,22 +59,18 @@ class RowDialogues:
         return encoded
 
     def _encode(self, dialogue: Dialogue) -> RowDialogue:
-        if self._encoder is None:
-            from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
-            from mateconv_jax.data.tokenizer.chat import ChatEncoder
+        from mateconv_jax.data.tokenizer.chat import ChatEncoder, TemplateRefuses
 
-            tokenizer = tokenizer_lib.load(self._tokenizer_folder, "--tokenizer")
+        if self._encoder is None:
+            tokenizer = self._tokenizer
             try:
                 self._encoder = ChatEncoder(tokenizer, self._options.learn)
             except UserError as error:  # no chat template
                 raise Rejected("chat_template", str(error).removeprefix("chat: ")) from error
-        from mateconv_jax.data.tokenizer.chat import TemplateRefuses
-
         try:
             ids, learned = self._encoder.encode(dialogue)
         except TemplateRefuses as error:
-            mapped = " (function and observation are read as tool)" if error.rule == "role_not_in_template" else ""
-            raise Rejected(error.rule, error.reason + mapped) from error
+            raise Rejected(error.rule, error.reason) from error
         return RowDialogue(np.array(ids, np.uint32), np.array(learned, bool))
 
     def _shortened(self, dialogue: Dialogue, most: int, length: int) -> RowDialogue:

@@ -7,11 +7,11 @@ tell which it is, so that text with backslashes, such as LaTeX, stays as it is e
 
 import csv
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 
 import orjson
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Excel writes one
 MATECONV_COLUMNS = {"history", "q", "a"}
 Line = tuple[bytes, int]  # without its line feed, and its bytes; empty where it is longer than a row may be
 
@@ -43,7 +43,7 @@ class _Lines:
         if self.taken == len(self._held):
             line, size = next(self._lines)
             if self.first == 1 and not self._held:
-                line = line.removeprefix(BYTE_ORDER_MARK)
+                line = line.removeprefix(BOM_UTF8)  # Excel writes one
             self._held.append((line.decode(errors="surrogateescape") + "\n", size + 1))
         line, size = self._held[self.taken]
         self.taken += 1

@@ -1,8 +1,8 @@
 """The texts of a dialogue."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from mateconv_jax.data.dialogue import Dialogue
+from mateconv_jax.data.dialogue import Dialogue, texts_in
 from mateconv_jax.data.text.rejected import Rejected
 
 
@@ -33,20 +33,8 @@ def other_texts(dialogue: Dialogue) -> list[str]:
         if len(message) != 2  # of ordinary ones nothing is looked at
         for field, value in message.items()
         if field not in ("role", "content")
-        for text in _texts_in(value)
+        for text in texts_in(value)
     ]
-
-
-def _texts_in(value) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts_in(item)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from _texts_in(item)
 
 
 def map_texts(dialogue: Dialogue, prose: Callable[[str], str], data: Callable[[str], str]) -> Dialogue:

@@ -2,11 +2,11 @@
 
 import itertools
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 
 from mateconv_jax.data.text.lines import Record, too_long
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LONGEST_BLANK = 1 << 16  # bytes before the first character
 _NOT_BLANK = re.compile(rb"\S")
 _STRUCTURE = re.compile(rb'["\[\]{},]')
@@ -18,9 +18,9 @@ def is_array(blocks: Iterator[bytes]) -> tuple[bool, Iterator[bytes]]:
     head = b""
     for block in blocks:
         head += block
-        if _BYTE_ORDER_MARK.startswith(head):  # perhaps cut in two
+        if BOM_UTF8.startswith(head):  # perhaps cut in two
             continue
-        if found := _NOT_BLANK.search(head, len(_BYTE_ORDER_MARK) if head.startswith(_BYTE_ORDER_MARK) else 0):
+        if found := _NOT_BLANK.search(head, len(BOM_UTF8) if head.startswith(BOM_UTF8) else 0):
             if found[0] == b"[":
                 return True, itertools.chain([head[found.start() :]], blocks)
             break

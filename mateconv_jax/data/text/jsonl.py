@@ -1,5 +1,6 @@
 """One record of an input as a document, or the rule that it breaks."""
 
+from codecs import BOM_UTF8
 from collections.abc import Set
 
 import orjson
@@ -12,7 +13,6 @@ from mateconv_jax.data.text.rejected import Rejected
 Document = str | Dialogue
 
 NOTHING = frozenset()
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def parse_line(line: bytes, text_key: str, ignore_fields: tuple[str, ...] = ()) -> tuple[Document, str, Set[str]]:
@@ -31,7 +31,7 @@ def parse_line(line: bytes, text_key: str, ignore_fields: tuple[str, ...] = ()) 
       Rejected: what is wrong with the line.
     """
     try:
-        record = orjson.loads(line.removeprefix(BYTE_ORDER_MARK))
+        record = orjson.loads(line.removeprefix(BOM_UTF8))
     except orjson.JSONDecodeError as error:
         parse_text(line)
         rule = "lone_surrogate" if "surrogate" in str(error) else "invalid_json"
@@ -56,6 +56,6 @@ def parse_text(record: bytes) -> str:
       Rejected: it is not UTF-8.
     """
     try:
-        return record.removeprefix(BYTE_ORDER_MARK).decode()
+        return record.removeprefix(BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         raise Rejected("invalid_utf8", f"not UTF-8 ({error.reason} at byte {error.start})") from error

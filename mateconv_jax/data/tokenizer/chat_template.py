@@ -15,6 +15,7 @@ import jinja2
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from mateconv_jax.data.dialogue import texts_in
 from mateconv_jax.data.tokenizer.stand_ins import STAND_INS, NotAStandIn, Run, StandIns, TooLong
 from mateconv_jax.data.tokenizer.tokenizer import encode_with_offsets
 from mateconv_jax.errors import UserError
@@ -140,7 +141,7 @@ class DialogueRenderer:
         self._spelt_out = StandIns()  # for control tokens that the dialogue spells out
         self._marks = StandIns()  # for everything else that it says
         self._messages, self._tools = messages, tools
-        if any(map(template.is_unsafe, _texts([messages, tools]))):
+        if any(map(template.is_unsafe, texts_in([messages, tools]))):
             self._messages, self._tools = _map_texts([messages, tools], self._hide_control_tokens, self._hide_control_tokens)
         self._marked: tuple[list[dict], Tools] | None = None
         self._written = ""  # the whole
@@ -311,18 +312,6 @@ class DialogueRenderer:
 
         messages = [{key: mark_each(value, i, key) for key, value in m.items()} for i, m in enumerate(self._messages)]
         return messages, mark_each(self._tools, -1, "tools")
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from _texts(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
 
 
 def _map_texts(value: Any, change: Callable[[str], str], change_key: Callable[[str], str]) -> Any:
