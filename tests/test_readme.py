@@ -116,12 +116,17 @@ def test_every_command_of_the_readme_runs(checkout, monkeypatch):
 
 
 @pytest.mark.slow  # two minutes
-def test_every_command_of_the_documentation_runs(checkout, monkeypatch):
-    """On what the README's commands have made."""
+def test_every_command_and_all_code_of_the_documentation_run(checkout, monkeypatch):
+    """On what the README's commands have made; the code opens the models that the commands write."""
     if not (checkout / "out").exists():
         run_commands(FIRST_COMMANDS, checkout, monkeypatch)
     run_commands(COMMANDS[len(FIRST_COMMANDS) :], checkout, monkeypatch)
     assert Path("out/report.html").is_file()
+    for page, _ in PAGES:
+        for code in blocks(page, "python"):
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec(compile(code, page, "exec"), {})
+            assert printed.getvalue().strip(), code
 
 
 def run_commands(commands, checkout, monkeypatch):
@@ -139,15 +144,6 @@ def run_commands(commands, checkout, monkeypatch):
         else:
             code = in_this_process(match["module"], shlex.split(match["arguments"]), match["stdin"], monkeypatch)
             assert code == 0, shorter
-
-
-def test_all_code_runs(checkout, monkeypatch):
-    monkeypatch.chdir(checkout)
-    for page, _ in PAGES:
-        for code in blocks(page, "python"):
-            with contextlib.redirect_stdout(io.StringIO()) as printed:
-                exec(compile(code, page, "exec"), {})
-            assert printed.getvalue().strip(), code
 
 
 @pytest.mark.slow
