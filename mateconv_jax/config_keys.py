@@ -129,6 +129,9 @@ KEYS = [
     Key("mesh.fsdp", 1, FREE,
         "Devices over which parameters, EMA and optimizer state are sharded too. -1: all that mesh.data leaves.", DEVICES),
 
+    # ---- loss -------------------------------------------------------------------------------------------------------------
+    Key("loss.kind", "next_token", FIXED, "What is learned: the next token of texts and dialogues.", one_of("next_token")),
+
     # ---- training: the run ------------------------------------------------------------------------------------------------
     Key("training.out_dir", "out", FREE, "The run folder: checkpoints, log, metrics, configuration, tokenizer."),
     Key("training.compilation_cache_dir", None, FREE,

@@ -37,6 +37,7 @@ class Dataset:
       seq_len: targets of a row.
       splits: {name: number of rows}; None: a flat file, which has none.
       tokenizer_folder, tokenizer_fingerprint: of the tokenizer that made the ids; None: not known.
+      content: what a row holds: texts (dialogues among them).
     """
 
     path: Path
@@ -45,6 +46,7 @@ class Dataset:
     splits: dict[str, int] | None = None
     tokenizer_folder: Path | None = None
     tokenizer_fingerprint: str | None = None
+    content: str = "texts"
     _format: RowFormat | None = None
 
     @property
@@ -121,6 +123,7 @@ def open_dataset(path: str | Path, key: str, seq_len: int) -> Dataset:
         {split: counts["rows"] for split, counts in metadata["splits"].items()},
         path / "tokenizer",
         metadata["tokenizer_fingerprint"],
+        metadata.get("content", "texts"),
         RowFormat(metadata["seq_len"], metadata["vocab_size"], metadata.get("learned", False), version),
     )
 

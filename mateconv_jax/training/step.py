@@ -79,8 +79,14 @@ def lower(train_step, state: TrainState, batch, deterministic: bool) -> jax.stag
 
 
 def make_eval_step(graph: nnx.GraphDef, loss_fn: LossFn):
-    """The jitted `(params, batch) -> (LossOutput.sum, LossOutput.weight)`."""
-    return jax.jit(lambda params, batch: loss_fn(nnx.merge(graph, params), batch, None)[:2])
+    """The jitted `(params, batch) -> (LossOutput.sum, LossOutput.weight, those of its metrics that are plain sums)`."""
+
+    def eval_step(params, batch):
+        output = loss_fn(nnx.merge(graph, params), batch, None)
+        metrics = {name: total for name, total in output.metrics.items() if not hasattr(total, "means")}
+        return output.sum, output.weight, metrics
+
+    return jax.jit(eval_step)
 
 
 def gradients_of_sums(graph, loss_fn: LossFn, seed: int, params, batch, step, scale, device=0, gather=lambda params: params):
