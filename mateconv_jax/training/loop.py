@@ -14,6 +14,7 @@ from mateconv_jax import config as config_lib, run_folder
 from mateconv_jax.data.dataset import Rows, fingerprint
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
+from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.runtime import distributed, sharding
 from mateconv_jax.training import objective as objective_lib, out_of_memory, resume, run_lock, setup
 from mateconv_jax.training.batch_shape import BatchShape
@@ -23,7 +24,7 @@ from mateconv_jax.training.evaluator import Evaluation
 from mateconv_jax.training.header import log_header, log_memory
 from mateconv_jax.training.logging_setup import logging_to
 from mateconv_jax.training.metrics import Metrics
-from mateconv_jax.training.open_data import DataOptions, open_data
+from mateconv_jax.training.open_data import DataOptions, open_data, open_prompts
 from mateconv_jax.training.preemption import RESUMABLE, Signals
 from mateconv_jax.training.samples import Samples
 from mateconv_jax.training.setup import Length
@@ -74,9 +75,7 @@ def _train(config: ConfigDict, signals: Signals) -> int:
 
     # ---- what: data, model, optimizer, loss -------------------------------------------------------------------------
     objective = objective_lib.of(config)
-    train_rows, val_rows, tokenizer = open_data(
-        config_lib.options(DataOptions, config.data), c.vocab_size, training.document_mask, objective.check
-    )
+    train_rows, val_rows, tokenizer = _open(config, c, objective, origin)
     if training.early_stopping and val_rows is None:
         raise UserError("training.early_stopping: there are no validation rows (expected data.val_data_path)")
     position = resume.position(origin)
@@ -86,7 +85,6 @@ def _train(config: ConfigDict, signals: Signals) -> int:
     evaluator = None
     if val_rows is not None:
         evaluator = objective.evaluator(c, mesh, programs.eval_step, val_rows, tokenizer)
-    samples = None if length.samples_interval is None else _samples(programs, tokenizer, training)
 
     # ---- the run folder ---------------------------------------------------------------------------------------------
     folder = Path(training.out_dir)
@@ -102,7 +100,11 @@ def _train(config: ConfigDict, signals: Signals) -> int:
             length = Length.of(training, len(train_rows), read)
             programs = setup.build(config, c, mesh, length.total_steps, objective)
         differences += progress.reads(*_fingerprints(train_rows, val_rows, training))
-        source = objective.source(c, mesh, train_rows, tokenizer, read)
+        context = objective_lib.Context(folder, lambda: signals.stop)
+        source = objective.source(c, mesh, train_rows, tokenizer, read, context)
+        samples = None
+        if length.samples_interval is not None:
+            samples = objective.samples(source) if objective.samples else _samples(programs, tokenizer, training)
         if distributed.is_first():
             _describe(folder, config, tokenizer)
         if shape_taken:
@@ -114,6 +116,16 @@ def _train(config: ConfigDict, signals: Signals) -> int:
                 training.max_bad_steps, training.patience if training.early_stopping else None, training.deterministic,
             )  # fmt: skip
             return run.steps(state, progress)
+
+
+def _open(config: ConfigDict, c: ModelConfig, objective: objective_lib.Objective, origin: resume.Origin):
+    """Training rows, validation rows (None: there are none) and tokenizer."""
+    options = config_lib.options(DataOptions, config.data)
+    if objective.content != "prompts":
+        return open_data(options, c.vocab_size, config.training.document_mask, objective.check)
+    rollout = config.rollout
+    longest = config.data.seq_len + 1 - rollout.max_new_tokens
+    return open_prompts(options, c.vocab_size, longest, rollout.samples * rollout.iterations, origin.tokenizer)
 
 
 def _describe(folder: Path, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -161,15 +173,19 @@ class Run:
         if done:
             logging.info("nothing to do: %s is at step %d of %d", self.folder, step, length.total_steps)
             return 0
-        train_step = compile_step(self.train_step, state, self.source(step, state.params), self.deterministic)
+        batch = self.source(step, state.params)
+        train_step = batch and compile_step(self.train_step, state, batch, self.deterministic)
 
         while not (done or self.signals.poll(step)):
             with metrics.waiting_for_input():
                 batch = self.source(step, state.params)
+            if batch is None:  # asked to stop while it was made
+                break
+            of_batch = self.source.metrics(step)
             step += 1
             progress.rows = self.source.rows_before(step)
             state, step_metrics = train_step(state, batch)  # dispatched, not waited for
-            skipped.check(metrics.push(step, step_metrics), step, save)  # reads the previous step while this one runs
+            skipped.check(metrics.push(step, step_metrics | of_batch), step, save)  # reads the previous one's meanwhile
 
             done = step == length.total_steps
             if self.evaluation_due(step, progress):

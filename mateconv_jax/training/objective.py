@@ -5,6 +5,7 @@ batch from here, the loop the source of batches and the evaluator.
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 
 from mateconv_jax.data.dataset import Dataset, Rows
 from mateconv_jax.errors import UserError
+from mateconv_jax.losses import policy_gradient
 from mateconv_jax.losses.next_token import next_token_loss
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.runtime import sharding
@@ -22,6 +24,19 @@ from mateconv_jax.training.step import LossFn
 HOW_TO_MAKE = {
     "texts": "python -m mateconv_jax.prepare --input texts.jsonl --output DATASET",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a source of batches may need of its run.
+
+    Attributes:
+      folder: of the run.
+      should_stop: whether the run is asked to stop; a source that takes long asks now and then.
+    """
+
+    folder: Path
+    should_stop: Callable[[], bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +50,10 @@ class Objective:
       shape: of a step.
       abstract_batch: (mesh, learned) -> a step's batch, shapes with shardings. learned: whether the dataset's rows say what is
         learned of them.
-      source: (c, mesh, rows, tokenizer, start) -> where batches come from, see batches.py. start: a Position.
+      source: (c, mesh, rows, tokenizer, start, context) -> where batches come from, see batches.py. start: a Position;
+        context: a Context.
       evaluator: (c, mesh, eval_step, rows, tokenizer) -> a callable as evaluator.Evaluator.
+      samples: source -> in place of samples.Samples; None: the run writes samples.
     """
 
     kind: str
@@ -46,6 +63,7 @@ class Objective:
     abstract_batch: Callable[[Mesh, bool], dict[str, jax.ShapeDtypeStruct]]
     source: Callable
     evaluator: Callable
+    samples: Callable | None = None
 
     def check(self, dataset: Dataset) -> None:
         """Raises UserError where the loss cannot learn from the dataset's rows."""
@@ -57,7 +75,13 @@ class Objective:
 
 
 def of(config: ConfigDict) -> Objective:
-    """The objective of a (resolved) config."""
+    """The objective of a (resolved) config.
+
+    Raises:
+      UserError: keys do not fit each other.
+    """
+    if config.loss.kind in policy_gradient.KINDS:
+        return _reward(config)
     return _next_token(config)
 
 
@@ -92,7 +116,7 @@ def _rows(shape: BatchShape, document_mask: bool, mesh: Mesh, learned: bool) -> 
 
 
 def _row_batches(
-    config: ConfigDict, shape: BatchShape, c: ModelConfig, mesh: Mesh, rows: Rows, tokenizer, start: Position
+    config: ConfigDict, shape: BatchShape, c: ModelConfig, mesh: Mesh, rows: Rows, tokenizer, start: Position, context
 ):  # fmt: skip
     """Rows of the dataset, as they are."""
     from mateconv_jax.training.batches import RowBatches  # imports Grain: not for planning
@@ -107,3 +131,29 @@ def _loss_on_rows(
     from mateconv_jax.training.evaluator import Evaluator  # Grain, too
 
     return Evaluator(eval_step, rows, bytes_per_token(tokenizer), training.batch_size, training.eval_iters, mesh)
+
+
+# ---- grpo, bnpo, dapo, dr_grpo: prompts, and rewards of answers to them -----------------------------------------------
+
+
+def _reward(config: ConfigDict) -> Objective:
+    from mateconv_jax.training import reinforcement
+    from mateconv_jax.training.rollout_batches import AnswersOfRollouts
+
+    reinforcement.check(config)
+    training, loss = config.training, config.loss
+    shape = BatchShape(training.batch_size, training.accumulation_steps, config.data.seq_len)
+    loss_fn = functools.partial(
+        policy_gradient.policy_gradient_loss, epsilon=loss.epsilon, epsilon_high=loss.epsilon_high, beta=loss.beta,
+        temperature=config.rollout.temperature, remat=training.remat,
+    )  # fmt: skip
+    return Objective(
+        kind=loss.kind,
+        content="prompts",
+        loss_fn=loss_fn,
+        shape=shape,
+        abstract_batch=lambda mesh, learned: reinforcement.abstract_batch(config, shape, mesh),
+        source=functools.partial(reinforcement.source, config, shape),
+        evaluator=functools.partial(reinforcement.RewardEvaluator, config),
+        samples=AnswersOfRollouts,
+    )
