@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mateconv_jax.data.rows import Readable
 from mateconv_jax.data.shards import VERSION, RowFormat, ShardRows
 from mateconv_jax.data.token_bin import FlatRows, n_rows
 from mateconv_jax.data.tokenizer import folder as tokenizer_folder_lib
@@ -128,7 +129,7 @@ def open_dataset(path: str | Path, key: str, seq_len: int) -> Dataset:
     )
 
 
-def fingerprint(rows: Rows, n: int) -> str:
+def fingerprint(rows: Readable, n: int) -> str:
     """16 hex digits that tell the first n rows from others: their number, and 64 of them, evenly spread. Rows are packed from a
     stream, so a changed document moves nearly all that follow it.
     """

@@ -10,9 +10,19 @@ learned          (B, S + 1) bool: tokens that are learned as targets. Missing: a
 No token id means any of this: a chat template writes `<s>` before every turn, and MateConv's tokenizer has no `<pad>`.
 """
 
+from typing import Protocol
+
 import numpy as np
 
 Batch = dict[str, np.ndarray]
+
+
+class Readable(Protocol):
+    """Rows by number."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: np.ndarray) -> Batch: ...
 
 
 def learned_targets(batch: Batch) -> np.ndarray:

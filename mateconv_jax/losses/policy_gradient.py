@@ -96,7 +96,7 @@ def policy_gradient_loss(
         objective += n_rows * jnp.sum(routing.auxiliary_loss) / jnp.maximum(total(is_answer_BS), 1)
     kl = None if kl_BS is None else total(kl_BS)
     totals = TokenTotals(total(is_answer_BS), total(entropy_BS), total(is_clipped_BS), kl, jax.lax.stop_gradient(routing))
-    return LossOutput(loss, n_rows, objective, {"tokens": totals})  # pyrefly: ignore[bad-argument-type]
+    return LossOutput(loss, n_rows, objective, {"tokens": totals})  # pyrefly: ignore[bad-assignment]
 
 
 def log_probs(model: Transformer, batch: Batch, key_B=None, temperature: float = 1.0, remat: str = "none"):

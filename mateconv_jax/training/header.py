@@ -2,13 +2,13 @@
 
 import math
 import os
+from collections.abc import Sized
 
 import jax
 from absl import logging
 from clu import parameter_overview
 from flax import nnx
 
-from mateconv_jax.data.dataset import Rows
 from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.runtime import distributed
@@ -19,8 +19,8 @@ from mateconv_jax.training.batch_shape import BatchShape
 def log_header(
     c: ModelConfig,
     abstract_params: nnx.State,
-    rows: Rows,
-    val_rows: Rows | None,
+    rows: Sized,
+    val_rows: Sized | None,
     shape: BatchShape,
     total_steps: int,
     start: str,

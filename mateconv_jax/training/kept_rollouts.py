@@ -28,7 +28,7 @@ class KeptRollouts:
         """Keep it, and drop those that no checkpoint leads to any more."""
         self._folder.mkdir(exist_ok=True)
         with files.aside(self._folder / f"{step}.npz") as written, written.open("wb") as file:
-            np.savez(file, metrics=np.array(json.dumps(metrics)), **batch)
+            np.savez(file, allow_pickle=False, metrics=np.array(json.dumps(metrics)), **batch)
         saved = [int(path.name) for path in run_folder.checkpoints(self._run).glob("*") if path.name.isdigit()]
         kept = sorted(int(path.stem) for path in self._folder.glob("*.npz"))
         needed = max((first for first in kept if first <= min(saved, default=0)), default=0)

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from mateconv_jax import config as config_lib, run_folder
-from mateconv_jax.data.dataset import Rows, fingerprint
+from mateconv_jax.data.dataset import fingerprint
+from mateconv_jax.data.rows import Readable
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig
@@ -173,13 +174,14 @@ class Run:
         if done:
             logging.info("nothing to do: %s is at step %d of %d", self.folder, step, length.total_steps)
             return 0
-        batch = self.source(step, state.params)
-        train_step = batch and compile_step(self.train_step, state, batch, self.deterministic)
+        if (batch := self.source(step, state.params)) is None:  # asked to stop while it was made
+            return self.stopped(step)
+        train_step = compile_step(self.train_step, state, batch, self.deterministic)
 
         while not (done or self.signals.poll(step)):
             with metrics.waiting_for_input():
                 batch = self.source(step, state.params)
-            if batch is None:  # asked to stop while it was made
+            if batch is None:
                 break
             of_batch = self.source.metrics(step)
             step += 1
@@ -203,7 +205,11 @@ class Run:
             return 0
         skipped.check(metrics.flush(), step, save)
         save()
-        logging.info("stopped at step %d of %d; the same command continues from there", step, length.total_steps)
+        return self.stopped(step)
+
+    def stopped(self, step: int) -> int:
+        """The exit code."""
+        logging.info("stopped at step %d of %d; the same command continues from there", step, self.length.total_steps)
         return RESUMABLE
 
     # ---- what happens every so often --------------------------------------------------------------------------------
@@ -257,7 +263,7 @@ def validation_losses(evaluator: Callable, state: TrainState, should_stop: Calla
     return losses | {f"val/{metric.rpartition('/')[2]}": value for metric, value in result.metrics(last).items()}
 
 
-def _fingerprints(train_rows: Rows, val_rows: Rows | None, training: ConfigDict) -> tuple[str, str | None]:
+def _fingerprints(train_rows: Readable, val_rows: Readable | None, training: ConfigDict) -> tuple[str, str | None]:
     """Of the training rows, and of what a validation loss is measured on."""
     train = fingerprint(train_rows, len(train_rows))
     if val_rows is None:

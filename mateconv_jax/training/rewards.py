@@ -9,7 +9,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 
 import numpy as np
@@ -76,12 +76,14 @@ class Rewards:
         for _ in range(n_threads):
             threading.Thread(target=self._work, daemon=True).start()
 
-    def start(self, prompt, completions: list[str], record: dict) -> list[Future]:
+    def start(self, prompt, completions: Sequence[str], record: dict) -> list[Future]:
         """Score the answers to a prompt; returns one future for each function, of rewards (G,)."""
         futures = []
         for name, function in zip(self.names, self._functions, strict=True):
             future = Future()
-            self._calls.put((future, name, function, [prompt] * len(completions), completions, [record] * len(completions)))
+            self._calls.put(
+                (future, name, function, [prompt] * len(completions), list(completions), [record] * len(completions))
+            )
             futures.append(future)
         return futures
 

@@ -3,6 +3,7 @@
 Dimensions in names: P prompts, B answers, T cache bucket.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -52,7 +53,7 @@ class Rollouts:
     ):  # fmt: skip
         """
         Args:
-          how: its seed is not used.
+          how: but for its seed.
           longest_prompt: in tokens, of all prompts there will be.
           n_samples: answers to each prompt.
         """
@@ -82,7 +83,8 @@ class Rollouts:
             tokens_T[: len(ids)] = ids
         state = self._start(*self._spread((tokens_PT, lengths_P)))
         sample_B = first_sample + np.arange(len(prompts) * self._n_samples, dtype=np.int32)
-        sampling = Sampling.make(self._how, self._spread(sample_B), self._c.vocab_size).replace(seed=jnp.uint32(seed))
+        how = dataclasses.replace(self._how, seed=seed)
+        sampling = Sampling.make(how, self._spread(sample_B), self._c.vocab_size)
         stopped = False
 
         def finished(state: DecodeState) -> jax.Array:
