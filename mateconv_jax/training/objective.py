@@ -4,6 +4,7 @@ batch from here, the loop the source of batches and the evaluator.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -11,8 +12,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from mateconv_jax import config as config_lib
 from mateconv_jax.data.dataset import Dataset, Rows
 from mateconv_jax.errors import UserError
+from mateconv_jax.losses import preference
 from mateconv_jax.losses.next_token import next_token_loss
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.runtime import sharding
@@ -21,6 +24,7 @@ from mateconv_jax.training.step import LossFn
 
 HOW_TO_MAKE = {
     "texts": "python -m mateconv_jax.prepare --input texts.jsonl --output DATASET",
+    "pairs": "python -m mateconv_jax.prepare --input preferences.jsonl --output DATASET",
 }
 
 
@@ -37,6 +41,8 @@ class Objective:
         learned of them.
       source: (c, mesh, rows, tokenizer, start) -> where batches come from, see batches.py. start: a Position.
       evaluator: (c, mesh, eval_step, rows, tokenizer) -> a callable as evaluator.Evaluator.
+      needs_reference: whether rows need the log-probabilities of a reference, see reference.py.
+      expected_loss: of the first step of a model that starts as its own reference, and that value in words; None: not known.
     """
 
     kind: str
@@ -46,6 +52,8 @@ class Objective:
     abstract_batch: Callable[[Mesh, bool], dict[str, jax.ShapeDtypeStruct]]
     source: Callable
     evaluator: Callable
+    needs_reference: bool = False
+    expected_loss: tuple[float, str] | None = None
 
     def check(self, dataset: Dataset) -> None:
         """Raises UserError where the loss cannot learn from the dataset's rows."""
@@ -58,7 +66,7 @@ class Objective:
 
 def of(config: ConfigDict) -> Objective:
     """The objective of a (resolved) config."""
-    return _next_token(config)
+    return _next_token(config) if config.loss.kind == "next_token" else _preference(config)
 
 
 # ---- next_token: texts and dialogues ------------------------------------------------------------------------------
@@ -94,7 +102,6 @@ def _rows(shape: BatchShape, document_mask: bool, mesh: Mesh, learned: bool) -> 
 def _row_batches(
     config: ConfigDict, shape: BatchShape, c: ModelConfig, mesh: Mesh, rows: Rows, tokenizer, start: Position
 ):  # fmt: skip
-    """Rows of the dataset, as they are."""
     from mateconv_jax.training.batches import RowBatches  # imports Grain: not for planning
 
     return RowBatches(rows, shape, config.training.seed, config.data.shuffle, config.data.num_workers, mesh, start)
@@ -107,3 +114,51 @@ def _loss_on_rows(
     from mateconv_jax.training.evaluator import Evaluator  # Grain, too
 
     return Evaluator(eval_step, rows, bytes_per_token(tokenizer), training.batch_size, training.eval_iters, mesh)
+
+
+# ---- sigmoid, ipo, orpo, simpo: pairs -----------------------------------------------------------------------------
+
+
+def _preference(config: ConfigDict) -> Objective:
+    training = config.training
+    options = config_lib.options(preference.PreferenceOptions, config.loss)
+    needs_reference = options.kind in preference.WITH_REFERENCE
+    shape = BatchShape(training.batch_size, training.accumulation_steps, config.data.seq_len, sequences=2)
+    return Objective(
+        kind=options.kind,
+        content="pairs",
+        loss_fn=functools.partial(preference.preference_loss, options=options, remat=training.remat),
+        shape=shape,
+        abstract_batch=functools.partial(_pairs, shape, needs_reference),
+        source=functools.partial(_row_batches, config, shape),
+        evaluator=functools.partial(_loss_on_pairs, training),
+        needs_reference=needs_reference,
+        expected_loss=_loss_of_equals(options) if not config.model.dropout else None,
+    )
+
+
+def _pairs(shape: BatchShape, with_reference: bool, mesh: Mesh, learned: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """Micro-batches of pairs, see data/rows.py. Their rows always say what is learned of them."""
+    pairs = shape.accumulation_steps, shape.batch_size, 2
+    spread = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.batch(mesh, 1))
+    tokens = spread((*pairs, shape.seq_len + 1), jnp.uint16)
+    batch = {"tokens": tokens, "length": spread(pairs, jnp.int32), "learned": spread(tokens.shape, jnp.bool)}
+    return batch | ({"reference": spread(pairs, jnp.float32)} if with_reference else {})
+
+
+def _loss_on_pairs(training: ConfigDict, c: ModelConfig, mesh: Mesh, eval_step: Callable, rows: Rows, tokenizer):
+    from mateconv_jax.training.evaluator import Evaluator
+
+    return Evaluator(eval_step, rows, None, training.batch_size, training.eval_iters, mesh)
+
+
+def _loss_of_equals(options: preference.PreferenceOptions) -> tuple[float, str] | None:
+    """Where policy and reference are the same, all rewards are 0."""
+    if options.sft_coef:
+        return None
+    match options.kind:
+        case "sigmoid":
+            return math.log(2), "ln 2"
+        case "ipo":
+            return 1 / (2 * options.beta) ** 2, "1 / (2 beta)²"
+    return None
