@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from mateconv_jax import cores
 from mateconv_jax.data.build import pipeline
 from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.dataset import Dataset, Rows, is_dataset, open_dataset
@@ -195,7 +195,7 @@ def _prepare(data: list[str], folder: Path, tokenizer: PreTrainedTokenizerFast, 
     try:
         found = sources.find(data)
         n_chunks = 1 + sum(source.size or 0 for source in found) // options.sizes.bytes
-        n_workers = min(len(os.sched_getaffinity(0)), n_chunks)
+        n_workers = min(cores.usable(), n_chunks)
         figures = pipeline.prepare(found, folder, str(tokenizer_folder), options, n_workers)
         assert figures is not None  # the folder is new
         return figures["rejects"]
