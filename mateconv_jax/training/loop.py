@@ -25,6 +25,7 @@ from mateconv_jax.training.logging_setup import logging_to
 from mateconv_jax.training.metrics import Metrics
 from mateconv_jax.training.open_data import DataOptions, open_data
 from mateconv_jax.training.preemption import RESUMABLE, Signals
+from mateconv_jax.training.reference import Reference, make_score_step
 from mateconv_jax.training.samples import Samples
 from mateconv_jax.training.setup import Length
 from mateconv_jax.training.skipped_steps import SkippedSteps
@@ -74,6 +75,7 @@ def _train(config: ConfigDict, signals: Signals) -> int:
 
     # ---- what: data, model, optimizer, loss -------------------------------------------------------------------------
     objective = objective_lib.of(config)
+    objective.check_origin(origin.key)
     train_rows, val_rows, tokenizer = open_data(
         config_lib.options(DataOptions, config.data), c.vocab_size, training.document_mask, objective.check
     )
@@ -83,9 +85,6 @@ def _train(config: ConfigDict, signals: Signals) -> int:
     length = Length.of(training, len(train_rows), position)
     programs = setup.build(config, c, mesh, length.total_steps, objective)
     shape = objective.shape
-    evaluator = None
-    if val_rows is not None:
-        evaluator = objective.evaluator(c, mesh, programs.eval_step, val_rows, tokenizer)
     samples = None if length.samples_interval is None else _samples(programs, tokenizer, training)
 
     # ---- the run folder ---------------------------------------------------------------------------------------------
@@ -102,12 +101,28 @@ def _train(config: ConfigDict, signals: Signals) -> int:
             length = Length.of(training, len(train_rows), read)
             programs = setup.build(config, c, mesh, length.total_steps, objective)
         differences += progress.reads(*_fingerprints(train_rows, val_rows, training))
-        source = objective.source(c, mesh, train_rows, tokenizer, read)
         if distributed.is_first():
             _describe(folder, config, tokenizer)
         if shape_taken:
             logging.info("%s", shape_taken)
-        log_header(c, programs.abstract_params, train_rows, val_rows, shape, length.total_steps, start, differences)
+        expected_loss = None if read.step else objective.expected_loss(c.vocab_size, start == resume.FROM_SCRATCH)
+        log_header(
+            c, programs.abstract_params, train_rows, val_rows, shape, length.total_steps, start, expected_loss, differences
+        )
+
+        # ---- the reference, batches, validation ---------------------------------------------------------------------
+        if objective.needs_reference:
+            joined = _reference(config, programs, origin, folder).join(
+                train_rows, val_rows, state.params, progress, lambda: signals.stop
+            )
+            if joined is None:
+                return RESUMABLE
+            train_rows, val_rows = joined
+        source = objective.source(c, mesh, train_rows, tokenizer, read)
+        evaluator = None
+        if val_rows is not None:
+            evaluator = objective.evaluator(c, mesh, programs.eval_step, val_rows, tokenizer)
+
         with _metrics(config, programs, shape, length, int(state.step), progress) as metrics:
             run = Run(
                 folder, length, programs.train_step, source, evaluator, samples, checkpoints, metrics, signals,
@@ -248,6 +263,13 @@ def _fingerprints(train_rows: Rows, val_rows: Rows | None, training: ConfigDict)
         return train, None
     n_measured = min(len(val_rows), training.eval_iters * training.batch_size)
     return train, fingerprint(val_rows, n_measured) + " within documents" * training.document_mask
+
+
+def _reference(config: ConfigDict, programs: setup.Setup, origin: resume.Origin, folder: Path) -> Reference:
+    training, mesh = config.training, programs.mesh
+    score = make_score_step(programs.graph, mesh)
+    n_heads, dtype = config.model.n_heads, programs.c.dtype.name
+    return Reference(folder, origin, training.init_from, n_heads, dtype, score, mesh, training.batch_size)
 
 
 def _samples(programs: setup.Setup, tokenizer, training: ConfigDict) -> Samples:

@@ -41,8 +41,8 @@ class Objective:
         learned of them.
       source: (c, mesh, rows, tokenizer, start) -> where batches come from, see batches.py. start: a Position.
       evaluator: (c, mesh, eval_step, rows, tokenizer) -> a callable as evaluator.Evaluator.
+      expected_loss: (vocab_size, from_scratch) -> the loss of the first step in words; None: not known.
       needs_reference: whether rows need the log-probabilities of a reference, see reference.py.
-      expected_loss: of the first step of a model that starts as its own reference, and that value in words; None: not known.
     """
 
     kind: str
@@ -52,8 +52,16 @@ class Objective:
     abstract_batch: Callable[[Mesh, bool], dict[str, jax.ShapeDtypeStruct]]
     source: Callable
     evaluator: Callable
+    expected_loss: Callable[[int, bool], str | None]
     needs_reference: bool = False
-    expected_loss: tuple[float, str] | None = None
+
+    def check_origin(self, key: str | None) -> None:
+        """Raises UserError where the loss needs weights to start from. key: see resume.Origin."""
+        if self.needs_reference and key is None:
+            raise UserError(
+                f"training.init_from: missing (loss.kind {self.kind} compares the model with the one that it starts from: "
+                "expected a fine-tuned model)"
+            )
 
     def check(self, dataset: Dataset) -> None:
         """Raises UserError where the loss cannot learn from the dataset's rows."""
@@ -83,7 +91,12 @@ def _next_token(config: ConfigDict) -> Objective:
         abstract_batch=functools.partial(_rows, shape, training.document_mask),
         source=functools.partial(_row_batches, config, shape),
         evaluator=functools.partial(_loss_on_rows, training),
+        expected_loss=_loss_of_no_knowledge,
     )
+
+
+def _loss_of_no_knowledge(vocab_size: int, from_scratch: bool) -> str | None:
+    return f"ln({vocab_size:,}) = {math.log(vocab_size):.4f} (an untrained model)" if from_scratch else None
 
 
 def _rows(shape: BatchShape, document_mask: bool, mesh: Mesh, learned: bool) -> dict[str, jax.ShapeDtypeStruct]:
@@ -133,7 +146,7 @@ def _preference(config: ConfigDict) -> Objective:
         source=functools.partial(_row_batches, config, shape),
         evaluator=functools.partial(_loss_on_pairs, training),
         needs_reference=needs_reference,
-        expected_loss=_loss_of_equals(options) if not config.model.dropout else None,
+        expected_loss=functools.partial(_loss_of_equals, options, config.model.dropout),
     )
 
 
@@ -152,13 +165,13 @@ def _loss_on_pairs(training: ConfigDict, c: ModelConfig, mesh: Mesh, eval_step: 
     return Evaluator(eval_step, rows, None, training.batch_size, training.eval_iters, mesh)
 
 
-def _loss_of_equals(options: preference.PreferenceOptions) -> tuple[float, str] | None:
+def _loss_of_equals(options: preference.PreferenceOptions, dropout: float, vocab_size: int, from_scratch: bool) -> str | None:
     """Where policy and reference are the same, all rewards are 0."""
-    if options.sft_coef:
+    if dropout or options.sft_coef:
         return None
     match options.kind:
         case "sigmoid":
-            return math.log(2), "ln 2"
+            return f"ln 2 = {math.log(2):.6f} (the model is its own reference)"
         case "ipo":
-            return 1 / (2 * options.beta) ** 2, "1 / (2 beta)²"
+            return f"1 / (2 beta)² = {1 / (2 * options.beta) ** 2:.6f} (the model is its own reference)"
     return None

@@ -89,7 +89,7 @@ def test_what_a_run_writes(tiny_config):
     assert metrics[-1]["val/bits_per_byte"] == pytest.approx(metrics[-1]["val/ema_loss"] * n_tokens / np.log(2) / n_bytes)
     log = (folder / "train.log").read_text()
     assert "FLOPs per token" in log and "peak per device: unknown" in log
-    assert "ln(400) = 5.9915" in log and f"initial loss: {training[0]['train/loss']:.4f}" in log
+    assert "ln(400) = 5.9915" in log and f"initial loss: {training[0]['train/loss']:.6f}" in log
 
 
 def test_a_finished_run_is_left_as_it_is(tiny_config):
