@@ -11,7 +11,9 @@ from mateconv_jax.data.dataset import Rows
 from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.runtime import distributed
-from mateconv_jax.training.batch_shape import BatchShape
+from mateconv_jax.training import resume
+from mateconv_jax.training.batch_shape import Position
+from mateconv_jax.training.objective import Objective
 
 
 def log_header(
@@ -19,15 +21,14 @@ def log_header(
     abstract_params: nnx.State,
     rows: Rows,
     val_rows: Rows | None,
-    shape: BatchShape,
+    objective: Objective,
     total_steps: int,
+    position: Position,
     start: str,
-    expected_loss: str | None,
     differences: list[str],
 ) -> None:
-    """What is about to happen. start: from `resume.start`; expected_loss: of the first step, see Objective; differences: from
-    `resume.check_compatible`.
-    """
+    """What is about to happen. position, start: from `resume.start`; differences: from `resume.check_compatible`."""
+    shape = objective.shape
     flops_per_token = flops.training_flops_per_token(c, shape.seq_len)
     peak_flops = flops.peak_flops(jax.devices()[0].device_kind, c.dtype)
     overview = parameter_overview.get_parameter_overview(nnx.to_pure_dict(abstract_params), include_stats=False)
@@ -54,8 +55,9 @@ def log_header(
     total = flops_per_token * total_steps * shape.tokens
     logging.info("compute: %.3g FLOPs per token, %.3g in total; peak per device: %s", flops_per_token, total, peak)
     logging.info("start: %s", start)
-    if expected_loss is not None:
-        logging.info("expected initial loss: %s", expected_loss)
+    expected = objective.expected_loss(c.vocab_size, start == resume.FROM_SCRATCH)
+    if expected is not None and not position.step:
+        logging.info("expected initial loss: %s", expected)
 
     for difference in differences:
         logging.warning("%s", difference)

@@ -84,7 +84,6 @@ def _train(config: ConfigDict, signals: Signals) -> int:
     position = resume.position(origin)
     length = Length.of(training, len(train_rows), position)
     programs = setup.build(config, c, mesh, length.total_steps, objective)
-    shape = objective.shape
     samples = None if length.samples_interval is None else _samples(programs, tokenizer, training)
 
     # ---- the run folder ---------------------------------------------------------------------------------------------
@@ -105,25 +104,18 @@ def _train(config: ConfigDict, signals: Signals) -> int:
             _describe(folder, config, tokenizer)
         if shape_taken:
             logging.info("%s", shape_taken)
-        expected_loss = None if read.step else objective.expected_loss(c.vocab_size, start == resume.FROM_SCRATCH)
-        log_header(
-            c, programs.abstract_params, train_rows, val_rows, shape, length.total_steps, start, expected_loss, differences
-        )
+        log_header(c, programs.abstract_params, train_rows, val_rows, objective, length.total_steps, read, start, differences)
 
         # ---- the reference, batches, validation ---------------------------------------------------------------------
         if objective.needs_reference:
-            joined = _reference(config, programs, origin, folder).join(
-                train_rows, val_rows, state.params, progress, lambda: signals.stop
-            )
+            reference = _reference(config, programs, origin, folder)
+            joined = reference.join(train_rows, val_rows, state.params, progress, lambda: signals.stop)
             if joined is None:
                 return RESUMABLE
             train_rows, val_rows = joined
         source = objective.source(c, mesh, train_rows, tokenizer, read)
-        evaluator = None
-        if val_rows is not None:
-            evaluator = objective.evaluator(c, mesh, programs.eval_step, val_rows, tokenizer)
-
-        with _metrics(config, programs, shape, length, int(state.step), progress) as metrics:
+        evaluator = None if val_rows is None else objective.evaluator(c, mesh, programs.eval_step, val_rows, tokenizer)
+        with _metrics(config, programs, objective.shape, length, int(state.step), progress) as metrics:
             run = Run(
                 folder, length, programs.train_step, source, evaluator, samples, checkpoints, metrics, signals,
                 training.max_bad_steps, training.patience if training.early_stopping else None, training.deterministic,
