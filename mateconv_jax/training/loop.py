@@ -25,11 +25,11 @@ from mateconv_jax.training.logging_setup import logging_to
 from mateconv_jax.training.metrics import Metrics
 from mateconv_jax.training.open_data import DataOptions, open_data
 from mateconv_jax.training.preemption import RESUMABLE, Signals
-from mateconv_jax.training.reference import Reference, make_score_step
+from mateconv_jax.training.reference import Reference
 from mateconv_jax.training.samples import Samples
 from mateconv_jax.training.setup import Length
 from mateconv_jax.training.skipped_steps import SkippedSteps
-from mateconv_jax.training.step import lower
+from mateconv_jax.training.step import lower, make_score_step
 from mateconv_jax.training.train_state import TrainState
 from mateconv_jax.training.writers import WandbOptions
 

@@ -30,22 +30,12 @@ from mateconv_jax.data import loader
 from mateconv_jax.data.dataset import JoinedRows, Rows, fingerprint
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop.formats import open_model
-from mateconv_jax.losses.preference import score_answers
 from mateconv_jax.runtime import distributed, sharding
 from mateconv_jax.training import initial_weights
 from mateconv_jax.training.checkpoints import Progress
 from mateconv_jax.training.resume import Origin
 
 LAG = 4  # batches dispatched but not yet read, as in the evaluator
-
-
-def make_score_step(graph: nnx.GraphDef, mesh: Mesh):
-    """The jitted `(params, batch) -> (B, 2)` summed log-probabilities, a copy on every device."""
-
-    def score(params, batch):
-        return score_answers(nnx.merge(graph, params), batch).log_prob_B2
-
-    return jax.jit(score, out_shardings=sharding.replicated(mesh))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +47,7 @@ class Reference:
       origin: where it starts.
       init_from, n_heads: training.init_from and model.n_heads: where a resumed run finds the weights if the numbers are gone.
       dtype: of the computation.
-      score: see make_score_step.
+      score: see step.make_score_step.
       batch_size: pairs over all devices.
     """
 
