@@ -1,6 +1,6 @@
 """Preferences (DPO), after fine-tuning. The model's shape is that of the weights that it starts from, which are the reference.
 
-python -m mateconv_jax.train --config=configs/dpo.py --config.data.train_data_path=data/pairs --config.training.init_from=out_sft
+python -m mateconv_jax.train --config=configs/dpo.py --config.data.train_data_path=data/pairs --config.training.init_from=out
 """
 
 from mateconv_jax.config import default_config
