@@ -40,7 +40,7 @@ def main(args):
     c = ModelConfig.make(config_lib.options(ModelOptions, config.model), "float32")
     model = Transformer(c, nnx.Rngs(0))
     graph, params = nnx.split(model)
-    decoder = Decoder(graph, c, -1)  # no token ends an answer
+    decoder = Decoder(graph, c, ())  # no token ends an answer
     peer = llama.from_ours(model)
     sampled = GenerationConfig(temperature=0.8, top_k=50, top_p=0.9)
     cases = [(B, name, how) for B in args.batch_sizes for name, how in (("sampled", sampled), ("greedy", GREEDY))]

@@ -7,6 +7,7 @@ checkpoints/STEP/    Orbax: `state`, a TrainState, and `progress`, JSON; for a c
 best/STEP/           the same, at the lowest validation loss
 unreadable/STEP/     checkpoints that could not be read
 metrics.jsonl, train.log, tensorboard/
+generation_config.json   end tokens, of a converted model that has several
 """
 
 import dataclasses

@@ -40,7 +40,7 @@ def main(args) -> None:
     try:
         graph, params = nnx.split(Transformer(c, nnx.Rngs(0)))
         params = jax.tree.map(lambda p: p.astype(c.dtype), params)
-        decoder = Decoder(graph, c, -1)  # no token ends an answer
+        decoder = Decoder(graph, c, ())  # no token ends an answer
         runs = {}
         for B in batches:
             tokens_BS = np.random.default_rng(B).integers(3, 256, (B, PROMPT), np.int32)

@@ -47,6 +47,23 @@ def write(folder, tokenizer, **changes):
     return config, params
 
 
+def test_all_end_tokens_go_through_every_format(tokenizer, tmp_path):
+    write(tmp_path / "hf", tokenizer)
+    path = tmp_path / "hf" / "generation_config.json"
+    settings = json.loads(path.read_text())
+    assert settings["eos_token_id"] == 2
+    path.write_text(json.dumps(settings | {"eos_token_id": [7, 2, 9]}))
+    formats.convert(tmp_path / "hf", tmp_path / "run", "run")
+    formats.convert(tmp_path / "run", tmp_path / "model.gguf")
+    formats.convert(tmp_path / "model.gguf", tmp_path / "again", "hf")
+    for name in ("hf", "run", "model.gguf", "again"):
+        assert TextGenerator.from_pretrained(tmp_path / name).end_ids == (2, 7, 9)
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "again").eos_token_id == [2, 7, 9]
+    path.write_text(json.dumps(settings | {"eos_token_id": 400}))
+    with pytest.raises(UserError, match=r"eos_token_id: \[400\] is invalid \(expected token ids from 0 to 399"):
+        TextGenerator.from_pretrained(tmp_path / "hf")
+
+
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS.keys())
 def test_logits_equal_transformers_and_its_own_save_reads_back_bit_for_bit(changes, tokenizer, tmp_path):
     config, params = write(tmp_path / "ours", tokenizer, **changes)
