@@ -8,6 +8,7 @@ best/STEP/           the same, at the lowest validation loss
 unreadable/STEP/     checkpoints that could not be read
 reference/           of preferences: log-probabilities under the weights that the run starts from
 metrics.jsonl, train.log, tensorboard/
+generation_config.json   end tokens, of a converted model that has several
 """
 
 import dataclasses

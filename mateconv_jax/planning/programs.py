@@ -165,7 +165,7 @@ def _decoder(c: ModelConfig, device: jax.Device, B: int):
             finished_B=jnp.zeros(B, bool), kv_cache=make_kv_cache(c, B, c.max_seq_len),
         )  # fmt: skip
 
-    return Decoder(graph, c, EOS), _on(device, params), _on(device, jax.eval_shape(empty))
+    return Decoder(graph, c, (EOS,)), _on(device, params), _on(device, jax.eval_shape(empty))
 
 
 def _on(device: jax.Device, tree):

@@ -6,7 +6,7 @@ from flax import nnx
 
 from mateconv_jax import config as config_lib
 from mateconv_jax.losses.preference import PreferenceOptions, preference_loss, score_answers
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.transformer import Transformer
 
 
@@ -14,7 +14,8 @@ def model_of(**changes):
     config = config_lib.default_config()
     config.model.update(dict(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=40, max_seq_len=16) | changes)
     config.data.seq_len = 12
-    return Transformer(ModelConfig.make(config_lib.resolve(config).model, "float32"), nnx.Rngs(0))
+    options = config_lib.options(ModelOptions, config_lib.resolve(config).model)
+    return Transformer(ModelConfig.make(options, "float32"), nnx.Rngs(0))
 
 
 @pytest.fixture(scope="module")
