@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import FieldReference
 
-from mateconv_jax.config_keys import KEYS, OnResume
+from mateconv_jax.config_keys import KEYS, REWARD_LOSSES, OnResume
 from mateconv_jax.errors import UserError
 
 Options = TypeVar("Options")
@@ -78,12 +78,31 @@ def resolve(config: ConfigDict) -> ConfigDict:
         model.hidden_dim = -(-int(8 * model.dim / 3) // model.multiple_of) * model.multiple_of
     if config.data.seq_len > model.max_seq_len:
         raise UserError(f"data.seq_len: {config.data.seq_len} is above model.max_seq_len ({model.max_seq_len})")
+    _check_loss(config)
     training = config.training
     if training.resume_from and training.init_from:
         raise UserError("training.init_from: cannot be combined with training.resume_from (expected one of them)")
     if training.min_lr > training.learning_rate and training.lr_scheduler != "constant":
         raise UserError(f"training.min_lr: {training.min_lr} is above training.learning_rate ({training.learning_rate})")
     return config
+
+
+def _check_loss(config: ConfigDict) -> None:
+    """Fill in loss.beta. Raises UserError for keys that have no effect on this kind of loss, or miss what it needs."""
+    loss, training = config.loss, config.training
+    from_rewards = loss.kind in REWARD_LOSSES
+    if loss.beta is None:
+        loss.beta = 0.0 if from_rewards else 0.1
+    if loss.beta == 0 and not from_rewards:
+        raise UserError(f"loss.beta: 0 is not possible with loss.kind {loss.kind} (expected a number above 0)")
+    if loss.label_smoothing and loss.kind not in ("sigmoid", "simpo"):
+        raise UserError(f"loss.label_smoothing: has no effect on loss.kind {loss.kind} (expected sigmoid or simpo)")
+    if loss.sft_coef and (loss.kind == "next_token" or from_rewards):
+        raise UserError(f"loss.sft_coef: has no effect on loss.kind {loss.kind}, only on preferences (expected 0)")
+    if training.document_mask and from_rewards:
+        raise UserError(f"training.document_mask: has no effect on loss.kind {loss.kind} (expected False)")
+    if training.z_loss and loss.kind != "next_token":
+        raise UserError(f"training.z_loss: has no effect on loss.kind {loss.kind} (expected 0)")
 
 
 def options(cls: type[Options], section: ConfigDict) -> Options:

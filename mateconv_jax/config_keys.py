@@ -32,6 +32,9 @@ INTERVAL: Check = (intervals.EXPECTED, intervals.is_interval)
 TEXTS: Check = ('texts, such as ("中国", "今天")', lambda value: all(isinstance(text, str) for text in value))
 
 
+REWARD_LOSSES = ("grpo", "bnpo", "dapo", "dr_grpo")  # values of loss.kind that learn from rewards
+
+
 def one_of(*choices) -> Check:
     return " or ".join(map(str, choices)), lambda value: value in choices
 
@@ -131,10 +134,19 @@ KEYS = [
 
     # ---- loss -------------------------------------------------------------------------------------------------------------
     Key("loss.kind", "next_token", FIXED,
-        "What is learned: the next token of texts and dialogues; or, from rewards of the model's own answers to prompts, grpo, "
-        "bnpo, dapo and dr_grpo, named and defined as TRL's loss_type.",
-        one_of("next_token", "grpo", "bnpo", "dapo", "dr_grpo")),
-    Key("loss.beta", 0.0, DIVERGES, "Rewards: weight of the KL divergence from training.init_from. 0: none.", NOT_NEGATIVE),
+        "What is learned: the next token of texts and dialogues; or preferences (sigmoid is DPO), from a dataset of pairs; or, "
+        "from rewards of the model's own answers to prompts, grpo, bnpo, dapo and dr_grpo (as TRL's loss_type).",
+        one_of("next_token", "sigmoid", "ipo", "orpo", "simpo", *REWARD_LOSSES)),
+    Key("loss.beta", None, DIVERGES,
+        "Preferences: factor of log-ratios in rewards; the larger, the closer to the reference. orpo: weight of the odds. "
+        "Rewards: weight of the KL divergence from training.init_from; 0: none. None: 0.1, with rewards 0.",
+        NOT_NEGATIVE, float),
+    Key("loss.label_smoothing", 0.0, DIVERGES,
+        "sigmoid and simpo: how likely a pair is labelled the wrong way round (cDPO).",
+        ("a number from 0 to below 0.5", lambda value: 0 <= value < 0.5)),
+    Key("loss.gamma", 0.5, DIVERGES, "simpo: margin that the chosen answer's reward shall have.", NOT_NEGATIVE),
+    Key("loss.sft_coef", 0.0, DIVERGES,
+        "Preferences: weight of the chosen answer's cross-entropy per token, added to the loss.", NOT_NEGATIVE),
     Key("loss.epsilon", 0.2, DIVERGES, "Rewards: a token's probability ratio is clipped at 1 - epsilon …", BELOW_ONE),
     Key("loss.epsilon_high", None, DIVERGES,
         "… and at 1 + epsilon_high. None: epsilon; DAPO's clip-higher is 0.28.", POSITIVE, float),

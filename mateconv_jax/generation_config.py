@@ -21,7 +21,7 @@ class GenerationConfig:
       repetition_penalty: in [1e-6, 1e6], above 1 penalises tokens already in the prompt or the answer; 1 is off.
       no_repeat_ngram_size: ban tokens that would repeat an n-gram of this size, prompt included; 0 is off.
       max_new_tokens: at most this many tokens.
-      min_new_tokens: no `</s>` before this many; at most max_new_tokens.
+      min_new_tokens: no end token before this many; at most max_new_tokens.
       stop: strings that end the answer and are not part of it; a str or list is converted to a tuple.
       seed: of the sampling, 0 to 2^32 - 1; the same seed gives the same text.
       use_cache: keep a KV cache; False recomputes all positions for every token.

@@ -22,9 +22,9 @@ ROOMS = {
     "data": "errors files plotting",
     "losses": "data model",
     "interop": "config data errors files generation_config model run_folder",
-    "inference": "data errors files generation_config interop model runtime",
+    "inference": "config data errors files generation_config interop model runtime",
     "training": "config config_keys data errors files inference generation_config interop intervals losses model run_folder runtime",
-    "evaluation": "cores data errors inference generation_config interop losses model runtime training",
+    "evaluation": "config cores data errors inference generation_config interop losses model runtime training",
     "planning": "data errors inference generation_config model runtime training",
     "reporting": "errors plotting",
 }

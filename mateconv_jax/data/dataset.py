@@ -4,7 +4,7 @@ A dataset folder, as `prepare` writes it:
 
 mateconv-train.array_record-00000-of-00004 …    rows, see shards.py
 dataset_info.json, features.json                 `tfds.builder_from_directory` opens the folder
-metadata.json                                    seq_len, vocab_size, version, learned, tokenizer_fingerprint, splits, options
+metadata.json                                    seq_len, vocab_size, version, content, learned, tokenizer_fingerprint, …
 tokenizer/
 stats.json, stats.png                            see build/statistics.py
 rejected.jsonl                                   what was left out: file, line, rule, reason
@@ -20,13 +20,25 @@ from pathlib import Path
 
 import numpy as np
 
-from mateconv_jax.data.rows import Readable
-from mateconv_jax.data.shards import VERSION, RowFormat, ShardRows
+from mateconv_jax.data.rows import Batch, Rows
+from mateconv_jax.data.shards import PAIRS_VERSION, RowFormat, ShardRows
 from mateconv_jax.data.token_bin import FlatRows, n_rows
 from mateconv_jax.data.tokenizer import folder as tokenizer_folder_lib
 from mateconv_jax.errors import UserError, check_name
 
-Rows = ShardRows | FlatRows
+
+class JoinedRows:
+    """Rows with more fields: arrays of a value for each row."""
+
+    def __init__(self, rows: Rows, fields: dict[str, np.ndarray]):
+        self._rows, self._fields = rows, fields
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, indices: np.ndarray) -> Batch:
+        """Rows by number (B,), in any order."""
+        return self._rows.read(indices) | {name: values[indices] for name, values in self._fields.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +50,7 @@ class Dataset:
       seq_len: targets of a row.
       splits: {name: number of rows}; None: a flat file, which has none.
       tokenizer_folder, tokenizer_fingerprint: of the tokenizer that made the ids; None: not known.
-      content: what a row holds: texts (dialogues among them).
+      content: what the rows are: texts (dialogues among them) or pairs.
     """
 
     path: Path
@@ -73,7 +85,9 @@ class Dataset:
         if self.splits is None:
             return FlatRows(self.path, self.seq_len, self.key, document_starts)
         assert self._format is not None
-        if self.learned and document_starts is None:
+        if self.content == "pairs":
+            document_starts = None
+        elif self.learned and document_starts is None:
             document_starts = 0, 0  # they are recorded: the ids are not used
         import tensorflow_datasets as tfds  # 2 s: not for those who only read metadata
 
@@ -112,10 +126,10 @@ def open_dataset(path: str | Path, key: str, seq_len: int) -> Dataset:
     check_name(path, key)
     metadata = read_metadata(path, key)
     version = metadata.get("version", 1)
-    if version > VERSION:
+    if version > PAIRS_VERSION:
         raise UserError(
-            f"{key}: {str(path)!r} has rows of version {version}, this project reads up to {VERSION} (update it, or prepare "
-            "the dataset again)"
+            f"{key}: {str(path)!r} has rows of version {version}, this project reads up to {PAIRS_VERSION} (update it, or "
+            "prepare the dataset again)"
         )
     return Dataset(
         path,
@@ -125,11 +139,18 @@ def open_dataset(path: str | Path, key: str, seq_len: int) -> Dataset:
         path / "tokenizer",
         metadata["tokenizer_fingerprint"],
         metadata.get("content", "texts"),
-        RowFormat(metadata["seq_len"], metadata["vocab_size"], metadata.get("learned", False), version),
+        _row_format(metadata),
     )
 
 
-def fingerprint(rows: Readable, n: int) -> str:
+def _row_format(metadata: dict) -> RowFormat:
+    seq_len, vocab_size = metadata["seq_len"], metadata["vocab_size"]
+    if metadata.get("content") == "pairs":
+        return RowFormat.of_pairs(seq_len, vocab_size)
+    return RowFormat(seq_len, vocab_size, metadata.get("learned", False), metadata.get("version", 1))
+
+
+def fingerprint(rows: Rows, n: int) -> str:
     """16 hex digits that tell the first n rows from others: their number, and 64 of them, evenly spread. Rows are packed from a
     stream, so a changed document moves nearly all that follow it.
     """

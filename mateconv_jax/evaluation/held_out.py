@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from mateconv_jax import cores
+from mateconv_jax import config as config_lib, cores
 from mateconv_jax.data.build import pipeline
 from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.dataset import Dataset, Rows, is_dataset, open_dataset
@@ -25,7 +25,7 @@ from mateconv_jax.errors import UserError
 from mateconv_jax.interop.formats import open_model
 from mateconv_jax.interop.stored_model import StoredModel
 from mateconv_jax.losses.next_token import next_token_loss
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.runtime import sharding
 from mateconv_jax.training.evaluator import Evaluator
@@ -77,9 +77,10 @@ def evaluate_run(
     mesh = sharding.make_mesh()
     batch_size = _check_sizes(batch_size, max_batches, mesh)
     with opened(data, split, config, own_tokenizer) as (rows, described):
-        config.model.attention = config.model.experts = "auto"  # the training backends may be unavailable here
-        config.model.dropout = 0.0  # not used in evaluation, and the faster backends do not support it
-        graph, abstract_params = abstract_model(ModelConfig.make(config.model, dtype, length=described["seq_len"]))
+        # The training backends may be unavailable here. Dropout is not used, and the faster backends do not support it.
+        config.model.update(dict(attention="auto", experts="auto", dropout=0.0))
+        options = config_lib.options(ModelOptions, config.model)
+        graph, abstract_params = abstract_model(ModelConfig.make(options, dtype, length=described["seq_len"]))
         weights = _weights(model, abstract_params, use_ema, mesh)
         eval_step = make_eval_step(graph, next_token_loss)
         evaluator = Evaluator(eval_step, rows, bytes_per_token(own_tokenizer), batch_size, max_batches, mesh)
@@ -164,7 +165,9 @@ def opened(
     with tempfile.TemporaryDirectory(prefix="mateconv-") as temporary:
         folder = Path(temporary) / "dataset"
         rejected = _prepare(data, folder, tokenizer, seq_len)
-        rows = open_dataset(folder, "--data", seq_len).rows("train", document_starts)
+        dataset = open_dataset(folder, "--data", seq_len)
+        _check_content(dataset, " ".join(data))
+        rows = dataset.rows("train", document_starts)
         assert rows is not None
         yield rows, described | {"rejected": rejected}
 
@@ -175,6 +178,7 @@ def _holds_raw_files(path: Path) -> bool:
 
 def _check_dataset(dataset: Dataset, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> None:
     path = str(dataset.path)
+    _check_content(dataset, path)
     if dataset.tokenizer_fingerprint not in (None, tokenizer_lib.fingerprint(tokenizer)):
         raise UserError(
             f"--data: {path!r} was not tokenised with the model's tokenizer (give the raw text, or prepare it with --tokenizer "
@@ -184,6 +188,13 @@ def _check_dataset(dataset: Dataset, config: ConfigDict, tokenizer: PreTrainedTo
         raise UserError(
             f"--data: {path!r} has rows of {dataset.seq_len} tokens, longer than the model's context of "
             f"{config.model.max_seq_len} (give the raw text, or prepare it with --seq_len {config.model.max_seq_len})"
+        )
+
+
+def _check_content(dataset: Dataset, path: str) -> None:
+    if dataset.content != "texts":
+        raise UserError(
+            f"--data: {path!r} holds {dataset.content} (expected texts or dialogues; train measures {dataset.content})"
         )
 
 

@@ -209,9 +209,11 @@ def _generate(generator, batch: list[Request], config: GenerationConfig, batch_s
 
 
 def fingerprint(generator) -> str:
-    """16 hex digits of a hash over the weights (values and dtype), the tokenizer and its chat template."""
+    """16 hex digits of a hash over the weights (values and dtype), the tokenizer, its chat template and several end tokens."""
     tokenizer = generator.tokenizer
     sha = hashlib.sha256(f"{tokenizer.backend_tokenizer.to_str()}\0{tokenizer.chat_template}".encode())
+    if len(generator.end_ids) > 1:
+        sha.update(repr(generator.end_ids).encode())
     for path, parameter in generator.params.flat_state():
         sha.update(repr((path, parameter.shape, str(parameter.dtype))).encode())
         sha.update(np.asarray(parameter[...]).tobytes())

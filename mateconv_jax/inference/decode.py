@@ -44,7 +44,7 @@ class DecodeState:
       length_B: int32, tokens in each row; the last one is not in the cache yet.
       prompt_length_B: int32, how many of them are the prompt.
       remaining_B: int32, new tokens each row may still get.
-      finished_B: bool, `</s>` was drawn or no tokens remain.
+      finished_B: bool, an end token was drawn or no tokens remain.
       kv_cache: None: recompute all positions for every token.
     """
 
@@ -79,9 +79,13 @@ def _on_each_device(mesh: Mesh | None, function: Callable) -> Callable:
 class Decoder:
     """The compiled functions of one model. All but `repeat` and `resize` donate the state they are given."""
 
-    def __init__(self, graph: nnx.GraphDef, c: ModelConfig, eos_id: int, mesh: Mesh | None = None):
-        """mesh: each of its devices decodes its share of the rows; None: one device decodes all."""
-        self._graph, self._eos_id, self._max_seq_len = graph, eos_id, c.max_seq_len
+    def __init__(self, graph: nnx.GraphDef, c: ModelConfig, eos_ids: tuple[int, ...], mesh: Mesh | None = None):
+        """
+        Args:
+          eos_ids: the tokens that end an answer; with none, every answer runs to its limit.
+          mesh: each of its devices decodes its share of the rows; None: one device decodes all.
+        """
+        self._graph, self._eos_ids, self._max_seq_len = graph, eos_ids, c.max_seq_len
         options = xla_flags.compiler_options(c.platform)
         on_each = functools.partial(_on_each_device, mesh)
         self.prefill = jax.jit(on_each(self._prefill), static_argnames="S", donate_argnames="state", compiler_options=options)
@@ -149,19 +153,20 @@ class Decoder:
 
     def _append(self, logits_BV, state: DecodeState, sampling: Sampling) -> DecodeState:
         """Choose and append each row's next token. Finished rows do not change."""
-        chosen_B = next_tokens(logits_BV, sampling, state.tokens_BT, state.length_B, state.prompt_length_B, self._eos_id)
+        chosen_B = next_tokens(logits_BV, sampling, state.tokens_BT, state.length_B, state.prompt_length_B, self._eos_ids)
         active_B = ~state.finished_B
         # A finished row overwrites its last token with itself.
         position_B = jnp.where(active_B, state.length_B, state.length_B - 1)
         rows_B = jnp.arange(len(position_B))
         token_B = jnp.where(active_B, chosen_B, state.tokens_BT[rows_B, position_B])
         remaining_B = state.remaining_B - active_B
+        ends_B = jnp.isin(token_B, jnp.array(self._eos_ids, jnp.int32))
         return dataclasses.replace(
             state,
             tokens_BT=state.tokens_BT.at[rows_B, position_B].set(token_B),
             length_B=state.length_B + active_B,
             remaining_B=remaining_B,
-            finished_B=state.finished_B | (token_B == self._eos_id) | (remaining_B == 0),
+            finished_B=state.finished_B | ends_B | (remaining_B == 0),
         )
 
     def _step(self, params, state: DecodeState, sampling: Sampling) -> DecodeState:

@@ -10,6 +10,7 @@ W n-gram windows, b tokens of a block.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def repetition_penalty(logits_BV, tokens_BT, length_B, penalty):
@@ -49,16 +50,16 @@ def no_repeat_ngram(logits_BV, tokens_BT, length_B, size: int):
     return jnp.where(_mark(tokens_BT[:, size - 1 :], repeats_BW, logits_BV.shape), -jnp.inf, logits_BV)
 
 
-def min_new_tokens(logits_BV, new_tokens_B, minimum, eos_id: int):
-    """Ban `</s>` in rows with fewer new tokens than the minimum (transformers' MinNewTokensLengthLogitsProcessor).
+def min_new_tokens(logits_BV, new_tokens_B, minimum, eos_ids: tuple[int, ...]):
+    """Ban the end tokens in rows with fewer new tokens than the minimum (transformers' MinNewTokensLengthLogitsProcessor).
 
     Args:
       logits_BV: fp32.
       new_tokens_B: int32, tokens after the prompt.
       minimum: int32 scalar.
-      eos_id: the id of `</s>`.
+      eos_ids: the tokens that end an answer, static.
     """
-    is_eos_V = jnp.arange(logits_BV.shape[1]) == eos_id
+    is_eos_V = np.isin(np.arange(logits_BV.shape[1]), eos_ids)
     return jnp.where((new_tokens_B < minimum)[:, None] & is_eos_V, -jnp.inf, logits_BV)
 
 

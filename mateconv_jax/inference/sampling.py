@@ -57,7 +57,7 @@ class Sampling:
         )
 
 
-def next_tokens(logits_BV, sampling: Sampling, tokens_BT, length_B, prompt_length_B, eos_id: int):
+def next_tokens(logits_BV, sampling: Sampling, tokens_BT, length_B, prompt_length_B, eos_ids: tuple[int, ...]):
     """Choose the token that follows each row's first length_B tokens.
 
     A filtered token is never chosen unless all are filtered; such a row gives 0. A sample depends only on (seed, sample,
@@ -68,18 +68,18 @@ def next_tokens(logits_BV, sampling: Sampling, tokens_BT, length_B, prompt_lengt
       tokens_BT: int32. A row has length_B tokens, `<s>` included, the first prompt_length_B of them its prompt; the rest is
         padding.
       length_B, prompt_length_B: int32.
-      eos_id: the id of `</s>`.
+      eos_ids: the tokens that end an answer.
 
     Returns:
       int32 (B,)
     """
-    logits_BV = filtered_logits(logits_BV, sampling, tokens_BT, length_B, prompt_length_B, eos_id)
+    logits_BV = filtered_logits(logits_BV, sampling, tokens_BT, length_B, prompt_length_B, eos_ids)
     if not sampling.do_sample:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     return draw(logits_BV, sampling.seed, sampling.sample_B, length_B)
 
 
-def filtered_logits(logits_BV, sampling: Sampling, tokens_BT, length_B, prompt_length_B, eos_id: int):
+def filtered_logits(logits_BV, sampling: Sampling, tokens_BT, length_B, prompt_length_B, eos_ids: tuple[int, ...]):
     """The logits that tokens are sampled from, fp32 (B, V), filtered in the order of transformers'
     GenerationMixin._get_logits_processor.
 
@@ -92,7 +92,7 @@ def filtered_logits(logits_BV, sampling: Sampling, tokens_BT, length_B, prompt_l
         logits_BV = logits_processors.no_repeat_ngram(logits_BV, tokens_BT, length_B, sampling.no_repeat_ngram_size)
     if sampling.min_new_tokens is not None:
         new_tokens_B = length_B - prompt_length_B
-        logits_BV = logits_processors.min_new_tokens(logits_BV, new_tokens_B, sampling.min_new_tokens, eos_id)
+        logits_BV = logits_processors.min_new_tokens(logits_BV, new_tokens_B, sampling.min_new_tokens, eos_ids)
     if sampling.temperature is not None:
         logits_BV = logits_processors.temperature(logits_BV, sampling.temperature)
     highest_BK = None

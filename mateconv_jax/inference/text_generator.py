@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
+from mateconv_jax import config as config_lib
 from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.data.tokenizer.chat import encode_chat
 from mateconv_jax.errors import UserError
@@ -20,7 +21,7 @@ from mateconv_jax.inference.decode import SMALLEST_CACHE, SMALLEST_PROMPT, Decod
 from mateconv_jax.inference.detokenizer import Detokenizer
 from mateconv_jax.inference.sampling import Sampling
 from mateconv_jax.interop.formats import open_model
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.kv_cache import make_kv_cache
 from mateconv_jax.model.transformer import Transformer, abstract_model
 
@@ -31,7 +32,7 @@ class Generation(str):
     """Generated text, a str with details.
 
     Attributes:
-      token_ids: the generated tokens, without `</s>` and anything past a stop string.
+      token_ids: the generated tokens, without the end token and anything past a stop string.
       n_prompt_tokens: tokens of the prompt.
       finish_reason: "eos": the model ended the text; "stop": a stop string was found; "length": max_new_tokens was reached;
         "context": the model's context is full.
@@ -57,14 +58,17 @@ class TextGenerator:
       params: the model's parameters in the compute dtype; may be replaced by others of the same shapes.
       tokenizer: pass None to the constructor if only `logits` is needed.
       max_seq_len: the model's context, in tokens.
+      end_ids: the tokens that end an answer.
     """
 
-    def __init__(self, model: Transformer, tokenizer: PreTrainedTokenizerFast | None):
+    def __init__(self, model: Transformer, tokenizer: PreTrainedTokenizerFast | None, end_ids: tuple[int, ...] = ()):
+        """end_ids: tokens that end an answer besides the tokenizer's eos_token."""
         self._tokenizer = tokenizer
         self.max_seq_len = model.c.max_seq_len
         self._c = model.c
         self._graph, self.params = nnx.split(model)
-        self._decoder = Decoder(self._graph, self._c, tokenizer.eos_token_id if tokenizer else -1)
+        self.end_ids = tuple(sorted({*end_ids, *([tokenizer.eos_token_id] if tokenizer else [])}))
+        self._decoder = Decoder(self._graph, self._c, self.end_ids)
         self._all_logits = jax.jit(lambda params, tokens_BS: nnx.merge(self._graph, params)(tokens_BS).astype(jnp.float32))
         # The last stream's parameters, tokens and state, whose KV cache the next one reuses for a common prefix.
         self._last_stream: tuple[nnx.State, list[int], DecodeState] | None = None
@@ -92,11 +96,11 @@ class TextGenerator:
         model = open_model(path, "--model_path", tokenizer, n_heads)
         # The backends used in training may be unavailable or slower on this machine.
         model.config.model.update(dict(attention="auto", experts="auto"))
-        c = ModelConfig.make(model.config.model, dtype)
+        c = ModelConfig.make(config_lib.options(ModelOptions, model.config.model), dtype)
         graph, abstract_params = abstract_model(c)
         # fp32 weights would be read and cast again for every token.
         abstract_params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, c.dtype), abstract_params)
-        return TextGenerator(nnx.merge(graph, model.params(abstract_params, use_ema)), model.tokenizer)
+        return TextGenerator(nnx.merge(graph, model.params(abstract_params, use_ema)), model.tokenizer, model.end_ids)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -281,7 +285,7 @@ class TextGenerator:
             finished_B = np.array(state.finished_B)
             for row, ids in enumerate(answers(state)):
                 for token in ids[n_checked[row] :]:
-                    if token != self.tokenizer.eos_token_id:
+                    if token not in self.end_ids:
                         detokenizers[row].push(token)
                 n_checked[row] = len(ids)
                 finished_B[row] |= detokenizers[row].stopped
@@ -291,9 +295,9 @@ class TextGenerator:
         return [self._generation(ids, prompt, config) for ids, prompt in zip(answers(state), prompts, strict=True)]
 
     def _generation(self, ids: list[int], prompt: list[int], config: GenerationConfig) -> Generation:
-        """The result for `ids`, all tokens decoded after `prompt`; cut at `</s>` or a stop string."""
+        """The result for `ids`, all tokens decoded after `prompt`; cut at an end token or a stop string."""
         reason = "length" if len(ids) == config.max_new_tokens else "context"
-        if ids and ids[-1] == self.tokenizer.eos_token_id:
+        if ids and ids[-1] in self.end_ids:
             ids, reason = ids[:-1], "eos"
         if not config.stop:
             return Generation(detokenizer.decode(self.tokenizer, ids), ids, len(prompt), reason)
@@ -316,7 +320,7 @@ class TextGenerator:
                 new = tokens_1T[0, len(prompt) + len(ids) : length].tolist()
                 ids += new
                 for token in new:
-                    if token != self.tokenizer.eos_token_id and (piece := text.push(token)):
+                    if token not in self.end_ids and (piece := text.push(token)):
                         yield piece
                 if finished or text.stopped:
                     break

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop import gguf_rope, hf_config, weight_mapping
 from mateconv_jax.interop.gguf_reader import GGUFFile
-from mateconv_jax.interop.stored_model import StoredModel, load_tokenizer
+from mateconv_jax.interop.stored_model import StoredModel, all_end_ids, load_tokenizer
 from mateconv_jax.interop.weight_mapping import Tensor
 
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen3": gguf.MODEL_ARCH.QWEN3}
@@ -36,6 +36,7 @@ DTYPES = {
 # Values of tokenizer.ggml.token_type.
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # {in transformers: in tokenizer.ggml.*_token_id}
+FURTHER_ENDS = ("eot", "eom")  # end of turn and of message: llama.cpp ends an answer at these, too
 
 # llama.cpp's pre-tokenizers by name: (normalizer, pre-tokenizer, ignore_merges: keep a piece that is a token whole regardless
 # of the merges). llama.cpp has no normalizers, so its ids may differ on text that is not in NFC.
@@ -77,6 +78,7 @@ def open_gguf(path: Path, key: str, tokenizer: str | Path | None, n_heads: int |
     """
     file = GGUFFile(path, key)
     config = _configuration(file)
+    further = (file.get(f"tokenizer.ggml.{name}_token_id") for name in FURTHER_ENDS)
     return StoredModel(
         path=path,
         config=config,
@@ -86,6 +88,7 @@ def open_gguf(path: Path, key: str, tokenizer: str | Path | None, n_heads: int |
         read=lambda abstract_params, _: weight_mapping.from_hf(
             _tensors(file, config.model), config.model, abstract_params, str(path)
         ),
+        end_ids=tuple(i for i in further if i is not None),
     )
 
 
@@ -213,6 +216,11 @@ def write_gguf(path: Path, model: StoredModel, params: nnx.State, dtype: str) ->
     writer = gguf.GGUFWriter(None, "qwen3" if c.qk_norm else "llama")
     _add_sizes(writer, path.stem, c, file_type)
     _add_tokenizer(writer, tokenizer, c.vocab_size)
+    further = all_end_ids(model)[1:]
+    if len(further) > len(FURTHER_ENDS):
+        print(f"warning: a .gguf file holds three end tokens; left out: {further[len(FURTHER_ENDS) :]}", file=sys.stderr)
+    for name, token in zip(FURTHER_ENDS, further, strict=False):
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
 
     gguf_names = _gguf_names(c)
     tensors = {

@@ -22,7 +22,7 @@ from mateconv_jax import files
 from mateconv_jax.errors import UserError
 from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.interop import hf_config, model_card, pytorch, weight_mapping
-from mateconv_jax.interop.stored_model import StoredModel, load_tokenizer
+from mateconv_jax.interop.stored_model import StoredModel, all_end_ids, load_tokenizer, read_end_ids
 from mateconv_jax.interop.weight_mapping import Tensor
 
 SHARED_GATE, SHARED_DOWN = "mlp.shared_expert_gate.weight", "mlp.shared_expert.down_proj.weight"
@@ -56,6 +56,7 @@ def open_folder(path: Path, key: str, tokenizer: str | Path | None, n_heads: int
         has_ema=False,
         step=None,
         read=lambda abstract_params, _: weight_mapping.from_hf(tensors, config.model, abstract_params, str(path)),
+        end_ids=read_end_ids(path, config.model.vocab_size),
     )
 
 
@@ -86,7 +87,9 @@ def write_folder(path: Path, model: StoredModel, params: nnx.State, max_shard_si
     _write_json(path / "config.json", config)
     sampling = GenerationConfig()
     sampling = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-    _write_json(path / "generation_config.json", token_ids | sampling)
+    end_ids = all_end_ids(model)
+    ends = {"eos_token_id": list(end_ids) if len(end_ids) > 1 else end_ids[0]}
+    _write_json(path / "generation_config.json", token_ids | ends | sampling)
     tokenizer.save_pretrained(path)
     # Rewritten from transformers 5's form to 4's, which both versions can read.
     settings = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))

@@ -1,12 +1,13 @@
 """Run folders as a model format; see run_folder.py."""
 
+import json
 from pathlib import Path
 
 from flax import nnx
 
-from mateconv_jax import run_folder
+from mateconv_jax import files, run_folder
 from mateconv_jax.interop import hugging_face
-from mateconv_jax.interop.stored_model import StoredModel, load_tokenizer
+from mateconv_jax.interop.stored_model import StoredModel, all_end_ids, load_tokenizer, read_end_ids
 
 
 def is_run(path: Path) -> bool:
@@ -30,6 +31,7 @@ def open_run(path: Path, key: str, tokenizer: str | Path | None, n_heads: int | 
         step=checkpoint.step,
         read=lambda abstract_params, use_ema: run_folder.load_params(checkpoint.path, abstract_params, use_ema),
         run=checkpoint.run,
+        end_ids=read_end_ids(checkpoint.run, config.model.vocab_size),
     )
 
 
@@ -40,4 +42,6 @@ def write_run(path: Path, model: StoredModel, params: nnx.State) -> None:
     run_folder.write_config(path, config)
     assert model.tokenizer is not None  # checked by `formats.convert`
     model.tokenizer.save_pretrained(path / "tokenizer")
+    if len(end_ids := all_end_ids(model)) > 1:
+        files.write_text(path / "generation_config.json", json.dumps({"eos_token_id": end_ids}) + "\n")
     run_folder.write_params(path, model.step or 0, params)

@@ -1,6 +1,7 @@
 """A model on disk, whatever its format."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class StoredModel:
       step: the checkpoint's step; None for other formats than a run.
       read: (abstract parameters, use_ema) -> parameters.
       run: the run folder; None for other formats.
+      end_ids: tokens that end an answer besides the tokenizer's eos_token.
     """
 
     path: Path
@@ -33,6 +35,7 @@ class StoredModel:
     step: int | None
     read: Callable[[nnx.State, bool], nnx.State]
     run: Path | None = None
+    end_ids: tuple[int, ...] = ()
 
     def params(self, abstract_params: nnx.State, use_ema: bool | None = None) -> nnx.State:
         """Read the weights directly into the dtypes and shardings of `abstract_params`.
@@ -57,3 +60,31 @@ def load_tokenizer(given: str | Path | None, own: Path | None, key: str) -> PreT
     if given is not None:
         return tokenizer_lib.load(given, "--tokenizer")
     return None if own is None else tokenizer_lib.load(own, key)
+
+
+def all_end_ids(model: StoredModel) -> tuple[int, ...]:
+    """The tokens that end an answer, the tokenizer's eos_token first. `model` has a tokenizer."""
+    assert model.tokenizer is not None
+    return tuple(dict.fromkeys((model.tokenizer.eos_token_id, *model.end_ids)))
+
+
+def read_end_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
+    """eos_token_id of the folder's generation_config.json, one token or several; otherwise of its config.json, as transformers
+    reads them. Empty without these files.
+
+    Raises:
+      UserError: not valid JSON, or anything but token ids.
+    """
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        if not path.is_file():
+            continue
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path}: not a JSON object ({error})") from error
+        found = [] if found is None else found if isinstance(found, list) else [found]
+        if not all(type(token) is int and 0 <= token < vocab_size for token in found):
+            raise UserError(f"{path}: eos_token_id: {found} is invalid (expected token ids from 0 to {vocab_size - 1})")
+        if found:
+            return tuple(found)
+    return ()

@@ -36,14 +36,14 @@ class Evaluation:
     tokens: int
     bytes: int
     nats: dict[str, float]
-    sums: dict[str, dict[str, float]]
+    sums: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def loss(self, name: str) -> float:
         """Nats per token."""
         return self.nats[name] / self.tokens if self.tokens else math.nan
 
     def metrics(self, name: str) -> dict[str, float]:
-        return {metric: total / self.tokens if self.tokens else math.nan for metric, total in self.sums[name].items()}
+        return {metric: total / self.tokens if self.tokens else math.nan for metric, total in self.sums.get(name, {}).items()}
 
     def bits_per_byte(self, name: str) -> float:
         """Nats of all targets including control tokens, in bits, per byte of text; NaN without text."""

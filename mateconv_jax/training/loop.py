@@ -11,8 +11,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from mateconv_jax import config as config_lib, run_folder
-from mateconv_jax.data.dataset import fingerprint
-from mateconv_jax.data.rows import Readable
+from mateconv_jax.data.dataset import Rows, fingerprint
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig
@@ -27,10 +26,11 @@ from mateconv_jax.training.logging_setup import logging_to
 from mateconv_jax.training.metrics import Metrics
 from mateconv_jax.training.open_data import DataOptions, open_data, open_prompts
 from mateconv_jax.training.preemption import RESUMABLE, Signals
+from mateconv_jax.training.reference import Reference
 from mateconv_jax.training.samples import Samples
 from mateconv_jax.training.setup import Length
 from mateconv_jax.training.skipped_steps import SkippedSteps
-from mateconv_jax.training.step import lower
+from mateconv_jax.training.step import lower, make_score_step
 from mateconv_jax.training.train_state import TrainState
 from mateconv_jax.training.writers import WandbOptions
 
@@ -76,16 +76,13 @@ def _train(config: ConfigDict, signals: Signals) -> int:
 
     # ---- what: data, model, optimizer, loss -------------------------------------------------------------------------
     objective = objective_lib.of(config)
+    objective.check_origin(origin.key)
     train_rows, val_rows, tokenizer = _open(config, c, objective, origin)
     if training.early_stopping and val_rows is None:
         raise UserError("training.early_stopping: there are no validation rows (expected data.val_data_path)")
     position = resume.position(origin)
     length = Length.of(training, len(train_rows), position)
     programs = setup.build(config, c, mesh, length.total_steps, objective)
-    shape = objective.shape
-    evaluator = None
-    if val_rows is not None:
-        evaluator = objective.evaluator(c, mesh, programs.eval_step, val_rows, tokenizer)
 
     # ---- the run folder ---------------------------------------------------------------------------------------------
     folder = Path(training.out_dir)
@@ -101,17 +98,26 @@ def _train(config: ConfigDict, signals: Signals) -> int:
             length = Length.of(training, len(train_rows), read)
             programs = setup.build(config, c, mesh, length.total_steps, objective)
         differences += progress.reads(*_fingerprints(train_rows, val_rows, training))
-        context = objective_lib.Context(folder, lambda: signals.stop)
-        source = objective.source(c, mesh, train_rows, tokenizer, read, context)
-        samples = None
-        if length.samples_interval is not None:
-            samples = objective.samples(source) if objective.samples else _samples(programs, tokenizer, training)
         if distributed.is_first():
             _describe(folder, config, tokenizer)
         if shape_taken:
             logging.info("%s", shape_taken)
-        log_header(c, programs.abstract_params, train_rows, val_rows, shape, length.total_steps, start, differences)
-        with _metrics(config, programs, shape, length, int(state.step), progress) as metrics:
+        log_header(c, programs.abstract_params, train_rows, val_rows, objective, length.total_steps, read, start, differences)
+
+        # ---- the reference, batches, validation ---------------------------------------------------------------------
+        if objective.needs_reference:
+            reference = _reference(config, programs, origin, folder)
+            joined = reference.join(train_rows, val_rows, state.params, progress, lambda: signals.stop)
+            if joined is None:
+                return RESUMABLE
+            train_rows, val_rows = joined
+        context = objective_lib.Context(folder, progress, lambda: signals.stop)
+        source = objective.source(c, mesh, train_rows, tokenizer, read, context)
+        samples = None
+        if length.samples_interval is not None:
+            samples = objective.samples(source) if objective.samples else _samples(programs, tokenizer, training)
+        evaluator = None if val_rows is None else objective.evaluator(c, mesh, programs.eval_step, val_rows, tokenizer)
+        with _metrics(config, programs, objective.shape, length, int(state.step), progress) as metrics:
             run = Run(
                 folder, length, programs.train_step, source, evaluator, samples, checkpoints, metrics, signals,
                 training.max_bad_steps, training.patience if training.early_stopping else None, training.deterministic,
@@ -263,13 +269,20 @@ def validation_losses(evaluator: Callable, state: TrainState, should_stop: Calla
     return losses | {f"val/{metric.rpartition('/')[2]}": value for metric, value in result.metrics(last).items()}
 
 
-def _fingerprints(train_rows: Readable, val_rows: Readable | None, training: ConfigDict) -> tuple[str, str | None]:
+def _fingerprints(train_rows: Rows, val_rows: Rows | None, training: ConfigDict) -> tuple[str, str | None]:
     """Of the training rows, and of what a validation loss is measured on."""
     train = fingerprint(train_rows, len(train_rows))
     if val_rows is None:
         return train, None
     n_measured = min(len(val_rows), training.eval_iters * training.batch_size)
     return train, fingerprint(val_rows, n_measured) + " within documents" * training.document_mask
+
+
+def _reference(config: ConfigDict, programs: setup.Setup, origin: resume.Origin, folder: Path) -> Reference:
+    training, mesh = config.training, programs.mesh
+    score = make_score_step(programs.graph, mesh)
+    n_heads, dtype = config.model.n_heads, programs.c.dtype.name
+    return Reference(folder, origin, training.init_from, n_heads, dtype, score, mesh, training.batch_size)
 
 
 def _samples(programs: setup.Setup, tokenizer, training: ConfigDict) -> Samples:

@@ -4,25 +4,32 @@ batch from here, the loop the source of batches and the evaluator.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from mateconv_jax import config as config_lib
 from mateconv_jax.data.dataset import Dataset, Rows
 from mateconv_jax.errors import UserError
-from mateconv_jax.losses import policy_gradient
+from mateconv_jax.losses import policy_gradient, preference
 from mateconv_jax.losses.next_token import next_token_loss
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.runtime import sharding
 from mateconv_jax.training.batch_shape import BatchShape, Position
 from mateconv_jax.training.step import LossFn
 
+if TYPE_CHECKING:  # planning does without Orbax
+    from mateconv_jax.training.checkpoints import Progress
+
 HOW_TO_MAKE = {
     "texts": "python -m mateconv_jax.prepare --input texts.jsonl --output DATASET",
+    "pairs": "python -m mateconv_jax.prepare --input preferences.jsonl --output DATASET",
 }
 
 
@@ -32,10 +39,12 @@ class Context:
 
     Attributes:
       folder: of the run.
+      progress: of the run; a source may note there what its batches depend on.
       should_stop: whether the run is asked to stop; a source that takes long asks now and then.
     """
 
     folder: Path
+    progress: "Progress"
     should_stop: Callable[[], bool]
 
 
@@ -53,6 +62,8 @@ class Objective:
       source: (c, mesh, rows, tokenizer, start, context) -> where batches come from, see batches.py. start: a Position;
         context: a Context.
       evaluator: (c, mesh, eval_step, rows, tokenizer) -> a callable as evaluator.Evaluator.
+      expected_loss: (vocab_size, from_scratch) -> the loss of the first step in words; None: not known.
+      needs_reference: whether rows need the log-probabilities of a reference, see reference.py.
       samples: source -> in place of samples.Samples; None: the run writes samples.
     """
 
@@ -63,7 +74,17 @@ class Objective:
     abstract_batch: Callable[[Mesh, bool], dict[str, jax.ShapeDtypeStruct]]
     source: Callable
     evaluator: Callable
+    expected_loss: Callable[[int, bool], str | None] = lambda vocab_size, from_scratch: None
+    needs_reference: bool = False
     samples: Callable | None = None
+
+    def check_origin(self, key: str | None) -> None:
+        """Raises UserError where the loss needs weights to start from. key: see resume.Origin."""
+        if self.needs_reference and key is None:
+            raise UserError(
+                f"training.init_from: missing (loss.kind {self.kind} compares the model with the one that it starts from: "
+                "expected a fine-tuned model)"
+            )
 
     def check(self, dataset: Dataset) -> None:
         """Raises UserError where the loss cannot learn from the dataset's rows."""
@@ -80,9 +101,9 @@ def of(config: ConfigDict) -> Objective:
     Raises:
       UserError: keys do not fit each other.
     """
-    if config.loss.kind in policy_gradient.KINDS:
-        return _reward(config)
-    return _next_token(config)
+    if config.loss.kind == "next_token":
+        return _next_token(config)
+    return _reward(config) if config.loss.kind in policy_gradient.KINDS else _preference(config)
 
 
 # ---- next_token: texts and dialogues ------------------------------------------------------------------------------
@@ -99,7 +120,12 @@ def _next_token(config: ConfigDict) -> Objective:
         abstract_batch=functools.partial(_rows, shape, training.document_mask),
         source=functools.partial(_row_batches, config, shape),
         evaluator=functools.partial(_loss_on_rows, training),
+        expected_loss=_loss_of_no_knowledge,
     )
+
+
+def _loss_of_no_knowledge(vocab_size: int, from_scratch: bool) -> str | None:
+    return f"ln({vocab_size:,}) = {math.log(vocab_size):.4f} (an untrained model)" if from_scratch else None
 
 
 def _rows(shape: BatchShape, document_mask: bool, mesh: Mesh, learned: bool) -> dict[str, jax.ShapeDtypeStruct]:
@@ -118,7 +144,6 @@ def _rows(shape: BatchShape, document_mask: bool, mesh: Mesh, learned: bool) -> 
 def _row_batches(
     config: ConfigDict, shape: BatchShape, c: ModelConfig, mesh: Mesh, rows: Rows, tokenizer, start: Position, context
 ):  # fmt: skip
-    """Rows of the dataset, as they are."""
     from mateconv_jax.training.batches import RowBatches  # imports Grain: not for planning
 
     return RowBatches(rows, shape, config.training.seed, config.data.shuffle, config.data.num_workers, mesh, start)
@@ -131,6 +156,54 @@ def _loss_on_rows(
     from mateconv_jax.training.evaluator import Evaluator  # Grain, too
 
     return Evaluator(eval_step, rows, bytes_per_token(tokenizer), training.batch_size, training.eval_iters, mesh)
+
+
+# ---- sigmoid, ipo, orpo, simpo: pairs -----------------------------------------------------------------------------
+
+
+def _preference(config: ConfigDict) -> Objective:
+    training = config.training
+    options = config_lib.options(preference.PreferenceOptions, config.loss)
+    needs_reference = options.kind in preference.WITH_REFERENCE
+    shape = BatchShape(training.batch_size, training.accumulation_steps, config.data.seq_len, sequences=2)
+    return Objective(
+        kind=options.kind,
+        content="pairs",
+        loss_fn=functools.partial(preference.preference_loss, options=options, remat=training.remat),
+        shape=shape,
+        abstract_batch=functools.partial(_pairs, shape, needs_reference),
+        source=functools.partial(_row_batches, config, shape),
+        evaluator=functools.partial(_loss_on_pairs, training),
+        needs_reference=needs_reference,
+        expected_loss=functools.partial(_loss_of_equals, options, config.model.dropout),
+    )
+
+
+def _pairs(shape: BatchShape, with_reference: bool, mesh: Mesh, learned: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """Micro-batches of pairs, see data/rows.py. Their rows always say what is learned of them."""
+    pairs = shape.accumulation_steps, shape.batch_size, 2
+    spread = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.batch(mesh, 1))
+    tokens = spread((*pairs, shape.seq_len + 1), jnp.uint16)
+    batch = {"tokens": tokens, "length": spread(pairs, jnp.int32), "learned": spread(tokens.shape, jnp.bool)}
+    return batch | ({"reference": spread(pairs, jnp.float32)} if with_reference else {})
+
+
+def _loss_on_pairs(training: ConfigDict, c: ModelConfig, mesh: Mesh, eval_step: Callable, rows: Rows, tokenizer):
+    from mateconv_jax.training.evaluator import Evaluator
+
+    return Evaluator(eval_step, rows, None, training.batch_size, training.eval_iters, mesh)
+
+
+def _loss_of_equals(options: preference.PreferenceOptions, dropout: float, vocab_size: int, from_scratch: bool) -> str | None:
+    """Where policy and reference are the same, all rewards are 0."""
+    if dropout or options.sft_coef:
+        return None
+    match options.kind:
+        case "sigmoid":
+            return f"ln 2 = {math.log(2):.6f} (the model is its own reference)"
+        case "ipo":
+            return f"1 / (2 beta)² = {1 / (2 * options.beta) ** 2:.6f} (the model is its own reference)"
+    return None
 
 
 # ---- grpo, bnpo, dapo, dr_grpo: prompts, and rewards of answers to them -----------------------------------------------

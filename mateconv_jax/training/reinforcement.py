@@ -20,8 +20,10 @@ from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.runtime import sharding
 from mateconv_jax.training import initial_weights
 from mateconv_jax.training.batch_shape import BatchShape, Position
+from mateconv_jax.training.checkpoints import Progress
 from mateconv_jax.training.evaluator import Evaluation
 from mateconv_jax.training.kept_rollouts import KeptRollouts
+from mateconv_jax.training.reference import weights_fingerprint
 from mateconv_jax.training.rewards import Rewards, wait_for
 from mateconv_jax.training.rollout_batches import LogProbs, RolloutBatches, RolloutOptions
 from mateconv_jax.training.rollouts import DecodingWeights, Rollouts
@@ -40,11 +42,6 @@ def check(config: ConfigDict) -> None:
             f"rollout.max_new_tokens: {rollout.max_new_tokens} leaves no room for a prompt in data.seq_len "
             f"({config.data.seq_len})"
         )
-    if config.loss.beta and not training.init_from:
-        raise UserError("loss.beta: KL is measured to the model of training.init_from, which is missing")
-    for key in ("document_mask", "z_loss"):
-        if training[key]:
-            raise UserError(f"training.{key}: has no meaning with loss.kind {config.loss.kind} (expected {0 * training[key]})")
 
 
 def longest_prompt(config: ConfigDict) -> int:
@@ -83,7 +80,7 @@ def source(
             f"training.batch_size: {shape.batch_size} answers, {rollout.samples} to a prompt, cannot be spread by prompts over "
             f"{mesh.size} devices (expected a multiple of {rollout.samples * mesh.size})"
         )
-    graph, abstract_params = abstract_model(c)
+    graph, _ = abstract_model(c)
     how = GenerationConfig(
         temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p, min_p=rollout.min_p,
         max_new_tokens=rollout.max_new_tokens,
@@ -92,7 +89,7 @@ def source(
         config.loss.kind, config.loss.scale_rewards, rollout.samples, rollout.iterations, rollout.max_new_tokens,
         training.seed, config.data.shuffle,
     )  # fmt: skip
-    reference = _reference(config, c, mesh, abstract_params) if config.loss.beta else None
+    reference = _reference(config, c, mesh, context.progress) if config.loss.beta else None
     return RolloutBatches(
         prompts, shape, options, DecodingWeights(c, mesh),
         Rollouts(graph, c, mesh, tokenizer, how, longest_prompt(config), rollout.samples), _rewards(config),
@@ -104,11 +101,17 @@ def _rewards(config: ConfigDict) -> Rewards:
     return Rewards(config.reward.functions, config.reward.weights, config.reward.num_threads)
 
 
-def _reference(config: ConfigDict, c: ModelConfig, mesh: Mesh, abstract_params: nnx.State) -> nnx.State:
+def _reference(config: ConfigDict, c: ModelConfig, mesh: Mesh, progress: Progress) -> nnx.State:
     """The weights of training.init_from in the compute dtype, sharded as parameters are."""
-    abstract = sharding.with_shardings(mesh, abstract_params)
+    if config.training.init_from is None:
+        raise UserError("training.init_from: missing (with loss.beta it is the model that KL is measured to)")
+    abstract = sharding.with_shardings(mesh, abstract_model(c)[1])
     model = open_model(config.training.init_from, "training.init_from", n_heads=config.model.n_heads)
     params = initial_weights.read(model, abstract)
+    of = {"weights": weights_fingerprint(params)}
+    if progress.reference not in (None, of):
+        raise UserError("training.init_from: not the weights that the run began with (expected the same model, or loss.beta 0)")
+    progress.reference = of
     return jax.jit(DecodingWeights.cast_to(c.dtype), out_shardings=jax.tree.map(lambda p: p.sharding, abstract))(params)
 
 

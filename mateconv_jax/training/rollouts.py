@@ -58,7 +58,7 @@ class Rollouts:
           n_samples: answers to each prompt.
         """
         self._c, self._mesh, self._tokenizer, self._how, self._n_samples = c, mesh, tokenizer, how, n_samples
-        self._decoder = Decoder(graph, c, tokenizer.eos_token_id, mesh)
+        self._decoder = Decoder(graph, c, (tokenizer.eos_token_id,), mesh)
         self._S = bucket(longest_prompt, c.max_seq_len, SMALLEST_PROMPT)
         self._T = bucket(longest_prompt + 1, c.max_seq_len, SMALLEST_CACHE)
         self._start = jax.jit(self._first_state, out_shardings=sharding.batch(mesh))

@@ -92,7 +92,7 @@ def test_min_new_tokens_equals_transformers(rng, logits_BV):
     tokens_BT, length_B = ragged_tokens(rng, *logits_BV.shape)
     prompt_length_B = rng.integers(0, length_B + 1).astype(np.int32)
     minimum = int(rng.integers(0, 6))
-    ours_BV = min_new_tokens(logits_BV, length_B - prompt_length_B, np.int32(minimum), EOS)
+    ours_BV = min_new_tokens(logits_BV, length_B - prompt_length_B, np.int32(minimum), (EOS,))
     for ours_V, logits_V, tokens_T, length, prompt_length in zip(
         ours_BV, logits_BV, tokens_BT, length_B, prompt_length_B, strict=True
     ):

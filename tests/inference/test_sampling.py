@@ -11,8 +11,8 @@ from mateconv_jax.inference import sampling
 from mateconv_jax.inference.sampling import Sampling
 from tests.inference.test_logits_processors import EOS, is_close_call, of_row, ragged_tokens
 
-filtered_logits = jax.jit(sampling.filtered_logits, static_argnames="eos_id")
-next_tokens = jax.jit(sampling.next_tokens, static_argnames="eos_id")
+filtered_logits = jax.jit(sampling.filtered_logits, static_argnames="eos_ids")
+next_tokens = jax.jit(sampling.next_tokens, static_argnames="eos_ids")
 draw = jax.jit(sampling.draw)
 
 V = 40
@@ -66,7 +66,7 @@ def test_the_filters_together_equal_those_of_transformers_generate(llama, off, s
         )
         config = GenerationConfig(**changes | {off: OFF[off]} if off in OFF else changes)
         rows = random_rows(rng, B)
-        ours_BV = filtered_logits(rows[0], Sampling.make(config, np.arange(B), V), *rows[1:], eos_id=EOS)
+        ours_BV = filtered_logits(rows[0], Sampling.make(config, np.arange(B), V), *rows[1:], eos_ids=(EOS,))
         for ours_V, logits_V, tokens_T, length, prompt_length in zip(ours_BV, *rows, strict=True):
             close_call = False
             for processor in processors_of_transformers(llama, config, int(prompt_length)):
@@ -80,8 +80,8 @@ def test_greedy_takes_the_most_likely_token_that_is_left():
     rows = random_rows(np.random.default_rng(0), 8)
     config = GenerationConfig(do_sample=False, repetition_penalty=1.5, no_repeat_ngram_size=2, min_new_tokens=5)
     greedy = Sampling.make(config, np.zeros(8), V)
-    expected_B = np.argmax(filtered_logits(rows[0], greedy, *rows[1:], eos_id=EOS), axis=-1)
-    assert (next_tokens(rows[0], greedy, *rows[1:], eos_id=EOS) == expected_B).all()
+    expected_B = np.argmax(filtered_logits(rows[0], greedy, *rows[1:], eos_ids=(EOS,)), axis=-1)
+    assert (next_tokens(rows[0], greedy, *rows[1:], eos_ids=(EOS,)) == expected_B).all()
     assert (expected_B != np.argmax(rows[0], axis=-1)).any()
 
 
@@ -91,7 +91,7 @@ def test_top_p_of_ten_equal_tokens_is_rounded_as_transformers_does(p):
     logits_1V[:, :10] = 0
     rows = (np.ones((1, 1), np.int32), np.array([1]), np.array([1]))
     drawing = Sampling.make(GenerationConfig(temperature=1, top_k=0, top_p=p), np.zeros(1), V)
-    kept = np.isfinite(filtered_logits(logits_1V, drawing, *rows, eos_id=EOS)).sum()
+    kept = np.isfinite(filtered_logits(logits_1V, drawing, *rows, eos_ids=(EOS,))).sum()
     assert kept == np.isfinite(of_row(transformers.TopPLogitsWarper(p), logits_1V[0])).sum()
 
 
@@ -100,9 +100,9 @@ def test_bfloat16_logits_are_filtered_in_fp32(do_sample):
     rows = random_rows(np.random.default_rng(0), 4)
     halves = jnp.asarray(rows[0], jnp.bfloat16)
     config = Sampling.make(GenerationConfig(**EVERYTHING, do_sample=do_sample), np.zeros(4), V)
-    ours_BV = filtered_logits(halves, config, *rows[1:], eos_id=EOS)
+    ours_BV = filtered_logits(halves, config, *rows[1:], eos_ids=(EOS,))
     assert ours_BV.dtype == jnp.float32
-    np.testing.assert_array_equal(ours_BV, filtered_logits(halves.astype(jnp.float32), config, *rows[1:], eos_id=EOS))
+    np.testing.assert_array_equal(ours_BV, filtered_logits(halves.astype(jnp.float32), config, *rows[1:], eos_ids=(EOS,)))
 
 
 # ---- draws -------------------------------------------------------------------------------------------------------------
@@ -127,8 +127,8 @@ def test_draws_follow_the_filtered_distribution(vocab_size, changes):
     logits_1V = np.random.default_rng(vocab_size).normal(size=(1, vocab_size)).astype(np.float32)
     tokens_1T, length_1 = np.array([[1, 3, 4, 3]], np.int32), np.array([4], np.int32)
     rows = [np.repeat(x, n, axis=0) for x in (logits_1V, tokens_1T, length_1, length_1 - 1)]
-    drawn_B = next_tokens(rows[0], drawing, *rows[1:], eos_id=EOS)
-    left_V = np.asarray(filtered_logits(logits_1V, drawing, tokens_1T, length_1, length_1 - 1, eos_id=EOS)[0], np.float64)
+    drawn_B = next_tokens(rows[0], drawing, *rows[1:], eos_ids=(EOS,))
+    left_V = np.asarray(filtered_logits(logits_1V, drawing, tokens_1T, length_1, length_1 - 1, eos_ids=(EOS,))[0], np.float64)
     expected_V = n * np.exp(left_V - left_V.max()) / np.exp(left_V - left_V.max()).sum()
     seen_V = np.bincount(drawn_B, minlength=vocab_size)
     assert not seen_V[expected_V == 0].any()
@@ -149,7 +149,7 @@ def test_a_row_does_not_depend_on_its_batch_or_padding(changes):
         logits_BV, tokens_BT, length_B, prompt_length_B = (x[these] for x in rows)
         tokens_BT = np.pad(tokens_BT, ((0, 0), (0, padding)), constant_values=3)
         drawing = Sampling.make(GenerationConfig(**changes, seed=9), sample_B[these], V)
-        return np.asarray(next_tokens(logits_BV, drawing, tokens_BT, length_B, prompt_length_B, eos_id=EOS)).tolist()
+        return np.asarray(next_tokens(logits_BV, drawing, tokens_BT, length_B, prompt_length_B, eos_ids=(EOS,))).tolist()
 
     together = tokens(np.arange(8))
     assert [tokens([i])[0] for i in range(8)] == together
@@ -182,7 +182,7 @@ def test_numbers_that_change_compile_nothing():
         EVERYTHING | dict(temperature=0.3, seed=2, max_new_tokens=50),
         EVERYTHING | dict(repetition_penalty=2.0, min_new_tokens=9, top_p=0.3, min_p=0.5),
     ):
-        next_tokens(rows[0], Sampling.make(GenerationConfig(**changes), np.arange(2), V), *rows[1:], eos_id=EOS)
+        next_tokens(rows[0], Sampling.make(GenerationConfig(**changes), np.arange(2), V), *rows[1:], eos_ids=(EOS,))
         sizes.append(next_tokens._cache_size())
     assert len(set(sizes)) == 1
 
@@ -204,9 +204,9 @@ def test_no_program_sorts_the_vocabulary_and_greedy_draws_nothing(changes, loops
     """
     rows = random_rows(np.random.default_rng(3), 2)
     arguments = (rows[0], Sampling.make(GenerationConfig(**changes), np.arange(2), V), *rows[1:])
-    program = next_tokens.lower(*arguments, eos_id=EOS).compile().as_text()
+    program = next_tokens.lower(*arguments, eos_ids=(EOS,)).compile().as_text()
     assert " sort(" not in program
     assert ("TopK" in program) == (changes.get("top_k", 0) > 0)
-    steps = str(jax.make_jaxpr(lambda *x: sampling.next_tokens(*x, EOS))(*arguments))
+    steps = str(jax.make_jaxpr(lambda *x: sampling.next_tokens(*x, (EOS,)))(*arguments))
     assert ("random_bits" in steps) == changes.get("do_sample", True)
     assert steps.count("scan[") + steps.count("while[") == loops

@@ -83,6 +83,21 @@ def test_a_row_that_ends_early_in_a_batch(model, dataset_folder, generator):
         assert after.finish_reason == ("eos" if n < len(before.token_ids) else before.finish_reason)
 
 
+def test_each_of_several_end_tokens_ends_an_answer(model, generator):
+    """With the tenth token of one answer and the fifth of another as end tokens besides `</s>`."""
+    answers = generator.batch_generate(PROMPTS, GREEDY)
+    ends = (answers[1].token_ids[9], answers[0].token_ids[4])
+    several = TextGenerator(model, generator.tokenizer, ends)
+    ended = several.batch_generate(PROMPTS, GREEDY)
+    for before, after in zip(answers, ended, strict=True):
+        n = next((i for i, token in enumerate(before.token_ids) if token in ends), len(before.token_ids))
+        assert after.token_ids == before.token_ids[:n]
+        assert after.finish_reason == ("eos" if n < len(before.token_ids) else before.finish_reason)
+    assert "".join(several.stream(PROMPTS[1], GREEDY)) == ended[1]
+    late = several.generate(PROMPTS[1], dataclasses.replace(GREEDY, min_new_tokens=30))
+    assert len(late.token_ids) >= 30 and not set(late.token_ids[:30]) & {2, *ends}
+
+
 @pytest.mark.parametrize("prompt", PROMPTS[:2])
 def test_stop_texts_end_the_answer_streamed_or_not(generator, prompt):
     config = dataclasses.replace(GREEDY, max_new_tokens=60, no_repeat_ngram_size=1)

@@ -14,7 +14,7 @@ from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop import formats, hf_config, hugging_face, weight_mapping
 from mateconv_jax.interop.stored_model import StoredModel
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.transformer import init_params
 
 MODELS = {
@@ -39,12 +39,29 @@ def write(folder, tokenizer, **changes):
     """A random model, peaked enough, as a folder; its config and parameters."""
     shape = dict(dim=64, n_layers=2, n_heads=8, n_kv_heads=4, hidden_dim=96, vocab_size=400, max_seq_len=128)
     config = hf_config.configuration(shape | changes, "x")
-    params = jax.jit(lambda: init_params(ModelConfig.make(config.model, "float32"), 0))()
+    params = jax.jit(lambda: init_params(ModelConfig.make(config_lib.options(ModelOptions, config.model), "float32"), 0))()
     keys = iter(jax.random.split(jax.random.key(1), 1000))
     params = jax.tree.map(lambda p: 4 * p if p.ndim > 1 else p + 0.3 * jax.random.normal(next(keys), p.shape), params)
     folder.mkdir()
     hugging_face.write_folder(folder, StoredModel(folder, config, tokenizer, False, None, None), params)
     return config, params
+
+
+def test_all_end_tokens_go_through_every_format(tokenizer, tmp_path):
+    write(tmp_path / "hf", tokenizer)
+    path = tmp_path / "hf" / "generation_config.json"
+    settings = json.loads(path.read_text())
+    assert settings["eos_token_id"] == 2
+    path.write_text(json.dumps(settings | {"eos_token_id": [7, 2, 9]}))
+    formats.convert(tmp_path / "hf", tmp_path / "run", "run")
+    formats.convert(tmp_path / "run", tmp_path / "model.gguf")
+    formats.convert(tmp_path / "model.gguf", tmp_path / "again", "hf")
+    for name in ("hf", "run", "model.gguf", "again"):
+        assert TextGenerator.from_pretrained(tmp_path / name).end_ids == (2, 7, 9)
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "again").eos_token_id == [2, 7, 9]
+    path.write_text(json.dumps(settings | {"eos_token_id": 400}))
+    with pytest.raises(UserError, match=r"eos_token_id: \[400\] is invalid \(expected token ids from 0 to 399"):
+        TextGenerator.from_pretrained(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS.keys())

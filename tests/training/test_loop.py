@@ -15,7 +15,7 @@ from mateconv_jax.data.dataset import open_dataset
 from mateconv_jax.data.tokenizer import token_bytes, tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.runtime import sharding
 from mateconv_jax.training import batches, loop, objective
 from mateconv_jax.training.batch_shape import Position
@@ -89,7 +89,7 @@ def test_what_a_run_writes(tiny_config):
     assert metrics[-1]["val/bits_per_byte"] == pytest.approx(metrics[-1]["val/ema_loss"] * n_tokens / np.log(2) / n_bytes)
     log = (folder / "train.log").read_text()
     assert "FLOPs per token" in log and "peak per device: unknown" in log
-    assert "ln(400) = 5.9915" in log and f"initial loss: {training[0]['train/loss']:.4f}" in log
+    assert "ln(400) = 5.9915" in log and f"initial loss: {training[0]['train/loss']:.6f}" in log
 
 
 def test_a_finished_run_is_left_as_it_is(tiny_config):
@@ -212,7 +212,9 @@ def test_mfu_is_known_where_the_peak_is(tiny_config, monkeypatch):
     monkeypatch.setattr(flops, "peak_flops", lambda kind, dtype: flops.PEAKS[kind])
     loop.train(config_lib.resolve(tiny_config))
     last = [m for m in metrics_of(tiny_config.training.out_dir) if "mfu" in m][-1]
-    per_token = flops.training_flops_per_token(ModelConfig.make(config_lib.resolve(tiny_config).model, "float32"), 32)
+    per_token = flops.training_flops_per_token(
+        ModelConfig.make(config_lib.options(ModelOptions, config_lib.resolve(tiny_config).model), "float32"), 32
+    )
     assert last["mfu"] == pytest.approx(last["tokens/s"] * per_token / 1e9)
 
 

@@ -9,8 +9,10 @@ import jax
 import numpy as np
 import pytest
 
+from mateconv_jax import config as config_lib, run_folder
 from mateconv_jax.errors import UserError
-from mateconv_jax.training import rewards, rollout_batches
+from mateconv_jax.model.transformer import abstract_model
+from mateconv_jax.training import rewards, rollout_batches, setup
 from mateconv_jax.training.preemption import RESUMABLE
 from tests.training.processes import Training
 from tests.training.runs import assert_equal_checkpoints, flags_of, metrics_of, saved, steps_in, train
@@ -69,11 +71,8 @@ def test_nothing_is_compiled_after_the_first_rollout_and_its_steps(run):
     assert run[1] == []
 
 
-def test_a_run_reports_what_it_did(reward_config, tmp_path):
-    config = copy.deepcopy(reward_config)
-    config.data.val_data_path = config.data.train_data_path.replace("train", "val")
-    train(config, tmp_path / "out", max_steps=2, eval_interval=2, samples_interval=2)
-    steps = [m for m in metrics_of(tmp_path / "out") if "train/loss" in m]
+def test_a_run_reports_what_it_did(run):
+    steps = [m for m in metrics_of(run[0]) if "train/loss" in m]
     for m in steps:
         assert m["grpo/reward"] == pytest.approx(m["reward/variety"] + 0.5 * m["reward/even_length"], rel=1e-6)
         assert (
@@ -82,10 +81,18 @@ def test_a_run_reports_what_it_did(reward_config, tmp_path):
         assert all(m[f"grpo/seconds_{what}"] >= 0 for what in ("rollout", "reward", "update"))
     assert steps[0]["grpo/kl"] == pytest.approx(0, abs=1e-9) and steps[1]["grpo/kl"] > 1e-6
     assert steps[0]["grpo/clip_share"] == 0 and steps[0]["grpo/reward"] == steps[1]["grpo/reward"]
+
+
+@pytest.mark.slow
+def test_validation_is_the_mean_reward_and_answers_are_shown(reward_config, tmp_path):
+    config = copy.deepcopy(reward_config)
+    config.data.val_data_path = config.data.train_data_path.replace("train", "val")
+    train(config, tmp_path / "out", max_steps=2, eval_interval=2, samples_interval=2)
     val = next(m for m in metrics_of(tmp_path / "out") if "val/reward" in m)
     assert val["val/loss"] < 0 and val["val/reward"] == pytest.approx(-val["val/ema_loss"])
     log = (tmp_path / "out" / "train.log").read_text()
     assert "sample of step 2: " in log and "[reward " in log
+    assert saved(tmp_path / "out", 2)[1]["best_loss"] == val["val/ema_loss"]
 
 
 def test_a_run_stopped_between_two_steps_of_a_rollout_goes_on_to_the_bit(reward_config, run, tmp_path):
@@ -159,8 +166,9 @@ def test_on_8_devices_the_answers_are_those_of_one(reward_config, server, tmp_pa
     for one, eight in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "eight"), strict=True):
         for name in ("grpo/reward", "grpo/length", "reward/variety", "grpo/entropy", "train/loss", "grpo/kl"):
             assert one[name] == pytest.approx(eight[name], abs=1e-4)
-    params, params_of_8 = (saved(tmp_path / name, 4)[0]["params"] for name in ("one", "eight"))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), params, params_of_8)
+    abstract = abstract_model(setup.model_config(config_lib.resolve(config)))[1]
+    one, eight = (run_folder.load_params(tmp_path / name / "checkpoints" / "4", abstract, False) for name in ("one", "eight"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), one, eight)
 
 
 @pytest.mark.slow
@@ -181,8 +189,8 @@ def test_rewards_move_the_policy(reward_config, tmp_path):
         ("training", dict(batch_size=14), "training.batch_size: 14 answers are not a multiple of rollout.samples"),
         ("rollout", dict(max_new_tokens=40), "rollout.max_new_tokens: 40 leaves no room for a prompt in data.seq_len .32"),
         ("rollout", dict(max_new_tokens=30), r"data.train_data_path: no prompt in .* \(longer than 3 tokens"),
-        ("training", dict(init_from=None), "loss.beta: KL is measured to the model of training.init_from"),
-        ("training", dict(z_loss=0.1), "training.z_loss: has no meaning with loss.kind grpo"),
+        ("training", dict(init_from=None), "data.tokenizer_path: missing .the run starts from no model"),
+        ("training", dict(z_loss=0.1), "training.z_loss: has no effect on loss.kind grpo"),
         ("data", dict(train_data_path=None), "data.train_data_path: missing .expected a JSONL file of prompts"),
     ],
 )
