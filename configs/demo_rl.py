@@ -26,6 +26,7 @@ def get_config():
     config.training.lr_scheduler = "constant"
     config.training.warmup_steps = 0
     config.training.weight_decay = 0.0
+    config.training.log_interval = 5
     config.training.eval_interval = 25
     config.training.save_interval = 50
     config.training.samples_interval = 25

@@ -23,7 +23,7 @@ def get_config():
     config.training.batch_size = 16
     config.training.learning_rate = 2e-3
     config.training.lr_scheduler = "constant"
-    config.training.warmup_steps = 20
+    config.training.warmup_ratio = 0.1
     config.training.weight_decay = 0.0
     config.training.eval_interval = 60
     config.training.save_interval = 60

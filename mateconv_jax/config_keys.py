@@ -147,9 +147,9 @@ KEYS = [
     Key("loss.gamma", 0.5, DIVERGES, "simpo: margin that the chosen answer's reward shall have.", NOT_NEGATIVE),
     Key("loss.sft_coef", 0.0, DIVERGES,
         "Preferences: weight of the chosen answer's cross-entropy per token, added to the loss.", NOT_NEGATIVE),
-    Key("loss.epsilon", 0.2, DIVERGES, "Rewards: a token's probability ratio is clipped at 1 - epsilon …", BELOW_ONE),
+    Key("loss.epsilon", 0.2, DIVERGES, "Rewards: a token's probability ratio is clipped below 1 - epsilon.", BELOW_ONE),
     Key("loss.epsilon_high", None, DIVERGES,
-        "… and at 1 + epsilon_high. None: epsilon; DAPO's clip-higher is 0.28.", POSITIVE, float),
+        "Rewards: it is clipped above 1 + epsilon_high. None: epsilon; DAPO's clip-higher is 0.28.", POSITIVE, float),
     Key("loss.scale_rewards", "group", DIVERGES,
         "Divide advantages by the standard deviation of the rewards of a prompt's answers (group), of all the step's answers "
         "(batch), or not (none, as Dr. GRPO recommends).", one_of("group", "batch", "none")),

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "mateconv_jax"
 
 # What each room may import; commands (train, prepare, …) may import everything but each other, the leaves nothing.
-LEAVES = {"cores", "errors", "files", "intervals", "plotting"}
+LEAVES = {"cores", "errors", "files", "intervals", "plotting", "rewards"}
 ROOMS = {
     "config_keys": "intervals",
     "generation_config": "errors",

@@ -245,6 +245,6 @@ def _from_zero(axes: Axes, runs: list[Run], key: str) -> None:
 def _log_if_wide(axes: Axes, runs: list[Run], key: str) -> None:
     """Make the axis logarithmic if spikes or a steep start would hide the rest of the curve on a linear one."""
     values = np.concatenate([run.curve(key).values for run in runs])
-    if values.max() > WIDE * max(np.median(values), 0) and (values > 0).any():
+    if values.min() >= 0 and values.max() > WIDE * np.median(values):
         axes.set_yscale("log", nonpositive="mask")
         log_ticks(axes.yaxis)

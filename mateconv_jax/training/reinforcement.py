@@ -103,7 +103,7 @@ def _rewards(config: ConfigDict) -> Rewards:
 
 def _reference(config: ConfigDict, c: ModelConfig, mesh: Mesh, progress: Progress) -> nnx.State:
     """The weights of training.init_from in the compute dtype, sharded as parameters are."""
-    if config.training.init_from is None:
+    if not config.training.init_from:
         raise UserError("training.init_from: missing (with loss.beta it is the model that KL is measured to)")
     abstract = sharding.with_shardings(mesh, abstract_model(c)[1])
     model = open_model(config.training.init_from, "training.init_from", n_heads=config.model.n_heads)

@@ -95,6 +95,7 @@ def test_validation_is_the_mean_reward_and_answers_are_shown(reward_config, tmp_
     assert saved(tmp_path / "out", 2)[1]["best_loss"] == val["val/ema_loss"]
 
 
+@pytest.mark.slow
 def test_a_run_stopped_between_two_steps_of_a_rollout_goes_on_to_the_bit(reward_config, run, tmp_path):
     """Stopped by SIGTERM in the rollout after step 2, and between the two steps that learn from it."""
     score, calls = rewards.Rewards._score, []
