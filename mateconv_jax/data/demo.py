@@ -263,9 +263,9 @@ def dialogue(rng: random.Random) -> list[dict[str, str]]:
 
 
 def preference(rng: random.Random) -> dict[str, list[dict[str, str]]]:
-    """A question with its short answer and with the statement, behind none to two others that are answered shortly."""
+    """A question with its short answer and with the statement, behind none or one other that is answered shortly."""
     messages = []
-    facts = rng.sample([fact for fact in FACTS if is_in_dialogues(fact)], rng.randint(1, 3))
+    facts = rng.sample([fact for fact in FACTS if is_in_dialogues(fact)], rng.randint(1, 2))
     for fact in facts:
         wordings = [question for question in questions(fact) if question != withheld_question(fact)]
         messages.append({"role": "user", "content": rng.choice(wordings)})

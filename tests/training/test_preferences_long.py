@@ -7,9 +7,10 @@ import time
 import numpy as np
 import pytest
 
+from tests.data.build.preparing import prepare, write_jsonl
 from tests.training.processes import Training
 from tests.training.runs import assert_equal_checkpoints, flags_of, losses_of, metrics_of, train
-from tests.training.test_devices import start
+from tests.training.test_devices import start, start_two
 from tests.training.test_preferences import preferred  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.slow
@@ -22,13 +23,17 @@ def with_all(config, **changes):
     config.training.update(
         dict(accumulation_steps=2, dtype="float16", use_ema=True, ema_decay=0.9, max_steps=12, save_interval=1)
     )
-    config.training.update(dict(eval_interval=4) | changes)
+    config.training.update(dict(eval_interval=4, eval_iters=5) | changes)
     return config
 
 
-def test_killed_at_random_moments_it_loses_nothing(server, preferred, tmp_path):  # noqa: F811
-    """In the pass of the reference, too: a pair a batch makes that long."""
+def test_killed_at_random_moments_it_loses_nothing(server, preferred, dataset_folder, tmp_path):  # noqa: F811
+    """In the pass of the reference, too: 1,500 pairs, one a batch, make that long."""
+    records = [{"prompt": f"{i}？", "chosen": "好。", "rejected": "不好。"} for i in range(1500)]
+    flags = ("--tokenizer", dataset_folder / "tokenizer", "--seq_len", 32, "--val_fraction", "0.05")
+    prepare(write_jsonl(tmp_path / "raw.jsonl", records), tmp_path / "pairs", *flags)
     config = with_all(preferred, batch_size=1)
+    config.data.train_data_path = str(tmp_path / "pairs")
     Training(flags_of(config, tmp_path / "straight"), tmp_path / "log").finish()
     rng = random.Random(0)
     in_reference = 0
@@ -59,6 +64,20 @@ def test_eight_devices_give_the_losses_of_one(server, preferred, tmp_path, flags
     assert ours.keys() == theirs.keys()
     for key in ours:
         assert ours[key] == pytest.approx(theirs[key], abs=2e-5), key
+
+
+def test_two_processes_share_one_reference(server, preferred, tmp_path):  # noqa: F811
+    """They stop and go on, too: the first reads what is there, for both."""
+    config = copy.deepcopy(preferred)
+    config.training.update(dict(batch_size=8, accumulation_steps=2))
+    start(config, tmp_path / "one", 1).finish()
+    for flags in (("--config.training.max_steps=2",), ()):
+        for process in start_two(config, tmp_path / "two" / "out", flags):
+            process.finish()
+    scores = [np.load(run / "reference" / "train.npz")["log_probs"] for run in (tmp_path / "one", tmp_path / "two" / "out")]
+    np.testing.assert_allclose(*scores, rtol=1e-5)
+    ours, theirs = losses_of(tmp_path / "two" / "out"), losses_of(tmp_path / "one")
+    assert ours[1, "train/loss"] == pytest.approx(theirs[1, "train/loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
