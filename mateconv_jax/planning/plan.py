@@ -161,8 +161,7 @@ def _plan(config, c, cluster, compile_step, steps, length, dollars_per_gpu_hour,
         log("compiling the scoring of the reference")
         plan["reference"] = _reference(config, c, cluster, training_steps=steps or ASSUMED_STEPS)
     if objective.content == "prompts":
-        log("compiling the decoding of answers")
-        plan["rollout"] = _rollout(config, c, cluster, plan["training"])
+        plan["rollout"] = _rollout(config, c, cluster, plan["training"], log)
     plan["run"] = _whole_run(plan, steps, length, dollars_per_gpu_hour)
     plan["unknown"] = [] if cluster.is_local else list(UNKNOWN)
     if cluster.gpu is None:
@@ -197,11 +196,12 @@ def _reference(config: ConfigDict, c: ModelConfig, cluster: Cluster, training_st
     return {"pairs": pairs, "seconds_per_batch": per_batch, "seconds": seconds} | described
 
 
-def _rollout(config: ConfigDict, c: ModelConfig, cluster: Cluster, training: dict) -> dict:
+def _rollout(config: ConfigDict, c: ModelConfig, cluster: Cluster, training: dict, log) -> dict:
     """The answers of a step on one device: rows decoded at a time, the program that decodes a token, the memory at the worst
     moment and, at most, seconds for each step (None: unknown). With KL the reference's weights are added here and to
     `training`.
     """
+    log("compiling the decoding of answers")
     rollout, rows = config.rollout, config.training.batch_size // len(cluster.devices)
     how = GenerationConfig(temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p, min_p=rollout.min_p)
     length = bucket(config.data.seq_len + 1, c.max_seq_len, SMALLEST_CACHE)

@@ -16,7 +16,7 @@ from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.runtime import distributed, sharding
-from mateconv_jax.training import objective as objective_lib, out_of_memory, resume, run_lock, setup
+from mateconv_jax.training import objective as objective_lib, out_of_memory, reinforcement, resume, run_lock, setup
 from mateconv_jax.training.batch_shape import BatchShape
 from mateconv_jax.training.batches import Source
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
@@ -128,9 +128,8 @@ def _open(config: ConfigDict, c: ModelConfig, objective: objective_lib.Objective
     options = config_lib.options(DataOptions, config.data)
     if objective.content != "prompts":
         return open_data(options, c.vocab_size, config.training.document_mask, objective.check)
-    rollout = config.rollout
-    longest = config.data.seq_len + 1 - rollout.max_new_tokens
-    return open_prompts(options, c.vocab_size, longest, rollout.samples * rollout.iterations, origin.tokenizer)
+    longest, rows_per_prompt = reinforcement.longest_prompt(config), config.rollout.samples * config.rollout.iterations
+    return open_prompts(options, c.vocab_size, longest, rows_per_prompt, origin.tokenizer)
 
 
 def _describe(folder: Path, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mateconv_jax.losses.next_token import next_token_loss
 from mateconv_jax.losses.policy_gradient import advantages, log_probs, policy_gradient_loss, token_weights
 from mateconv_jax.model.transformer import Transformer
 from tests import llama
@@ -160,3 +161,16 @@ def test_advantages_by_hand():
     expected = [first, -first, -first, first, 0, 0, 0, 0, 0, 0, 0, 0, last, 0, -last, 0]
     np.testing.assert_allclose(advantage_N, expected, rtol=1e-6)
     assert teaches_N.tolist() == [True] * 4 + [False] * 8 + [True, False, True, False]
+
+
+def test_a_mixture_of_experts_is_balanced_over_the_answers(batch):
+    """Its auxiliary loss is next_token_loss's of the same tokens, for each row as the mean over tokens."""
+    model = Transformer(llama.model_config(n_layers=1, use_moe=True), nnx.Rngs(0))
+    rows = micro_batches(fields(batch, np.arange(A * B), "grpo"))[0]
+    output, text = policy_gradient_loss(model, rows), next_token_loss(model, rows)
+    given = output.metrics["tokens"].means(output.weight)
+    expected = text.metrics["experts"].means(text.weight)
+    for name, value in expected.items():
+        assert float(given[name]) == pytest.approx(float(value), rel=1e-5), name
+    auxiliary = float(output.objective - output.sum)
+    assert auxiliary == pytest.approx(B * float(expected["train/auxiliary_loss"]), rel=1e-4) and auxiliary > 0
