@@ -1,0 +1,16 @@
+"""What a model writes, made safe for a terminal."""
+
+import re
+import sys
+
+# C0 and C1 control characters and DEL, but line break and tab.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def visible(text: str) -> str:
+    """`text` with control characters as escapes such as \\x1b where standard output is a terminal: they could move its cursor,
+    set its title or write into its input. Files and pipes get the text as it is.
+    """
+    if not sys.stdout.isatty():
+        return text
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
