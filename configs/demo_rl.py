@@ -20,7 +20,7 @@ def get_config():
 
     config.training.out_dir = "runs/demo_rl"
     config.training.init_from = "runs/demo_sums"
-    config.training.max_steps = 175
+    config.training.max_steps = 150
     config.training.batch_size = 256  # answers: 8 to each of 32 questions
     config.training.learning_rate = 2e-4
     config.training.lr_scheduler = "constant"
