@@ -162,7 +162,17 @@ def test_a_user_sees_one_line_and_exit_code_2(load, capsys):
     assert "which YAML file?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.name)
+# The README's commands train the demo's configs, and the base's and sft's.
+FAST = ("yaml.py", "dpo.py")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.slow] * (path.name not in FAST), id=path.name)
+        for path in sorted(CONFIGS.glob("*.py"))
+    ],
+)
 def test_every_config_trains(path, dataset_folder, tmp_path, monkeypatch):
     """Two steps, with a tiny model on a tiny dataset."""
     config = str(path)
