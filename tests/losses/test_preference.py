@@ -138,6 +138,7 @@ def test_rows_that_only_fill_a_batch_count_nothing(model):
         )
 
 
+@pytest.mark.slow
 def test_experts_are_balanced_per_pair():
     """The auxiliary loss is a mean over a pair's two rows, whatever their lengths."""
     model, batch = model_of(use_moe=True, aux_loss_alpha=0.5), pairs()
