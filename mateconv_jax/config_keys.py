@@ -97,6 +97,7 @@ KEYS = [
     Key("model.rope_attention_factor", None, FIXED,
         "yarn: factor of rotated queries and keys. None: 0.1 ln(rope_factor) + 1.", POSITIVE, float),
     Key("model.qk_norm", False, FIXED, "RMSNorm of each head's queries and keys, as in Qwen3 and the current MiniMind."),
+    Key("model.qkv_bias", False, FIXED, "Add a bias to queries, keys and values, as Qwen2 does."),
     Key("model.tie_word_embeddings", True, FIXED, "Use the embedding as the output layer."),
     Key("model.dropout", 0.0, DIVERGES,
         "Dropout of embeddings, attention weights and residual branches in training.", BELOW_ONE),
