@@ -1,4 +1,4 @@
-"""Preferences of the demo: after the quickstart, its model learns to answer shortly, in about a minute on two CPU cores.
+"""Preferences of the demo: after the quickstart, its model learns to answer shortly, in two to three minutes on two CPU cores.
 
 python -m mateconv_jax.train --config=configs/demo_dpo.py
 """
