@@ -89,17 +89,19 @@ def preference_loss(
 ) -> LossOutput:
     """The loss of pairs, in nats; every pair weighs the same.
 
-        Args:
-          batch: pairs, see data/rows.py; for the kinds WITH_REFERENCE also `reference` (B, 2) fp32, the summed log-probabilities of
-            the answers under the reference.
-          key_B: dropout key per pair; None: no dropout.
+    Args:
+      batch: pairs, see data/rows.py; for the kinds WITH_REFERENCE also `reference` (B, 2) fp32, the summed log-probabilities
+        of the answers under the reference.
+      key_B: dropout key per pair; None: no dropout.
 
-        Returns:
-          LossOutput with a weight of 1 per pair, of those whose length is not 0. For a mixture of experts the objective includes
-          the auxiliary loss, a mean over a pair's rows. Metrics: dpo/margin (between the rewards), dpo/accuracy (share of pairs
-          whose chosen answer has the higher reward), dpo/chosen_logp and dpo/rejected_logp (sums over an answer's tokens), and
-    dpo/kl, an estimate of the KL divergence from the reference: the log-ratio of the answers, each weighed by its share of
-          the policy's probability of both. It knows nothing of what else the policy says.
+    Returns:
+      LossOutput with a weight of 1 per pair, of those whose length is not 0. For a mixture of experts the objective includes
+      the auxiliary loss, a mean over a pair's rows. Metrics:
+        dpo/margin: between the rewards.
+        dpo/accuracy: share of pairs whose chosen answer has the higher reward.
+        dpo/chosen_logp, dpo/rejected_logp: sums over an answer's tokens.
+        dpo/kl: an estimate of the KL divergence from the reference, half the squared log-ratio of both answers (k2 in
+          Schulman, 2020). Near 0 it is what it says; where it is large, the model has gone far.
     """
     answers = score_answers(model, batch, key_B, remat)
     is_pair_B = batch["length"][:, 0] > 0
@@ -117,8 +119,7 @@ def preference_loss(
         "dpo/rejected_logp": total(answers.log_prob_B2[:, 1]),
     }
     if options.kind in WITH_REFERENCE:
-        share_B2 = jax.nn.softmax(answers.log_prob_B2, axis=1)
-        metrics["dpo/kl"] = total(jnp.sum(share_B2 * (answers.log_prob_B2 - batch["reference"]), axis=1))
+        metrics["dpo/kl"] = total(jnp.mean((answers.log_prob_B2 - batch["reference"]) ** 2, axis=1) / 2)
     if answers.routing is not None:
         objective += jnp.sum(answers.routing.auxiliary_loss_of_rows) / 2
         metrics["experts"] = ExpertsOverTokens(answers.routing, jnp.sum(answers.tokens_B2))

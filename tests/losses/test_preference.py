@@ -111,7 +111,7 @@ def test_what_is_watched(model):
             "dpo/accuracy": (ratios[:, 0] > ratios[:, 1]).mean(),
             "dpo/chosen_logp": sums[:, 0].mean(),
             "dpo/rejected_logp": sums[:, 1].mean(),
-            "dpo/kl": (np.exp(sums) / np.exp(sums).sum(axis=1, keepdims=True) * ratios).sum(axis=1).mean(),
+            "dpo/kl": (ratios**2).mean() / 2,
         },
         rel=1e-4,
     )
