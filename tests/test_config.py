@@ -141,3 +141,7 @@ def test_the_keys_change_only_with_thought():
             "warmup_ratio", "warmup_steps", "weight_decay", "z_loss",
         ],
     }  # fmt: skip
+
+
+def test_a_run_of_a_version_without_losses_learned_the_next_token():
+    assert config_lib.from_dict({"training": {"batch_size": 8}}, "config.json").loss.kind == "next_token"

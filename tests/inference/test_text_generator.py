@@ -44,7 +44,7 @@ def test_greedy_tokens_equal_transformers_generate_with_every_processor(dataset_
     assert len(ids_of) > 3 * len(prompts) - 1  # the options changed something
 
 
-@pytest.mark.parametrize("config", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
+@pytest.mark.parametrize("config", [SAMPLED, pytest.param(GREEDY, marks=pytest.mark.slow)], ids=["sampled", "greedy"])
 def test_a_row_does_not_depend_on_its_batch_nor_on_the_cache(generator, config):
     alone = [generator.generate(prompt, config) for prompt in PROMPTS]
     assert generator.batch_generate(PROMPTS, config) == alone
