@@ -201,7 +201,7 @@ class TextGenerator:
         Raises:
           UserError: the text does not fit the model's context.
         """
-        ids = self._document_ids(text)
+        ids = self.document_ids(text)
         logits_SV = self.logits([ids])[0, :-1]
         log_probs_SV = logits_SV - np.logaddexp.reduce(logits_SV, axis=-1, keepdims=True)
         return ids[1:], log_probs_SV[np.arange(len(ids) - 1), ids[1:]]
@@ -212,10 +212,15 @@ class TextGenerator:
         """Raises UserError, in which `name` stands for the prompt, if the prompt leaves no room in the model's context. `chat`:
         it is a question, formatted with the chat template.
         """
-        n_tokens = self.n_chat_tokens([{"role": "user", "content": prompt}]) if chat else len(self._document_ids(prompt))
+        n_tokens = self.n_chat_tokens([{"role": "user", "content": prompt}]) if chat else len(self.document_ids(prompt))
         self._check_length(n_tokens, name)
 
-    def _document_ids(self, text: str) -> list[int]:
+    def document_ids(self, text: str) -> list[int]:
+        """Token ids of a document's beginning: `<s>`, where the model has it, and the text.
+
+        Raises:
+          UserError: no text, and no `<s>`.
+        """
         ids = tokenizer_lib.encode(self.tokenizer, [text])[0]
         if self.tokenizer.bos_token_id is not None:  # imported models may have none, such as Qwen3
             return [self.tokenizer.bos_token_id, *ids]
@@ -224,7 +229,7 @@ class TextGenerator:
         return ids
 
     def _prompt_ids(self, prompt: str, config: GenerationConfig) -> list[int]:
-        ids = self._document_ids(prompt)
+        ids = self.document_ids(prompt)
         if config.truncate_prompt:  # leave room for the answer, but give the prompt at least half of the context
             room = self.model_config.max_seq_len - max(1, min(config.max_new_tokens, self.model_config.max_seq_len // 2))
             if len(ids) > room:
