@@ -306,9 +306,9 @@ class Engine:
                 admitted.append((slot, n_same))
             else:
                 self._finish(slot)
-        for size in self._programs.prefill_groups(len(admitted)):
-            group, admitted = admitted[:size], admitted[size:]
-            self._prefill(group, size)
+        n_new = [len(slot.request.ids) - n_same for slot, n_same in admitted if slot.request is not None]
+        for P, indices in self._programs.prefill_groups(n_new):
+            self._prefill([admitted[i] for i in indices], P)
 
     def _prefill(self, group: list[tuple[Slot, int]], P: int) -> None:
         """Read the prompts of `group`, from n_same on, and draw their first tokens. Unused rows repeat the first."""
@@ -328,7 +328,7 @@ class Engine:
         done, total = 0, int((length_P - start_P).max())
         output: Output | None = None
         while done < total:
-            C = self._programs.chunk(total - done)
+            C = self._programs.chunk(P, total - done)
             # A row that ends earlier, or near the end of the cache, reads some of its tokens again.
             from_P = np.minimum(start_P + done, np.maximum(length_P - C, 0)).astype(np.int32)
             arguments = (slots_P, tokens_PT, from_P, length_P, remaining_P, wants_P, sampling)

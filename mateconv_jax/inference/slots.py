@@ -27,8 +27,11 @@ from mateconv_jax.runtime import xla_flags
 
 MAX_STEPS = 16  # decode steps of one dispatch, at most
 TOP_LOGPROBS = 20  # alternatives recorded for each token: OpenAI's limit
-# Sizes grow by this factor, so that a few programs serve all: 3 x 3 decode programs for 16 slots and a context of 512.
-PREFILL_TOKENS, PREFILL_ROWS, BATCH_ROWS, SMALLEST_LENGTH = (16, 64, 256), (1, 4), 4, 128
+# Few sizes, so that few programs serve all. Prefills (P, C): four short prompts together take 0.7 of the time of four, but four
+# of 256 tokens twice as long (2 cores). Batches: B grows by a factor of 4 and T of 2, 3 x 3 programs for 16 slots and a context
+# of 512.
+PREFILL_TOKENS = {1: (16, 64, 256), 4: (16, 64)}
+BATCH_ROWS, SMALLEST_LENGTH = 4, 128
 
 
 @flax.struct.dataclass
@@ -85,8 +88,7 @@ class SlotPrograms:
         self.n_slots, self.context = n_slots, context
         self.batch_sizes = _sizes(1, BATCH_ROWS, n_slots)
         self.lengths = _sizes(SMALLEST_LENGTH, 2, context)
-        self._prefill_tokens = sorted({min(size, context) for size in PREFILL_TOKENS})
-        self._prefill_rows = [size for size in PREFILL_ROWS if size <= n_slots]
+        self._chunks = {P: sorted({min(C, context) for C in sizes}) for P, sizes in PREFILL_TOKENS.items() if P <= n_slots}
         self._programs: dict[tuple, jax.stages.Compiled] = {}
 
     def compile(self, params: nnx.State, progress=lambda done, total: None) -> None:
@@ -97,9 +99,9 @@ class SlotPrograms:
         shape = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype))
         params, pool = shape(params), jax.eval_shape(lambda: self._empty(self.n_slots, self.context))
         tasks = {("pool",): lambda: _zeros(self._empty, self.n_slots, self.context)}
-        for P in self._prefill_rows:
+        for P, chunks in self._chunks.items():
             rows = shape(self.prefill_arguments(P))
-            for C in self._prefill_tokens:
+            for C in chunks:
                 tasks["prefill", P, C] = functools.partial(prefill.lower, params, pool, *rows, C=C)
         for B in self.batch_sizes:
             for T in self.lengths:
@@ -144,18 +146,24 @@ class SlotPrograms:
     def no_sampling(self, B: int) -> Sampling:
         return Sampling.for_rows([GenerationConfig(do_sample=False)] * B, [0] * B, self._c.vocab_size)
 
-    def chunk(self, n_tokens: int) -> int:
+    def chunk(self, P: int, n_tokens: int) -> int:
         """How many tokens to prefill next of n_tokens: a size that is at most twice as large as needed, if there is one."""
-        covering = next((size for size in self._prefill_tokens if size >= n_tokens), self._prefill_tokens[-1])
-        if covering <= max(2 * n_tokens, self._prefill_tokens[0]):
+        chunks = self._chunks[P]
+        covering = next((size for size in chunks if size >= n_tokens), chunks[-1])
+        if covering <= max(2 * n_tokens, chunks[0]):
             return covering
-        return max(size for size in self._prefill_tokens if size <= n_tokens)
+        return max(size for size in chunks if size <= n_tokens)
 
-    def prefill_groups(self, n: int) -> list[int]:
-        """n rows as sizes of prefills; a group may have up to a quarter of unused rows."""
-        most = self._prefill_rows[-1]
-        whole, rest = divmod(n, most)
-        return [most] * whole + ([most] if rest * 4 >= most * 3 and rest else [1] * rest)
+    def prefill_groups(self, n_tokens: list[int]) -> list[tuple[int, list[int]]]:
+        """How to prefill prompts of n_tokens: (P, indices of at most P prompts) of each prefill. One of several rows may have a
+        row to spare.
+        """
+        P = max(self._chunks)
+        short = [i for i, n in enumerate(n_tokens) if n <= self._chunks[P][-1]] if P > 1 else []
+        groups = [short[start : start + P] for start in range(0, len(short), P)]
+        together = [group for group in groups if len(group) >= P - 1]
+        alone = sorted(set(range(len(n_tokens))) - {i for group in together for i in group})
+        return [*((P, group) for group in together), *((1, [i]) for i in alone)]
 
     # ---- programs -----------------------------------------------------------------------------------------------------
 
@@ -177,39 +185,27 @@ class SlotPrograms:
           (pool, Output of the drawn tokens, which mean nothing for a row whose last token is not among the C)
         """
         P = len(slots_P)
-
-        def gather(x):
-            return jnp.concatenate([jax.lax.dynamic_slice_in_dim(x, slots_P[p], 1) for p in range(P)])
-
+        # Loops around the copies, here and below: without them XLA moves reads of the pool behind its update, and copies all of
+        # it first: 200 instead of 40 ms for 16 tokens (2 busy cores).
+        rows = self._empty(P, self.context)
+        n_continued = jnp.where((start_P > 0).any(), P, 0)
+        rows = jax.lax.fori_loop(0, n_continued, lambda p, rows: _copy(pool, slots_P[p], rows, p), rows)
         state = DecodeState(
             tokens_BT=tokens_PT,
             length_B=length_P,
             prompt_length_B=length_P,
             remaining_B=remaining_P,
             finished_B=jnp.zeros(P, bool),
-            kv_cache=jax.tree.map(gather, pool.kv_cache),
+            kv_cache=rows.kv_cache,
             logprobs=Logprobs.make(wants_logprobs_P, length_P, 1, TOP_LOGPROBS),
         )
         logits_PV, state = self._decoder.read(params, state, start_P, C)
         state = self._decoder.choose(logits_PV, state, sampling)
         assert state.kv_cache is not None and state.logprobs is not None
-        tokens, kv_cache = pool.tokens, pool.kv_cache
-        for p in range(P):
-            slot, start = slots_P[p], start_P[p]
-            tokens = jax.lax.dynamic_update_slice(tokens, state.tokens_BT[p : p + 1], (slot, 0))
-            kv_cache = tuple(
-                (
-                    jax.lax.dynamic_update_slice(
-                        k, jax.lax.dynamic_slice_in_dim(new_k[p : p + 1], start, C, 3), (slot, 0, 0, start)
-                    ),
-                    jax.lax.dynamic_update_slice(
-                        v, jax.lax.dynamic_slice_in_dim(new_v[p : p + 1], start, C, 2), (slot, 0, start, 0)
-                    ),
-                )
-                for (k, v), (new_k, new_v) in zip(kv_cache, state.kv_cache, strict=True)
-            )
+        rows = Rows(state.tokens_BT, state.kv_cache)
+        pool = jax.lax.fori_loop(0, P, lambda p, pool: _copy_read(rows, p, pool, slots_P[p], start_P[p], C), pool)
         new_P1 = jnp.take_along_axis(state.tokens_BT, length_P[:, None], axis=1)
-        return Rows(tokens, kv_cache), Output(new_P1, state.length_B, state.finished_B, state.logprobs)
+        return pool, Output(new_P1, state.length_B, state.finished_B, state.logprobs)
 
     def _decode(self, params, pool: Rows, batch: Rows, progress: Progress, sampling, load: Moves, store: Moves, max_steps):
         """Copy rows from the pool into the batch, decode at most max_steps <= MAX_STEPS tokens a row, copy rows into the pool.
@@ -250,6 +246,21 @@ def _copy(source: Rows, source_row, target: Rows, target_row) -> Rows:
         for (k, v), (other_k, other_v) in zip(source.kv_cache, target.kv_cache, strict=True)
     )
     return Rows(copy(source.tokens, target.tokens, 1), kv_cache)
+
+
+def _copy_read(source: Rows, source_row, target: Rows, target_row, start, C: int) -> Rows:
+    """Copy a row's tokens, and keys and values of the positions start .. start + C - 1."""
+
+    def copy(x, y, axis):
+        x = jax.lax.dynamic_slice_in_dim(jax.lax.dynamic_slice_in_dim(x, source_row, 1), start, C, axis)
+        return jax.lax.dynamic_update_slice(y, x, (target_row, *(start if i == axis else 0 for i in range(1, y.ndim))))
+
+    kv_cache = tuple(
+        (copy(k, other_k, 3), copy(v, other_v, 2))
+        for (k, v), (other_k, other_v) in zip(source.kv_cache, target.kv_cache, strict=True)
+    )
+    tokens = jax.lax.dynamic_slice_in_dim(source.tokens, source_row, 1)
+    return Rows(jax.lax.dynamic_update_slice(target.tokens, tokens, (target_row, 0)), kv_cache)
 
 
 def _zeros(empty, rows: int, length: int):

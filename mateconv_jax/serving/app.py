@@ -84,7 +84,7 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse(refusal.body, refusal.status_code, refusal.headers)
 
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
+        first = max(error.errors(), key=lambda one: len(one["loc"]))  # of a union's alternatives, the one that came furthest
         param = _field(first["loc"])
         problem = first["msg"]
         if first["type"] == "extra_forbidden":

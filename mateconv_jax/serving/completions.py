@@ -10,7 +10,7 @@ from mateconv_jax.serving import openai_schema
 from mateconv_jax.serving.answer_parts import AnswerParts, Part
 from mateconv_jax.serving.openai_schema import FINISH_REASONS
 from mateconv_jax.serving.scheduler import Answers
-from mateconv_jax.serving.token_texts import TokenTexts
+from mateconv_jax.serving.token_texts import TokenTexts, Written
 
 
 @dataclasses.dataclass
@@ -156,14 +156,12 @@ class TextCompletion(Completion):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self._offsets = [0] * len(self._parts)
+        self._written = [Written() for _ in self._parts]
 
     def _logprobs(self, index: int, logprobs: list[TokenLogprob]) -> dict | None:
         if self._token_texts is None:
             return None
-        shown = self._token_texts.of_completion(logprobs, self._offsets[index])
-        self._offsets[index] += sum(map(len, shown["tokens"]))
-        return shown
+        return self._token_texts.of_completion(logprobs, self._written[index])
 
     def _choice(self, index: int, deltas: list[Delta]) -> dict:
         text = "".join(part.text for delta in deltas for part in delta.parts)

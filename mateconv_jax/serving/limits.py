@@ -40,8 +40,11 @@ class Limits:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            least = 0 if field.name in ("requests_per_minute", "drain_seconds") else 1
-            check_values(self, [(field.name, getattr(self, field.name) >= least, f"a number, at least {least}")])
+            value = getattr(self, field.name)
+            if field.name in ("requests_per_minute", "drain_seconds"):
+                check_values(self, [(field.name, value >= 0, "a number, at least 0")])
+            else:
+                check_values(self, [(field.name, value > 0, "a number above 0")])
 
 
 class RequestRate:

@@ -8,7 +8,7 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Temperature = Annotated[float | None, Field(ge=0, le=2)]
 Penalty = Annotated[float | None, Field(ge=-2, le=2)]
@@ -20,15 +20,6 @@ class Strict(BaseModel):
     """No unknown fields, no conversions ("1" is no number), no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-def _is_text(value: Any) -> Any:
-    """JSON of any kind whose texts can be encoded; Python also reads lone surrogates."""
-    json.dumps(value, ensure_ascii=False).encode()
-    return value
-
-
-Json = Annotated[dict[str, Any], AfterValidator(_is_text)]
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
@@ -59,6 +50,16 @@ class Sampled(Strict):
     repetition_penalty: Annotated[float | None, Field(gt=0, le=100)] = None
     no_repeat_ngram_size: Annotated[int | None, Field(ge=0, le=2**31 - 1)] = None
     min_tokens: Annotated[int | None, Field(ge=0)] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_unicode(cls, values: Any) -> Any:
+        """Python reads lone surrogates in JSON; nobody can encode them."""
+        try:
+            json.dumps(values, ensure_ascii=False).encode()
+        except (ValueError, RecursionError):
+            raise ValueError("a text is not valid Unicode, or values are nested too deeply") from None
+        return values
 
 
 # ---- chat -----------------------------------------------------------------------------------------------------------
@@ -114,7 +115,7 @@ Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage
 class Function(Strict):
     name: str
     description: str | None = None
-    parameters: Json | None = None
+    parameters: dict[str, Any] | None = None
     strict: Literal[False] | None = None
 
 

@@ -1,5 +1,7 @@
 """Tokens as OpenAI's log-probabilities show them: as text, and as the bytes of UTF-8 that they write."""
 
+import codecs
+
 from transformers import PreTrainedTokenizerFast
 
 from mateconv_jax.data.tokenizer.pieces import BYTES, is_byte_level
@@ -36,16 +38,36 @@ class TokenTexts:
             "refusal": None,
         }
 
-    def of_completion(self, logprobs: list[TokenLogprob], offset: int) -> dict:
-        """`logprobs` of a completion whose earlier tokens wrote `offset` characters."""
-        texts = [self.text(one.token) for one in logprobs]
-        offsets = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
+    def of_completion(self, logprobs: list[TokenLogprob], written: "Written") -> dict:
+        """`logprobs` of a completion; `written` is what its earlier tokens wrote."""
         return {
-            "tokens": texts,
+            "tokens": [self._readable(one.token) for one in logprobs],
             "token_logprobs": [_finite(one.logprob) for one in logprobs],
-            "top_logprobs": [{self.text(token): _finite(value) for token, value in one.top} for one in logprobs],
-            "text_offset": offsets,
+            "top_logprobs": [{self._readable(token): _finite(value) for token, value in one.top} for one in logprobs],
+            "text_offset": [written.add(self.bytes(one.token)) for one in logprobs],
         }
+
+    def _readable(self, token: int) -> str:
+        r"""A token's text; "bytes:\xe4" for a part of a character, as OpenAI has it."""
+        written = self.bytes(token)
+        try:
+            return written.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in written)
+
+
+class Written:
+    """How many characters the bytes of an answer's tokens have made so far."""
+
+    def __init__(self):
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._n = 0
+
+    def add(self, more: bytes) -> int:
+        """Returns the number before."""
+        before = self._n
+        self._n += len(self._decoder.decode(more))
+        return before
 
 
 def _finite(logprob: float) -> float:
