@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mateconv_jax import config as config_lib
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.runtime import sharding
 from mateconv_jax.training import setup
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
@@ -29,7 +29,8 @@ def main(args):
     config = config_lib.resolve(config_lib.default_config())
     config.training.use_ema = True
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    state = setup.build(config, ModelConfig.make(config.model, "float32"), mesh, 1).fresh_state()
+    c = ModelConfig.make(config_lib.options(ModelOptions, config.model), "float32")
+    state = setup.build(config, c, mesh, 1).fresh_state()
     times = {"Checkpoints.save": [], "Orbax called by the loop": []}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(args.repeat + 1):

@@ -27,7 +27,7 @@ from mateconv_jax.inference.decode import Decoder, DecodeState, bucket
 from mateconv_jax.inference.sampling import Sampling
 from mateconv_jax.interop import gguf_file
 from mateconv_jax.interop.stored_model import StoredModel
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.kv_cache import make_kv_cache
 from mateconv_jax.model.transformer import Transformer
 from tests import llama
@@ -37,7 +37,7 @@ PROMPT = 16
 
 def main(args):
     config = config_lib.resolve(config_lib.default_config())
-    c = ModelConfig.make(config.model, "float32")
+    c = ModelConfig.make(config_lib.options(ModelOptions, config.model), "float32")
     model = Transformer(c, nnx.Rngs(0))
     graph, params = nnx.split(model)
     decoder = Decoder(graph, c, ())  # no token ends an answer

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from benchmarks.plan_matrix import SIZES, shape
 from benchmarks.train import base_config, measure, product_rate
-from mateconv_jax import plotting
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax import config as config_lib, plotting
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.flops import parameters
 
 PEER = "PyTorch, compile"
@@ -52,7 +52,7 @@ def main(args):
 
 
 def count(size: tuple[int, ...]) -> int:
-    return parameters(ModelConfig.make(base_config(**shape(size)).model, "float32"))[0]
+    return parameters(ModelConfig.make(config_lib.options(ModelOptions, base_config(**shape(size)).model), "float32"))[0]
 
 
 def us_per_token(case: dict, peak: float) -> dict[str, float]:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from mateconv_jax import config as config_lib, plotting
 from mateconv_jax.model import flops
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.planning import programs, target
 from mateconv_jax.planning.roofline import roofline
 
@@ -55,7 +55,7 @@ def measure(size: tuple[int, ...], length: int) -> dict:
     config.data.seq_len = length
     config.training.update(dict(batch_size=TOKENS // length, use_ema=True))
     config = config_lib.resolve(config)
-    c = ModelConfig.make(config.model, "auto", gpu.device)
+    c = ModelConfig.make(config_lib.options(ModelOptions, config.model), "auto", gpu.device)
     begin = time.perf_counter()
     with target.compiling_for(gpu):
         step = programs.compile_step(programs.training_step(config, c, target.devices(gpu, 1), 1000))

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[2])
 data = datasets.load_dataset("json", data_files=sys.argv[1], split="train", cache_dir=sys.argv[3])
 data = data.map(lambda batch: {"ids": tokenizer(batch["text"], add_special_tokens=False)["input_ids"]}, batched=True,
-                num_proc=len(os.sched_getaffinity(0)), remove_columns=data.column_names)
+                num_proc=os.cpu_count(), remove_columns=data.column_names)
 """
 
 

@@ -24,7 +24,7 @@ from rich.table import Table
 from mateconv_jax import config as config_lib
 from mateconv_jax.data import loader
 from mateconv_jax.model import flops
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.transformer import Transformer
 from mateconv_jax.runtime import sharding
 from mateconv_jax.training import optimizer, setup
@@ -69,7 +69,7 @@ def base_config(**model):
 
 def measure(config, batch_size: int, peers: list[str], repeat: int) -> dict:
     """Time a step of ours and of each peer ("eager", "compile"): best wall-clock and CPU seconds, by name."""
-    c, S = ModelConfig.make(config.model, "float32"), config.data.seq_len
+    c, S = ModelConfig.make(config_lib.options(ModelOptions, config.model), "float32"), config.data.seq_len
     tokens_BS1 = np.random.default_rng(0).integers(3, c.vocab_size, (batch_size, S + 1), np.uint16)
     batch = {"tokens": tokens_BS1, "length": np.full(batch_size, S + 1, np.int32)}
     names = ["ours", *(f"PyTorch, {peer}" for peer in peers)]
@@ -106,7 +106,7 @@ class Side:
 
 
 def _serve(pipe, name: str, config, batch, total_steps: int) -> None:
-    c = ModelConfig.make(config.model, "float32")
+    c = ModelConfig.make(config_lib.options(ModelOptions, config.model), "float32")
     if name == "ours":
         step = our_step(config, c, batch, total_steps)
     else:

@@ -3,10 +3,10 @@
 import argparse
 import dataclasses
 import functools
-import os
 import sys
 from pathlib import Path
 
+from mateconv_jax import cores
 from mateconv_jax.data.build import pipeline, tokenizer_sample
 from mateconv_jax.data.build.options import TOO_LONG_DIALOGUE, PrepareOptions
 from mateconv_jax.data.dialogue import LEARN
@@ -85,7 +85,7 @@ def parse_args(argv):
     add("--input", nargs="+", required=True, help="files, folders or globs: .jsonl, .json, .csv, .tsv, .txt, .parquet, .bin; "
         "text also as .gz, .bz2, .xz, .zst, in .tar or .zip; - for standard input; tfds:NAME/CONFIG:SPLIT:FEATURE")  # fmt: skip
     add("--output", required=True, help="dataset folder to create")
-    add("--num_workers", type=int, default=len(os.sched_getaffinity(0)), help="worker processes")
+    add("--num_workers", type=int, default=cores.usable(), help="worker processes")
     add(
         "--overwrite",
         action="store_true",

@@ -20,8 +20,9 @@ from flax import nnx
 from benchmarks.gpu import sizes
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.sizes import Case
+from mateconv_jax import config as config_lib
 from mateconv_jax.losses.next_token import token_losses
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.moe import MixtureOfExperts
 from mateconv_jax.model.transformer import abstract_model, init_params
 
@@ -63,7 +64,7 @@ def main(args) -> None:
 def compile_case(case: Case, has_documents: bool, dry_run: bool):
     """(inputs, {name: compiled program}) for one batch and random weights; each program gives (logits, gradients)."""
     config = case.config(dry_run)
-    ours = ModelConfig.make(config.model, "bfloat16")
+    ours = ModelConfig.make(config_lib.options(ModelOptions, config.model), "bfloat16")
     plain = dataclasses.replace(ours, attention="xla")
     reference = dataclasses.replace(plain, dtype=jnp.dtype("float32"))
     params = jax.jit(init_params, static_argnums=(0, 1))(ours, 0)
@@ -124,7 +125,7 @@ def compare(report: Report, name: str, inputs, programs) -> None:
 def gate(report: Report, dry_run: bool) -> None:
     """The gate must compute in fp32: TF32's 10 bits would give errors of 1e-4."""
     config = Case("", dict(use_moe=True), 1, 512).config(dry_run)
-    layer = MixtureOfExperts(ModelConfig.make(config.model, "bfloat16"), nnx.Rngs(0))
+    layer = MixtureOfExperts(ModelConfig.make(config_lib.options(ModelOptions, config.model), "bfloat16"), nnx.Rngs(0))
     x_ND = np.random.default_rng(0).standard_normal((4096, config.model.dim), np.float32)
     gate_ED = np.asarray(layer.gate_ED[...], np.float64)
     logits_NE = x_ND.astype(np.float64) @ gate_ED.T

@@ -15,9 +15,10 @@ from benchmarks.decode import generate
 from benchmarks.gpu import sizes, timing
 from benchmarks.gpu.peer import Peer
 from benchmarks.gpu.report import Report
+from mateconv_jax import config as config_lib
 from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.inference.decode import Decoder
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.transformer import Transformer
 from mateconv_jax.runtime import compilation_cache
 
@@ -31,7 +32,7 @@ def main(args) -> None:
     report = Report(args.out, "decoding")
     batches, new = ((1, 4), 16) if args.dry_run else ((1, 16, 64, 256), 240)
     config = sizes.BASE.config(args.dry_run)
-    c = ModelConfig.make(config.model, "auto")
+    c = ModelConfig.make(config_lib.options(ModelOptions, config.model), "auto")
     case = {"model": config.model.to_dict(), "prompt": PROMPT, "new": new}
     peers = {"eager": [peer(case, batches, False)]}
     # One process per batch size, so that they compile concurrently.

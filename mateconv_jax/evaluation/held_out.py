@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from mateconv_jax import config as config_lib, cores
 from mateconv_jax.data.build import pipeline
 from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.dataset import Dataset, Rows, is_dataset, open_dataset
@@ -25,7 +25,7 @@ from mateconv_jax.errors import UserError
 from mateconv_jax.interop.formats import open_model
 from mateconv_jax.interop.stored_model import StoredModel
 from mateconv_jax.losses.next_token import next_token_loss
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.runtime import sharding
 from mateconv_jax.training.evaluator import Evaluator
@@ -77,9 +77,10 @@ def evaluate_run(
     mesh = sharding.make_mesh()
     batch_size = _check_sizes(batch_size, max_batches, mesh)
     with opened(data, split, config, own_tokenizer) as (rows, described):
-        config.model.attention = config.model.experts = "auto"  # the training backends may be unavailable here
-        config.model.dropout = 0.0  # not used in evaluation, and the faster backends do not support it
-        graph, abstract_params = abstract_model(ModelConfig.make(config.model, dtype, length=described["seq_len"]))
+        # The training backends may be unavailable here. Dropout is not used, and the faster backends do not support it.
+        config.model.update(dict(attention="auto", experts="auto", dropout=0.0))
+        options = config_lib.options(ModelOptions, config.model)
+        graph, abstract_params = abstract_model(ModelConfig.make(options, dtype, length=described["seq_len"]))
         weights = _weights(model, abstract_params, use_ema, mesh)
         eval_step = make_eval_step(graph, next_token_loss)
         evaluator = Evaluator(eval_step, rows, bytes_per_token(own_tokenizer), batch_size, max_batches, mesh)
@@ -195,7 +196,7 @@ def _prepare(data: list[str], folder: Path, tokenizer: PreTrainedTokenizerFast, 
     try:
         found = sources.find(data)
         n_chunks = 1 + sum(source.size or 0 for source in found) // options.sizes.bytes
-        n_workers = min(len(os.sched_getaffinity(0)), n_chunks)
+        n_workers = min(cores.usable(), n_chunks)
         figures = pipeline.prepare(found, folder, str(tokenizer_folder), options, n_workers)
         assert figures is not None  # the folder is new
         return figures["rejects"]

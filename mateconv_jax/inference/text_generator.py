@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
+from mateconv_jax import config as config_lib
 from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.data.tokenizer.chat import encode_chat
 from mateconv_jax.errors import UserError
@@ -21,7 +22,7 @@ from mateconv_jax.inference.decode import SMALLEST_CACHE, SMALLEST_PROMPT, Decod
 from mateconv_jax.inference.detokenizer import Detokenizer
 from mateconv_jax.inference.sampling import Sampling
 from mateconv_jax.interop.formats import open_model
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.kv_cache import make_kv_cache
 from mateconv_jax.model.transformer import Transformer, abstract_model
 
@@ -98,7 +99,7 @@ class TextGenerator:
         model = open_model(path, "--model_path", tokenizer, n_heads)
         # The backends used in training may be unavailable or slower on this machine.
         model.config.model.update(dict(attention="auto", experts="auto"))
-        c = ModelConfig.make(model.config.model, dtype)
+        c = ModelConfig.make(config_lib.options(ModelOptions, model.config.model), dtype)
         graph, abstract_params = abstract_model(c)
         # fp32 weights would be read and cast again for every token.
         abstract_params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, c.dtype), abstract_params)

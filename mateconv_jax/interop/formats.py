@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mateconv_jax import files
+from mateconv_jax import config as config_lib, files
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop import gguf_file, hugging_face, pytorch, run
 from mateconv_jax.interop.stored_model import StoredModel
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.transformer import abstract_model
 
 
@@ -131,7 +131,7 @@ def convert(
 
     model_config = model.config.model.copy_and_resolve_references()
     model_config.attention = "auto"  # the backend used in training may be unavailable on this machine
-    _, abstract_params = abstract_model(ModelConfig.make(model_config, "float32"))
+    _, abstract_params = abstract_model(ModelConfig.make(config_lib.options(ModelOptions, model_config), "float32"))
     # The GGUF writer rounds by itself: it keeps norms in float32 and quantises q8_0 in blocks.
     read_dtype = jnp.dtype("float32" if to_format == "gguf" else dtype)
     abstract_params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, read_dtype), abstract_params)

@@ -1,9 +1,8 @@
-"""ModelConfig: a model's shape, resolved for the device it runs on."""
+"""ModelOptions, what a model is, and ModelConfig, that resolved for the device it runs on."""
 
 import dataclasses
 
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from mateconv_jax.model import moe
 from mateconv_jax.model.attention import backends
@@ -13,18 +12,8 @@ from mateconv_jax.model.rope import RotarySettings
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig(RotarySettings):
-    """Everything the model code needs: the shape (config.model, resolved) and how to compute (dtype, backends, platform).
-
-    Attributes:
-      experts: a backend of model/moe.py, never "auto".
-      attention: a backend of model/attention/, never "auto".
-      platform: "cpu" or "gpu".
-      dtype: of the activations; parameters are fp32.
-      deterministic: produce the same bits in every run, on a GPU too.
-      passed_over: why "auto" did not choose the options that are fastest elsewhere; logged, and not part of equality.
-      The other fields: see config.py.
-    """
+class ModelOptions(RotarySettings):
+    """The keys of a resolved config's `model` section that the model code needs; see config_keys.py."""
 
     dim: int
     n_layers: int
@@ -45,6 +34,21 @@ class ModelConfig(RotarySettings):
     aux_loss_alpha: float
     experts: str
     attention: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(ModelOptions):
+    """Everything the model code needs: the options, and how to compute on a device.
+
+    Attributes:
+      experts: a backend of model/moe.py, never "auto".
+      attention: a backend of model/attention/, never "auto".
+      platform: "cpu" or "gpu".
+      dtype: of the activations; parameters are fp32.
+      deterministic: produce the same bits in every run, on a GPU too.
+      passed_over: why "auto" did not choose the options that are fastest elsewhere; logged, and not part of equality.
+    """
+
     platform: str
     dtype: jnp.dtype
     deterministic: bool = False
@@ -52,12 +56,11 @@ class ModelConfig(RotarySettings):
 
     @staticmethod
     def make(
-        model: ConfigDict, dtype: str, device: Device | None = None, length: int | None = None, deterministic: bool = False
+        options: ModelOptions, dtype: str, device: Device | None = None, length: int | None = None, deterministic: bool = False
     ) -> "ModelConfig":
-        """Build it from a resolved config's `model` section, choosing backends for the device.
+        """Choose dtype and backends for a device.
 
         Args:
-          model: see `mateconv_jax.config.resolve`.
           dtype: compute dtype. "auto" is bfloat16 on accelerators that support it (NVIDIA GPUs from compute capability 8.0),
             float32 elsewhere: on the CPU, bfloat16 matrix-vector products are 12 times slower.
           device: the device to compute on; None: this process's.
@@ -77,13 +80,12 @@ class ModelConfig(RotarySettings):
                     "bfloat16: needs compute capability 8.0, and this GPU has {}.{}; float16 is faster than float32 "
                     "(training.dtype, --dtype)".format(*device.compute_capability)
                 )
-        shape = {field.name: model[field.name] for field in dataclasses.fields(ModelConfig) if field.name in model}
-        request = Request(jnp.dtype(dtype), model.head_dim, length, model.dropout, device)
-        shape["experts"] = moe.choose_backend(model.experts)
-        shape["attention"], reasons = backends.choose(model.attention, request)
+        request = Request(jnp.dtype(dtype), options.head_dim, length, options.dropout, device)
+        attention, reasons = backends.choose(options.attention, request)
         passed_over += [f"{reason} (attention)" for reason in reasons]
+        chosen = dataclasses.replace(options, experts=moe.choose_backend(options.experts), attention=attention)
         return ModelConfig(
-            **shape,
+            **dataclasses.asdict(chosen),
             platform=device.platform,
             dtype=jnp.dtype(dtype),
             deterministic=deterministic,

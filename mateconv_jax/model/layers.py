@@ -6,11 +6,12 @@ are (out, in), as in PyTorch.
 
 import functools
 import math
-import os
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from mateconv_jax import cores
 
 
 def linear(x, w_OI, platform: str):
@@ -25,7 +26,7 @@ def linear(x, w_OI, platform: str):
     w_OI = w_OI.astype(x.dtype)
     x_RI = x.reshape(-1, x.shape[-1])
     if platform == "cpu" and len(x_RI) == 1:
-        parts = math.gcd(len(w_OI), len(os.sched_getaffinity(0)))
+        parts = math.gcd(len(w_OI), cores.usable())
         w_POI = w_OI.reshape(parts, -1, w_OI.shape[1])
         out_RO = jnp.einsum("PRI,POI->PRO", jnp.broadcast_to(x_RI, (parts, *x_RI.shape)), w_POI)
     elif platform == "cpu" and len(x_RI) <= 32:

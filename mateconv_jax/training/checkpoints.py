@@ -50,7 +50,7 @@ class Progress:
         """
         changes = []
         if self.train_data not in (None, train_data):
-            changes.append("the resumed run diverges: the training rows are not those that it read so far")
+            changes.append("not an exact continuation: the training rows are not those that it read so far")
         self.train_data = train_data
         if measured is None:
             return changes

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 
 def step_line(step: int, total_steps: int, scalars: Mapping[str, float]) -> str:
     """A step, `step 340/500  loss 0.7301  lr 1.07e-3  grad 0.24  7.0k tok/s  eta 1:02`, or an evaluation,
-    `step 340/500  val loss 0.8127  ema 0.8011  1.204 bits/byte`. Numbers that `scalars` lacks are left out.
+    `step 340/500  val/loss 0.8127  ema 0.8011  1.204 bits/byte`. Numbers that `scalars` lacks are left out.
     """
     fields = [f"step {step:{len(str(total_steps))}}/{total_steps}"]
-    for name, text in (("train/loss", "loss {}"), ("val/loss", "val loss {}"), ("val/ema_loss", "ema {}")):
+    for name, text in (("train/loss", "loss {}"), ("val/loss", "val/loss {}"), ("val/ema_loss", "ema {}")):
         if name in scalars:
             fields.append(text.format(_fixed(scalars[name], 6)))
     if "val/bits_per_byte" in scalars:

@@ -120,7 +120,7 @@ def check_compatible(origin: Origin, config: ConfigDict, tokenizer: PreTrainedTo
                 f"{key.path}: {now}, but the run in {str(origin.checkpoint.run)!r} has {was} (expected the same, or another "
                 "training.out_dir)"
             )
-        differences.append(f"the resumed run diverges: {key.path} was {was}, now {now}")
+        differences.append(f"not an exact continuation: {key.path} was {was}, now {now}")
     was, now = (c.training.batch_size * c.training.accumulation_steps for c in (theirs, config))
     if was != now:
         differences.append(f"the global batch was {was:,} rows, now {now:,}: the run goes on at the next row")

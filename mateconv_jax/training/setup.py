@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from mateconv_jax import config as config_lib, intervals
 from mateconv_jax.errors import UserError
 from mateconv_jax.losses.next_token import next_token_loss
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.device import Device
 from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.runtime import sharding
@@ -62,7 +62,8 @@ def model_config(config: ConfigDict, device: Device | None = None) -> ModelConfi
     Raises:
       UserError: see ModelConfig.make.
     """
-    return ModelConfig.make(config.model, config.training.dtype, device, config.data.seq_len, config.training.deterministic)
+    options, training = config_lib.options(ModelOptions, config.model), config.training
+    return ModelConfig.make(options, training.dtype, device, config.data.seq_len, training.deterministic)
 
 
 def build(

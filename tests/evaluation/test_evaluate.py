@@ -21,7 +21,7 @@ from mateconv_jax.data.tokenizer import bpe, tokenizer as tokenizer_lib
 from mateconv_jax.data.tokenizer.token_bytes import bytes_per_token, target_bytes
 from mateconv_jax.errors import UserError
 from mateconv_jax.evaluation import held_out
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.prepare import main as prepare, parse_args as prepare_args
 from mateconv_jax.training import evaluator, loop
@@ -56,7 +56,9 @@ def tokenizer(run):
 
 def loss_of_transformers(run, use_ema, rows):
     """Nats a token over all real targets of the rows."""
-    graph, abstract_params = abstract_model(ModelConfig.make(run_folder.read_config(run, "").model, "float32"))
+    graph, abstract_params = abstract_model(
+        ModelConfig.make(config_lib.options(ModelOptions, run_folder.read_config(run, "").model), "float32")
+    )
     params = run_folder.load_params(run_folder.find_checkpoint(run, "").path, abstract_params, use_ema)
     reference = llama.from_ours(nnx.merge(graph, params))
     all_rows = rows.read(np.arange(len(rows)))

@@ -20,7 +20,7 @@ from mateconv_jax.data.tokenizer.chat import encode_chat
 from mateconv_jax.errors import UserError, exit_code
 from mateconv_jax.evaluation import held_out
 from mateconv_jax.interop import formats, hugging_face
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.training import loop
 from tests import mateconv_torch
@@ -51,7 +51,9 @@ def exported(run, tmp_path_factory):
 
 def params_of(path, use_ema=None, **options):
     model = formats.open_model(path, "x", **options)
-    return model.params(abstract_model(ModelConfig.make(model.config.model, "float32"))[1], use_ema)
+    return model.params(
+        abstract_model(ModelConfig.make(config_lib.options(ModelOptions, model.config.model), "float32"))[1], use_ema
+    )
 
 
 def assert_equal(a, b):
@@ -465,7 +467,7 @@ config = config_lib.default_config()
 config.mesh.fsdp = 8
 mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
 model = formats.open_model({str(exported)!r}, "x")
-_, abstract_params = abstract_model(ModelConfig.make(model.config.model, "float32"))
+_, abstract_params = abstract_model(ModelConfig.make(config_lib.options(ModelOptions, model.config.model), "float32"))
 params = model.params(sharding.with_shardings(mesh, abstract_params))
 shards = [leaf.addressable_shards for leaf in jax.tree.leaves(params)]
 assert all(len(s) == 8 for s in shards)

@@ -18,13 +18,13 @@ import transformers
 from flax import nnx
 from tokenizers import pre_tokenizers
 
-from mateconv_jax import GenerationConfig, TextGenerator
+from mateconv_jax import GenerationConfig, TextGenerator, config as config_lib
 from mateconv_jax.data.tokenizer import bpe, tokenizer as tokenizer_lib
 from mateconv_jax.data.tokenizer.chat import encode_chat
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop import formats, gguf_file, hf_config
 from mateconv_jax.interop.stored_model import StoredModel
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.transformer import Transformer, abstract_model
 from tests import llama
 from tests.interop.test_weight_mapping import MODELS, random_params
@@ -86,7 +86,7 @@ def write(path: Path, c: ModelConfig, params, tokenizer, dtype="float32") -> Pat
 
 def params_of(path: Path):
     model = formats.open_model(path, "--model_path")
-    return model.params(abstract_model(ModelConfig.make(model.config.model, "float32"))[1])
+    return model.params(abstract_model(ModelConfig.make(config_lib.options(ModelOptions, model.config.model), "float32"))[1])
 
 
 # ---- a file of ours -----------------------------------------------------------------------------------------------

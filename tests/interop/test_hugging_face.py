@@ -14,7 +14,7 @@ from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop import formats, hf_config, hugging_face, weight_mapping
 from mateconv_jax.interop.stored_model import StoredModel
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.transformer import init_params
 
 MODELS = {
@@ -39,7 +39,7 @@ def write(folder, tokenizer, **changes):
     """A random model, peaked enough, as a folder; its config and parameters."""
     shape = dict(dim=64, n_layers=2, n_heads=8, n_kv_heads=4, hidden_dim=96, vocab_size=400, max_seq_len=128)
     config = hf_config.configuration(shape | changes, "x")
-    params = jax.jit(lambda: init_params(ModelConfig.make(config.model, "float32"), 0))()
+    params = jax.jit(lambda: init_params(ModelConfig.make(config_lib.options(ModelOptions, config.model), "float32"), 0))()
     keys = iter(jax.random.split(jax.random.key(1), 1000))
     params = jax.tree.map(lambda p: 4 * p if p.ndim > 1 else p + 0.3 * jax.random.normal(next(keys), p.shape), params)
     folder.mkdir()

@@ -12,7 +12,7 @@ from mateconv_jax.errors import UserError
 from mateconv_jax.model.attention import backends, blocked
 from mateconv_jax.model.attention.deterministic import deterministic_attention
 from mateconv_jax.model.attention.request import Request
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.device import Device
 
 
@@ -103,13 +103,15 @@ def test_auto_takes_the_fastest_backend_that_can_serve(device, dtype, head_dim, 
 
 def test_auto_computes_in_what_the_device_has():
     model = config_lib.resolve(config_lib.default_config()).model
-    made = {device: ModelConfig.make(model, "auto", device) for device in (CPU, T4, A100, AMD)}
+    made = {
+        device: ModelConfig.make(config_lib.options(ModelOptions, model), "auto", device) for device in (CPU, T4, A100, AMD)
+    }
     assert {device: c.dtype for device, c in made.items()} == {CPU: FP32, T4: FP32, A100: BF16, AMD: BF16}
     assert not made[CPU].passed_over and not made[A100].passed_over
     bfloat16, attention = made[T4].passed_over
     assert "compute capability 8.0, and this GPU has 7.5" in bfloat16 and "float16 is faster" in bfloat16
     assert attention.startswith("cudnn: needs compute capability 8.0")
-    assert ModelConfig.make(model, "float16", T4).dtype == FP16
+    assert ModelConfig.make(config_lib.options(ModelOptions, model), "float16", T4).dtype == FP16
 
 
 def test_a_gpus_compute_capability_is_read(monkeypatch):

@@ -5,13 +5,13 @@ from flax import nnx
 
 from mateconv_jax import config as config_lib
 from mateconv_jax.model import flops
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.transformer import Transformer
 from tests import llama
 
 
 def test_the_base_model_by_hand():
-    c = ModelConfig.make(config_lib.resolve(config_lib.default_config()).model, "float32")
+    c = ModelConfig.make(config_lib.options(ModelOptions, config_lib.resolve(config_lib.default_config()).model), "float32")
     norms = (2 * 8 + 1) * 512
     assert flops.training_flops_per_token(c, 512) == 6 * (26_878_464 - norms) + 6 * 8 * 512 * 512
 

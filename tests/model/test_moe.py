@@ -7,7 +7,7 @@ from flax import nnx
 
 from mateconv_jax import config as config_lib
 from mateconv_jax.model import flops
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.kv_cache import make_kv_cache
 from mateconv_jax.model.moe import MixtureOfExperts
 from mateconv_jax.model.transformer import Transformer
@@ -179,7 +179,7 @@ def test_the_experts_start_as_a_feed_forward_layer_does():
 def test_a_token_meets_its_own_experts_only():
     config = config_lib.default_config()
     config.model.use_moe = True
-    c = ModelConfig.make(config_lib.resolve(config).model, "float32")
+    c = ModelConfig.make(config_lib.options(ModelOptions, config_lib.resolve(config).model), "float32")
     assert c.experts == "dense"  # which auto is, for now
     layer, gates, rest = 3 * 512 * 1408, 8 * 4 * 512, 26_878_464 - 8 * 3 * 512 * 1408
     assert flops.parameters(c) == (rest + gates + 8 * 5 * layer, rest + gates + 8 * 3 * layer)

@@ -9,7 +9,7 @@ import torch
 from flax import nnx
 
 from mateconv_jax import config as config_lib
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.kv_cache import make_kv_cache
 from mateconv_jax.model.transformer import Transformer, abstract_model
 from tests import llama
@@ -32,7 +32,7 @@ def random_tokens(shape, seed=0, vocab_size=96):
 
 def test_the_base_model_has_26878464_parameters():
     config = config_lib.resolve(config_lib.default_config())
-    _, params = abstract_model(ModelConfig.make(config.model, "float32"))
+    _, params = abstract_model(ModelConfig.make(config_lib.options(ModelOptions, config.model), "float32"))
     assert sum(p.size for p in jax.tree.leaves(params)) == 26_878_464
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from mateconv_jax import config as config_lib
 from mateconv_jax.model import flops
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.planning import programs, target
 from mateconv_jax.planning.hlo_report import n_bytes, parse
 from mateconv_jax.planning.roofline import roofline
@@ -17,7 +17,9 @@ TOKENS = 32 * 512  # of a device
 
 
 def model_config():
-    return ModelConfig.make(config_lib.resolve(base_config()).model, "auto", target.GPUS["h100"].device)
+    return ModelConfig.make(
+        config_lib.options(ModelOptions, config_lib.resolve(base_config()).model), "auto", target.GPUS["h100"].device
+    )
 
 
 def gradient_exchanges(program):

@@ -185,7 +185,7 @@ def test_fsdp_takes_less_memory_a_device():
 import json, sys, jax
 from mateconv_jax import config as config_lib
 from mateconv_jax.runtime import sharding
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.training import optimizer, train_state
 from mateconv_jax.training.step import make_train_step
@@ -196,7 +196,7 @@ for fsdp in (1, 8):
     config.mesh.fsdp = fsdp
     config.model.update(dict(dim=256, n_layers=2))
     config = config_lib.resolve(config)
-    c = ModelConfig.make(config.model, "float32")
+    c = ModelConfig.make(config_lib.options(ModelOptions, config.model), "float32")
     tx = optimizer.make_optimizer(config.training, c)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     state = sharding.with_shardings(mesh, jax.eval_shape(lambda: train_state.init(c, tx, 0, True)))

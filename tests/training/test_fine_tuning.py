@@ -13,7 +13,7 @@ from mateconv_jax.data import rows as rows_lib
 from mateconv_jax.data.build import packing
 from mateconv_jax.data.dataset import open_dataset
 from mateconv_jax.losses.next_token import next_token_loss
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.transformer import Transformer
 from mateconv_jax.planning import programs
 from mateconv_jax.prepare import main as prepare, parse_args
@@ -76,7 +76,7 @@ def test_twenty_steps_equal_pytorchs(dialogues_folder, base_tiny_config, tmp_pat
     assert train(config) == 0
     ours = [m["train/loss"] for m in metrics_of(tmp_path / "out") if "train/loss" in m]
 
-    c = ModelConfig.make(config.model, "float32")
+    c = ModelConfig.make(config_lib.options(ModelOptions, config.model), "float32")
     model = llama.from_ours(Transformer(c, nnx.Rngs(config.training.seed))).train()
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim < 2]

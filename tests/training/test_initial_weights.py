@@ -11,7 +11,7 @@ from mateconv_jax import TextGenerator, config as config_lib
 from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop import formats
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.training import initial_weights
 from tests.training.processes import Training
@@ -41,14 +41,18 @@ def bigger(model, n_tokens):
 
 def table_of(run) -> np.ndarray:
     model = formats.open_model(run, "x")
-    return np.asarray(model.params(abstract_model(ModelConfig.make(model.config.model, "float32"))[1])["embedding_VD"][...])
+    return np.asarray(
+        model.params(abstract_model(ModelConfig.make(config_lib.options(ModelOptions, model.config.model), "float32"))[1])[
+            "embedding_VD"
+        ][...]
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_new_rows_are_the_mean_and_old_ones_as_they_were(kind, models):
     model = formats.open_model(models / kind, "x")
-    _, own_shapes = abstract_model(ModelConfig.make(model.config.model, "float32"))
-    _, shapes = abstract_model(ModelConfig.make(bigger(model, 527).model, "float32"))
+    _, own_shapes = abstract_model(ModelConfig.make(config_lib.options(ModelOptions, model.config.model), "float32"))
+    _, shapes = abstract_model(ModelConfig.make(config_lib.options(ModelOptions, bigger(model, 527).model), "float32"))
     own, params = model.params(own_shapes), initial_weights.read(model, shapes)
     tables = ["embedding_VD"] if model.config.model.tie_word_embeddings else ["embedding_VD", "output_VD"]
     for table in tables:

@@ -17,7 +17,7 @@ def test_the_first_step_has_no_speed_yet():
 
 def test_an_evaluation():
     scalars = {"val/loss": 2.5, "val/ema_loss": 2.25, "val/bits_per_byte": 1.2041}
-    assert step_line(20, 20, scalars) == "step 20/20  val loss 2.5000  ema 2.2500  1.204 bits/byte"
+    assert step_line(20, 20, scalars) == "step 20/20  val/loss 2.5000  ema 2.2500  1.204 bits/byte"
 
 
 def test_columns_stay_where_they_are():

@@ -15,7 +15,7 @@ from mateconv_jax.data.dataset import open_dataset
 from mateconv_jax.data.tokenizer import token_bytes, tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
-from mateconv_jax.model.config import ModelConfig
+from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.runtime import sharding
 from mateconv_jax.training import loop, setup
 from mateconv_jax.training.batch_shape import Position
@@ -212,7 +212,9 @@ def test_mfu_is_known_where_the_peak_is(tiny_config, monkeypatch):
     monkeypatch.setattr(flops, "peak_flops", lambda kind, dtype: flops.PEAKS[kind])
     loop.train(config_lib.resolve(tiny_config))
     last = [m for m in metrics_of(tiny_config.training.out_dir) if "mfu" in m][-1]
-    per_token = flops.training_flops_per_token(ModelConfig.make(config_lib.resolve(tiny_config).model, "float32"), 32)
+    per_token = flops.training_flops_per_token(
+        ModelConfig.make(config_lib.options(ModelOptions, config_lib.resolve(tiny_config).model), "float32"), 32
+    )
     assert last["mfu"] == pytest.approx(last["tokens/s"] * per_token / 1e9)
 
 

@@ -100,7 +100,7 @@ def test_the_log_names_every_changed_key_that_makes_the_resumed_run_diverge(tiny
         "training.learning_rate was 0.01, now 0.002",
         "training.max_steps was 2",
     ):
-        assert f"the resumed run diverges: {said}" in log
+        assert f"not an exact continuation: {said}" in log
     assert "log_interval" not in log
 
 
@@ -109,7 +109,7 @@ def test_clipping_may_be_turned_off_and_on(tiny_config, tmp_path, was, now):
     train(tiny_config, tmp_path / "out", max_steps=2, grad_clip=was)
     train(tiny_config, tmp_path / "out", max_steps=3, grad_clip=now)
     log = (tmp_path / "out" / "train.log").read_text()
-    assert f"the resumed run diverges: training.grad_clip was {was}, now {now}" in log
+    assert f"not an exact continuation: training.grad_clip was {was}, now {now}" in log
     assert steps_in(tmp_path / "out") == [2, 3]
 
 
@@ -353,7 +353,7 @@ def test_a_dataset_prepared_anew_under_the_same_path_is_named(tiny_config, datas
     another_dataset(tmp_path / "data", dataset_folder, demo_jsonl, "--tokenizer", str(dataset_folder / "tokenizer"))
     train(tiny_config, tmp_path / "out", max_steps=4, eval_interval=1)
     log = (tmp_path / "out" / "train.log").read_text()
-    assert "the resumed run diverges: the training rows are not those that it read so far" in log
+    assert "not an exact continuation: the training rows are not those that it read so far" in log
     assert "measured on other rows than before" in log
     assert saved(tmp_path / "out", 4)[1]["best_step"] == 4
     train(tiny_config, tmp_path / "out", max_steps=5, eval_interval=1)  # said once, not again

@@ -59,7 +59,7 @@ def test_the_log_has_a_line_a_step(tiny_config, tmp_path):
     first, second, third, evaluation = [line for line in lines if line[1:3] == "/3"]
     [loss] = [m["train/loss"] for m in metrics_of(tmp_path / "out") if m["step"] == 2]
     assert second.startswith(f"2/3  loss {loss:.4f}  lr ") and second.endswith("eta 0:00") and " tok/s  " in second
-    assert "tok/s" not in first and evaluation.startswith("3/3  val loss ") and evaluation.endswith("bits/byte")
+    assert "tok/s" not in first and evaluation.startswith("3/3  val/loss ") and evaluation.endswith("bits/byte")
 
 
 def test_only_this_packages_lines_and_warnings_are_logged(tmp_path):
