@@ -376,7 +376,8 @@ class Engine:
 
     def _progress(self, slots: list[Slot]) -> Progress:
         B = self._batch.tokens.shape[0]
-        progress = Progress(*(np.ones(B, np.int32) for _ in range(3)), np.ones(B, bool), np.zeros(B, bool))
+        one_B = np.ones(B, np.int32)
+        progress = Progress(one_B, one_B.copy(), one_B.copy(), np.ones(B, bool), np.zeros(B, bool))
         for slot in slots:
             request, row = slot.request, slot.row
             assert request is not None and row is not None
@@ -444,9 +445,7 @@ class Engine:
             self.counters.new_tokens += len(tokens)
             details = []
             if wanted and request.top_logprobs is not None:
-                details = [
-                    _logprob(request.top_logprobs, *(x[row, i] for x in logprobs), token) for i, token in enumerate(tokens)
-                ]
+                details = [_logprob(request.top_logprobs, logprobs, (row, i), token) for i, token in enumerate(tokens)]
             if self._push(request, tokens, details) or finished_B[row]:
                 finished.append(slot)
         self._release(finished)
@@ -495,5 +494,6 @@ def _best_slot(free: list[Slot], ids: list[int]) -> tuple[Slot, int]:
     return slot, n_same(slot)
 
 
-def _logprob(n: int, chosen, token_K, logprob_K, token: int) -> TokenLogprob:
+def _logprob(n: int, logprobs: list[np.ndarray], at: tuple[int, int], token: int) -> TokenLogprob:
+    chosen, token_K, logprob_K = (x[at] for x in logprobs)
     return TokenLogprob(token, float(chosen), list(zip(token_K[:n].tolist(), logprob_K[:n].tolist(), strict=True)))

@@ -14,6 +14,7 @@ from mateconv_jax.inference import logits_processors
 # In a batch of rows with options of their own, rows with 0 < top_k <= TOP_K_AT_ONCE get their k highest logits from one TopK
 # call: 20 µs a row of 6,400 logits. A search over the bits of the k-th takes 160.
 TOP_K_AT_ONCE = 64
+Array = jax.Array | np.ndarray
 MAX_LOGIT_BIAS = 300  # tokens with a bias in a row with options of its own, as OpenAI's
 
 
@@ -38,19 +39,19 @@ class Sampling:
       top_k: 0 is off; with top_k_B, the largest k that a TopK call serves.
     """
 
-    seed: jax.Array
-    sample_B: jax.Array
-    logit_bias: tuple[jax.Array, jax.Array] | None
-    repetition_penalty: jax.Array | None
-    presence_penalty: jax.Array | None
-    frequency_penalty: jax.Array | None
-    no_repeat_ngram_size: jax.Array | None
-    min_new_tokens: jax.Array | None
-    temperature: jax.Array | None
-    top_p_tail: jax.Array | None
-    min_p: jax.Array | None
-    top_k_B: jax.Array | None
-    is_greedy_B: jax.Array | None
+    seed: Array
+    sample_B: Array
+    logit_bias: tuple[Array, Array] | None
+    repetition_penalty: Array | None
+    presence_penalty: Array | None
+    frequency_penalty: Array | None
+    no_repeat_ngram_size: Array | None
+    min_new_tokens: Array | None
+    temperature: Array | None
+    top_p_tail: Array | None
+    min_p: Array | None
+    top_k_B: Array | None
+    is_greedy_B: Array | None
     do_sample: bool = flax.struct.field(pytree_node=False)
     top_k: int = flax.struct.field(pytree_node=False)
 
@@ -214,9 +215,11 @@ def _where_used(is_used_B, apply, logits_BV):
 
 def _row_top_k_and_top_p(logits_BV, s: Sampling):
     """Each row's own top-k and top-p. How a row is computed depends on its own options alone, and so does its text."""
-    k_B, tail_B1 = s.top_k_B, s.top_p_tail[:, None]
+    assert s.top_k_B is not None and s.top_p_tail is not None
+    k_B, tail_B = jnp.asarray(s.top_k_B), jnp.asarray(s.top_p_tail)
+    tail_B1 = tail_B[:, None]
     is_few_B = (k_B > 0) & (k_B <= s.top_k)
-    is_other_B = ~is_few_B & ((k_B > 0) | (s.top_p_tail > 0))
+    is_other_B = ~is_few_B & ((k_B > 0) | (tail_B > 0))
 
     def few(logits_BV):
         kept_BV, highest_BK = logits_processors.top_k(logits_BV, s.top_k, k_B)

@@ -9,6 +9,7 @@ Dimensions in names: S slots, P rows prefilled together, B rows of the batch, C 
 """
 
 import functools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -64,7 +65,7 @@ class Moves(NamedTuple):
         rows_slots_2B = np.zeros((2, B), np.int32)
         for i, pair in enumerate(pairs):
             rows_slots_2B[:, i] = pair
-        return Moves(*rows_slots_2B, np.int32(len(pairs)))
+        return Moves(rows_slots_2B[0], rows_slots_2B[1], np.int32(len(pairs)))
 
 
 class Output(NamedTuple):
@@ -98,7 +99,9 @@ class SlotPrograms:
         decode = jax.jit(self._decode, donate_argnames=("pool", "batch"), compiler_options=options)
         shape = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype))
         params, pool = shape(params), jax.eval_shape(lambda: self._empty(self.n_slots, self.context))
-        tasks = {("pool",): lambda: _zeros(self._empty, self.n_slots, self.context)}
+        tasks: dict[tuple, Callable[[], jax.stages.Lowered]] = {
+            ("pool",): lambda: _zeros(self._empty, self.n_slots, self.context)
+        }
         for P, chunks in self._chunks.items():
             rows = shape(self.prefill_arguments(P))
             for C in chunks:
@@ -213,22 +216,23 @@ class SlotPrograms:
         Returns:
           (pool, batch, Output)
         """
+        length_B, prompt_length_B, remaining_B, finished_B, wants_B = map(jnp.asarray, progress)
         batch = jax.lax.fori_loop(0, load.n, lambda i, b: _copy(pool, load.slots_B[i], b, load.rows_B[i]), batch)
         state = DecodeState(
             tokens_BT=batch.tokens,
-            length_B=progress.length_B,
-            prompt_length_B=progress.prompt_length_B,
-            remaining_B=progress.remaining_B,
-            finished_B=progress.finished_B,
+            length_B=length_B,
+            prompt_length_B=prompt_length_B,
+            remaining_B=remaining_B,
+            finished_B=finished_B,
             kv_cache=batch.kv_cache,
-            logprobs=Logprobs.make(progress.wants_logprobs_B, progress.length_B, MAX_STEPS, TOP_LOGPROBS),
+            logprobs=Logprobs.make(wants_B, length_B, MAX_STEPS, TOP_LOGPROBS),
         )
         state = self._decoder.steps(params, state, sampling, max_steps)
         assert state.kv_cache is not None and state.logprobs is not None
         batch = Rows(state.tokens_BT, state.kv_cache)
         pool = jax.lax.fori_loop(0, store.n, lambda i, p: _copy(batch, store.rows_B[i], p, store.slots_B[i]), pool)
         T = batch.tokens.shape[1]
-        positions_BN = jnp.minimum(progress.length_B[:, None] + jnp.arange(MAX_STEPS), T - 1)
+        positions_BN = jnp.minimum(length_B[:, None] + jnp.arange(MAX_STEPS), T - 1)
         new_BN = jnp.take_along_axis(state.tokens_BT, positions_BN, axis=1)
         return pool, batch, Output(new_BN, state.length_B, state.finished_B, state.logprobs)
 

@@ -117,7 +117,7 @@ class ChatCompletion(Completion):
         parts = [part for delta in deltas for part in delta.parts]
         texts = {kind: "".join(part.text for part in parts if part.kind == kind) for kind in ("content", "reasoning")}
         calls = [_tool_call(part) for part in parts if part.kind == "tool_call"]
-        message = {"role": "assistant", "content": texts["content"] or (None if calls else "")}
+        message: dict = {"role": "assistant", "content": texts["content"] or (None if calls else "")}
         if texts["reasoning"]:
             message["reasoning_content"] = texts["reasoning"]
         if calls:

@@ -1,6 +1,7 @@
 """From requests to token ids and sampling options."""
 
 import secrets
+from typing import Any
 
 from mateconv_jax.data.tokenizer.chat import encode_chat
 from mateconv_jax.errors import UserError
@@ -92,7 +93,7 @@ class Prompts:
             raise Refusal(400, f"messages: {error}", param="messages") from error
         self._check_length(ids, "messages")
         tokenizer = self._generator.tokenizer
-        ending = tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(ids[-16:]))
+        ending = tokenizer.convert_tokens_to_string(list(tokenizer.convert_ids_to_tokens(ids[-16:])))
         return ids, AnswerParts(THINK in self._template, ending.rstrip().endswith(THINK), tools is not None)
 
     def completions(self, request: CompletionRequest) -> list[list[int]]:
@@ -101,9 +102,8 @@ class Prompts:
         Raises:
           Refusal: 400.
         """
-        prompts = request.prompt
-        if isinstance(prompts, str) or prompts and isinstance(prompts[0], int):
-            prompts = [prompts]
+        given: Any = request.prompt
+        prompts = [given] if isinstance(given, str) or given and isinstance(given[0], int) else given
         found = []
         for prompt in prompts:
             if isinstance(prompt, str):

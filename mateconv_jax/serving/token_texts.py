@@ -20,7 +20,7 @@ class TokenTexts:
         piece = self._tokenizer.convert_ids_to_tokens(token)
         if self._is_byte_level and piece and all(character in BYTES for character in piece):
             return bytes(BYTES[character] for character in piece)
-        return (detokenizer.decode(self._tokenizer, [token]) or piece or "").encode()
+        return (detokenizer.decode(self._tokenizer, [token]) or str(piece)).encode()
 
     def text(self, token: int) -> str:
         return self.bytes(token).decode(errors="replace")
