@@ -178,12 +178,8 @@ def parse_args(argv):
     add("--greedy", action="store_true", help="always take the most likely token")
     add("--temperature", type=float, metavar="T", help=f"higher is more varied (default: {default.temperature})")
     add("--top_k", type=int, metavar="K", help=f"keep the K most likely tokens; 0: all (default: {default.top_k})")
-    add(
-        "--top_p",
-        type=float,
-        metavar="P",
-        help=f"keep the smallest set of tokens that reaches this probability; 1: all (default: {default.top_p})",
-    )
+    add("--top_p", type=float, metavar="P", help="keep the smallest set of tokens that reaches this probability; 1: all "
+        f"(default: {default.top_p})")  # fmt: skip
     add("--min_p", type=float, metavar="P", help="keep tokens at least P times as likely as the likeliest; 0: all (default)")
     add("--repetition_penalty", type=float, metavar="X", help="above 1: penalise tokens already in the text; 1: off (default)")
     add("--presence_penalty", type=float, metavar="X", help="above 0: penalise tokens already in the answer; 0: off (default)")
