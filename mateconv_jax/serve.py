@@ -22,7 +22,7 @@ def main(args) -> int:
     from mateconv_jax.serving.limits import Limits
     from mateconv_jax.serving.prompts import OPENAI
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)  # absl has a handler
     for noisy in ("jax", "absl", "uvicorn.error", "httpx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     names = [field.name for field in dataclasses.fields(Limits)]
