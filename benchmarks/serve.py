@@ -45,10 +45,9 @@ def main(args):
         stored = StoredModel(Path(folder), config, tokenizer, False, None, None)
         (hf := Path(folder) / "base").mkdir()
         hugging_face.write_folder(hf, stored, params)
-        urls = {
-            "ours": stack.enter_context(our_server(hf, report)),
-            "llama.cpp": llama_cpp_server(Path(folder), stored, params),
-        }
+        urls = {"ours": stack.enter_context(our_server(hf, report))}
+        if not args.without_llama_cpp:
+            urls["llama.cpp"] = llama_cpp_server(Path(folder), stored, params)
         alone = TextGenerator(model, tokenizer)
         table = Table("prompt", "clients", "", "tokens/s", "first token ms, p50 p95", "between ms, p50 p95", title="served")
         for n_prompt in args.prompts:
@@ -172,4 +171,6 @@ if __name__ == "__main__":
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--prompts", type=int, nargs="+", default=[16, 200])
+    # Its threads spin while they wait for each other: on a machine where others compute it takes seconds a token.
+    parser.add_argument("--without_llama_cpp", action="store_true")
     main(parser.parse_args())

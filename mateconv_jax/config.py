@@ -78,12 +78,24 @@ def resolve(config: ConfigDict) -> ConfigDict:
         model.hidden_dim = -(-int(8 * model.dim / 3) // model.multiple_of) * model.multiple_of
     if config.data.seq_len > model.max_seq_len:
         raise UserError(f"data.seq_len: {config.data.seq_len} is above model.max_seq_len ({model.max_seq_len})")
+    _check_loss(config)
     training = config.training
     if training.resume_from and training.init_from:
         raise UserError("training.init_from: cannot be combined with training.resume_from (expected one of them)")
     if training.min_lr > training.learning_rate and training.lr_scheduler != "constant":
         raise UserError(f"training.min_lr: {training.min_lr} is above training.learning_rate ({training.learning_rate})")
     return config
+
+
+def _check_loss(config: ConfigDict) -> None:
+    """Raises UserError for keys that have no effect on this kind of loss, or miss what it needs."""
+    loss, training = config.loss, config.training
+    if loss.label_smoothing and loss.kind not in ("sigmoid", "simpo"):
+        raise UserError(f"loss.label_smoothing: has no effect on loss.kind {loss.kind} (expected sigmoid or simpo)")
+    if loss.sft_coef and loss.kind == "next_token":
+        raise UserError("loss.sft_coef: has no effect on loss.kind next_token, which is all cross-entropy (expected 0)")
+    if training.z_loss and loss.kind != "next_token":
+        raise UserError(f"training.z_loss: has no effect on loss.kind {loss.kind} (expected 0)")
 
 
 def options(cls: type[Options], section: ConfigDict) -> Options:

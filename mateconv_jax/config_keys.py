@@ -97,6 +97,7 @@ KEYS = [
     Key("model.rope_attention_factor", None, FIXED,
         "yarn: factor of rotated queries and keys. None: 0.1 ln(rope_factor) + 1.", POSITIVE, float),
     Key("model.qk_norm", False, FIXED, "RMSNorm of each head's queries and keys, as in Qwen3 and the current MiniMind."),
+    Key("model.qkv_bias", False, FIXED, "Add a bias to queries, keys and values, as Qwen2 does."),
     Key("model.tie_word_embeddings", True, FIXED, "Use the embedding as the output layer."),
     Key("model.dropout", 0.0, DIVERGES,
         "Dropout of embeddings, attention weights and residual branches in training.", BELOW_ONE),
@@ -128,6 +129,20 @@ KEYS = [
     Key("mesh.data", -1, FREE, "Devices over which only the batch is split. -1: all that mesh.fsdp leaves.", DEVICES),
     Key("mesh.fsdp", 1, FREE,
         "Devices over which parameters, EMA and optimizer state are sharded too. -1: all that mesh.data leaves.", DEVICES),
+
+    # ---- loss -------------------------------------------------------------------------------------------------------------
+    Key("loss.kind", "next_token", FIXED,
+        "What is learned: the next token of texts and dialogues, or preferences (sigmoid is DPO), from a dataset of pairs.",
+        one_of("next_token", "sigmoid", "ipo", "orpo", "simpo")),
+    Key("loss.beta", 0.1, DIVERGES,
+        "Preferences: factor of log-ratios in rewards; the larger, the closer to the reference. orpo: weight of the odds.",
+        POSITIVE),
+    Key("loss.label_smoothing", 0.0, DIVERGES,
+        "sigmoid and simpo: how likely a pair is labelled the wrong way round (cDPO).",
+        ("a number from 0 to below 0.5", lambda value: 0 <= value < 0.5)),
+    Key("loss.gamma", 0.5, DIVERGES, "simpo: margin that the chosen answer's reward shall have.", NOT_NEGATIVE),
+    Key("loss.sft_coef", 0.0, DIVERGES,
+        "Preferences: weight of the chosen answer's cross-entropy per token, added to the loss.", NOT_NEGATIVE),
 
     # ---- training: the run ------------------------------------------------------------------------------------------------
     Key("training.out_dir", "out", FREE, "The run folder: checkpoints, log, metrics, configuration, tokenizer."),

@@ -26,6 +26,8 @@ def main(args):
         others, texts = score["other_wordings_questions"], score["texts_alone_questions"]
         print(f"         {score['other_wordings']:.1%} of {others} in wordings that they have only for other facts")
         print(f"         {score['texts_alone']:.1%} of {texts} about facts that only texts state")
+        if score["short"]:
+            print(f"         {score['short']:.1%} of all of them with the bare answer, as the demo's preferences have it")
         return
     from mateconv_jax.evaluation import held_out
 

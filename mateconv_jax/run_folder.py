@@ -6,6 +6,7 @@ data_stats.json      a copy of the dataset's stats.json
 checkpoints/STEP/    Orbax: `state`, a TrainState, and `progress`, JSON; for a converted model, only parameters
 best/STEP/           the same, at the lowest validation loss
 unreadable/STEP/     checkpoints that could not be read
+reference/           of preferences: log-probabilities under the weights that the run starts from
 metrics.jsonl, train.log, tensorboard/
 generation_config.json   end tokens, of a converted model that has several
 """
@@ -74,6 +75,11 @@ def best(folder: str | Path) -> Path:
 def unreadable(folder: str | Path) -> Path:
     """The folder that unreadable checkpoints are moved to."""
     return Path(os.path.abspath(folder)) / "unreadable"
+
+
+def reference(folder: str | Path) -> Path:
+    """The folder of the reference's log-probabilities, see training/reference.py."""
+    return Path(os.path.abspath(folder)) / "reference"
 
 
 def latest_step(folder: str | Path) -> int | None:

@@ -16,7 +16,7 @@ def model_config(**changes) -> ModelConfig:
         dim=64, n_layers=2, n_heads=8, n_kv_heads=4, head_dim=8, hidden_dim=192, vocab_size=96, max_seq_len=256,
         norm_eps=1e-5, rope_theta=10_000.0, rope_factor=1.0, rope_scaling="llama3", rope_low_freq_factor=1.0,
         rope_high_freq_factor=4.0, rope_original_max_seq_len=8192, rope_beta_fast=32.0, rope_beta_slow=1.0, rope_truncate=True,
-        rope_attention_factor=None, qk_norm=False, tie_word_embeddings=True, dropout=0.0, use_moe=False,
+        rope_attention_factor=None, qk_norm=False, qkv_bias=False, tie_word_embeddings=True, dropout=0.0, use_moe=False,
         n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, norm_topk_prob=True, aux_loss_alpha=0.01, experts="dense",
         attention="blocked", platform="cpu", dtype=np.dtype("float32"),
     )  # fmt: skip

@@ -120,12 +120,13 @@ def test_the_keys_change_only_with_thought():
         "model": [
             "attention", "aux_loss_alpha", "dim", "dropout", "experts", "head_dim", "hidden_dim", "max_seq_len", "multiple_of", "n_heads",
             "n_kv_heads", "n_layers", "n_routed_experts", "n_shared_experts", "norm_eps", "norm_topk_prob", "num_experts_per_tok",
-            "qk_norm", "rope_attention_factor", "rope_beta_fast", "rope_beta_slow", "rope_factor", "rope_high_freq_factor",
-            "rope_low_freq_factor", "rope_original_max_seq_len", "rope_scaling", "rope_theta", "rope_truncate",
+            "qk_norm", "qkv_bias", "rope_attention_factor", "rope_beta_fast", "rope_beta_slow", "rope_factor",
+            "rope_high_freq_factor", "rope_low_freq_factor", "rope_original_max_seq_len", "rope_scaling", "rope_theta", "rope_truncate",
             "tie_word_embeddings", "use_moe", "vocab_size",
         ],
         "data": ["num_workers", "seq_len", "shuffle", "tokenizer_path", "train_data_path", "val_data_path"],
         "mesh": ["data", "fsdp"],
+        "loss": ["beta", "gamma", "kind", "label_smoothing", "sft_coef"],
         "wandb": ["enable", "project", "run_name"],
         "training": [
             "accumulation_steps", "batch_size", "beta1", "beta2", "compilation_cache_dir", "decay_ratio", "deterministic",

@@ -39,7 +39,7 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", ALL)
 def test_configuration_keys_exist(page):
     config = default_config()
-    for section, key in re.findall(r"`(?:config\.)?(model|data|mesh|training|wandb)\.(\w+)[`=]", read(page)):
+    for section, key in re.findall(r"`(?:config\.)?(model|data|mesh|loss|training|wandb)\.(\w+)[`=]", read(page)):
         assert key in config[section], f"{section}.{key}"
 
 
@@ -50,7 +50,7 @@ def test_both_languages_show_the_same(english, chinese):
     assert FENCED.findall(english) == FENCED.findall(chinese)
     for beginning in (r"^#+ ", r"^\|"):
         assert len(re.findall(beginning, english, re.M)) == len(re.findall(beginning, chinese, re.M)), beginning
-    keys = r"`((?:model|data|mesh|training|wandb)\.\w+)"
+    keys = r"`((?:model|data|mesh|loss|training|wandb)\.\w+)"
     assert set(re.findall(keys, english)) == set(re.findall(keys, chinese))
 
 

@@ -93,6 +93,8 @@ def checkout(tmp_path_factory):
             file.write(json.dumps(extra, ensure_ascii=False) + "\n")
     with (folder / "dialogues.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(document, ensure_ascii=False) + "\n" for document in demo.corpus(200, 0, "dialogues"))
+    with (folder / "preferences.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(document, ensure_ascii=False) + "\n" for document in demo.corpus(200, 0, "preferences"))
     return folder
 
 

@@ -18,21 +18,21 @@ def main(args) -> None:
         jax.config.update("jax_platforms", args.platform)
     from mateconv_jax import config as config_lib
     from mateconv_jax.runtime import sharding
-    from mateconv_jax.training import setup
-    from mateconv_jax.training.batch_shape import Position
-    from mateconv_jax.training.batches import RowBatches
+    from mateconv_jax.training import objective as objective_lib, setup
+    from mateconv_jax.training.batch_shape import START
     from mateconv_jax.training.open_data import DataOptions, open_data
 
     training = dict(dtype=args.dtype, max_steps=args.steps, warmup_steps=10)
     config = Case("", {}, args.rows, 512).config(args.dry_run, **training)
     config.data.train_data_path = args.data
     data = config.data
-    rows, _, _ = open_data(config_lib.options(DataOptions, data), config.model.vocab_size, config.training.document_mask)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    run = setup.build(config, setup.model_config(config), mesh, args.steps)
-    batches = RowBatches(
-        rows, setup.batch_shape(config), config.training.seed, data.shuffle, data.num_workers, mesh, Position()
+    objective = objective_lib.of(config)
+    rows, _, tokenizer = open_data(
+        config_lib.options(DataOptions, data), config.model.vocab_size, config.training.document_mask, objective.check
     )
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    run = setup.build(config, setup.model_config(config), mesh, args.steps, objective)
+    batches = objective.source(run.c, mesh, rows, tokenizer, START)
     state, losses = run.fresh_state(), []
     if args.round_weights:
         rounded = jax.tree.map(lambda p: p.astype(args.round_weights).astype(p.dtype), state.params)

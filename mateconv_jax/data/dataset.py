@@ -4,7 +4,7 @@ A dataset folder, as `prepare` writes it:
 
 mateconv-train.array_record-00000-of-00004 …    rows, see shards.py
 dataset_info.json, features.json                 `tfds.builder_from_directory` opens the folder
-metadata.json                                    seq_len, vocab_size, version, learned, tokenizer_fingerprint, splits, options
+metadata.json                                    seq_len, vocab_size, version, content, learned, tokenizer_fingerprint, …
 tokenizer/
 stats.json, stats.png                            see build/statistics.py
 rejected.jsonl                                   what was left out: file, line, rule, reason
@@ -20,12 +20,28 @@ from pathlib import Path
 
 import numpy as np
 
-from mateconv_jax.data.shards import VERSION, RowFormat, ShardRows
+from mateconv_jax.data.rows import Batch
+from mateconv_jax.data.shards import PAIRS_VERSION, RowFormat, ShardRows
 from mateconv_jax.data.token_bin import FlatRows, n_rows
 from mateconv_jax.data.tokenizer import folder as tokenizer_folder_lib
 from mateconv_jax.errors import UserError, check_name
 
-Rows = ShardRows | FlatRows
+
+class JoinedRows:
+    """Rows with more fields: arrays of a value for each row."""
+
+    def __init__(self, rows: "ShardRows | FlatRows | JoinedRows", fields: dict[str, np.ndarray]):
+        self._rows, self._fields = rows, fields
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, indices: np.ndarray) -> Batch:
+        """Rows by number (B,), in any order."""
+        return self._rows.read(indices) | {name: values[indices] for name, values in self._fields.items()}
+
+
+Rows = ShardRows | FlatRows | JoinedRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +53,7 @@ class Dataset:
       seq_len: targets of a row.
       splits: {name: number of rows}; None: a flat file, which has none.
       tokenizer_folder, tokenizer_fingerprint: of the tokenizer that made the ids; None: not known.
+      content: what the rows are: texts (dialogues among them) or pairs.
     """
 
     path: Path
@@ -45,6 +62,7 @@ class Dataset:
     splits: dict[str, int] | None = None
     tokenizer_folder: Path | None = None
     tokenizer_fingerprint: str | None = None
+    content: str = "texts"
     _format: RowFormat | None = None
 
     @property
@@ -70,7 +88,9 @@ class Dataset:
         if self.splits is None:
             return FlatRows(self.path, self.seq_len, self.key, document_starts)
         assert self._format is not None
-        if self.learned and document_starts is None:
+        if self.content == "pairs":
+            document_starts = None
+        elif self.learned and document_starts is None:
             document_starts = 0, 0  # they are recorded: the ids are not used
         import tensorflow_datasets as tfds  # 2 s: not for those who only read metadata
 
@@ -109,10 +129,10 @@ def open_dataset(path: str | Path, key: str, seq_len: int) -> Dataset:
     check_name(path, key)
     metadata = read_metadata(path, key)
     version = metadata.get("version", 1)
-    if version > VERSION:
+    if version > PAIRS_VERSION:
         raise UserError(
-            f"{key}: {str(path)!r} has rows of version {version}, this project reads up to {VERSION} (update it, or prepare "
-            "the dataset again)"
+            f"{key}: {str(path)!r} has rows of version {version}, this project reads up to {PAIRS_VERSION} (update it, or "
+            "prepare the dataset again)"
         )
     return Dataset(
         path,
@@ -121,8 +141,16 @@ def open_dataset(path: str | Path, key: str, seq_len: int) -> Dataset:
         {split: counts["rows"] for split, counts in metadata["splits"].items()},
         path / "tokenizer",
         metadata["tokenizer_fingerprint"],
-        RowFormat(metadata["seq_len"], metadata["vocab_size"], metadata.get("learned", False), version),
+        metadata.get("content", "texts"),
+        _row_format(metadata),
     )
+
+
+def _row_format(metadata: dict) -> RowFormat:
+    seq_len, vocab_size = metadata["seq_len"], metadata["vocab_size"]
+    if metadata.get("content") == "pairs":
+        return RowFormat.of_pairs(seq_len, vocab_size)
+    return RowFormat(seq_len, vocab_size, metadata.get("learned", False), metadata.get("version", 1))
 
 
 def fingerprint(rows: Rows, n: int) -> str:

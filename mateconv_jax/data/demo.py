@@ -2,10 +2,13 @@
 
     python -m mateconv_jax.data.demo --output data/demo.jsonl
     python -m mateconv_jax.data.demo --output data/demo_dialogues.jsonl --kind dialogues
+    python -m mateconv_jax.data.demo --output data/demo_preferences.jsonl --kind preferences
 
 Texts are stories and plain statements of facts, one {"text": …} a line, for pretraining. Dialogues ask for the facts, one
 {"messages": […]} a line, for fine-tuning: for most facts, and for each of these in two of the three wordings. So what a model
 answers to the third wording, and about the other facts, tells what it has learned from other dialogues, and from texts alone.
+Preferences ask for the facts of the dialogues in the same wordings, and prefer the bare answer (巴黎。) to the statement
+(法国的首都是巴黎。), one {"chosen": […], "rejected": […]} a line.
 """
 
 import argparse
@@ -162,6 +165,11 @@ def statement(fact: tuple[str, str, str]) -> str:
     return KINDS[kind][0].format(subject, answer)
 
 
+def short_answer(fact: tuple[str, str, str]) -> str:
+    kind, _, answer = fact
+    return f"一{answer}。" if kind == "form" else f"{answer}。"
+
+
 def questions(fact: tuple[str, str, str]) -> list[str]:
     """Three ways to ask for it."""
     kind, subject, _ = fact
@@ -254,14 +262,30 @@ def dialogue(rng: random.Random) -> list[dict[str, str]]:
     return messages
 
 
-KINDS_OF_DOCUMENTS = ("texts", "dialogues", "mixed")
+def preference(rng: random.Random) -> dict[str, list[dict[str, str]]]:
+    """A question with its short answer and with the statement, behind none or one other that is answered shortly."""
+    messages = []
+    facts = rng.sample([fact for fact in FACTS if is_in_dialogues(fact)], rng.randint(1, 2))
+    for fact in facts:
+        wordings = [question for question in questions(fact) if question != withheld_question(fact)]
+        messages.append({"role": "user", "content": rng.choice(wordings)})
+        messages.append({"role": "assistant", "content": short_answer(fact)})
+    rejected = {"role": "assistant", "content": statement(facts[-1])}
+    return {"chosen": messages, "rejected": [*messages[:-1], rejected]}
+
+
+KINDS_OF_DOCUMENTS = ("texts", "dialogues", "mixed", "preferences")
 
 
 def corpus(n_documents: int, seed: int, kind: str = "texts"):
-    """JSON objects, one a document, in random order: texts (60 % stories, 40 % statements), dialogues, or half of each."""
+    """JSON objects, one a document, in random order: texts (60 % stories, 40 % statements), dialogues, half of each, or
+    preferences.
+    """
     rng = random.Random(seed)
     for _ in range(n_documents):
-        if kind == "dialogues" or kind == "mixed" and rng.random() < 0.5:
+        if kind == "preferences":
+            yield preference(rng)
+        elif kind == "dialogues" or kind == "mixed" and rng.random() < 0.5:
             yield {"messages": dialogue(rng)}
         else:
             yield {"text": statements(rng) if rng.random() < 0.4 else story(rng)}
@@ -279,7 +303,7 @@ def main(args):
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog=program("data.demo"), description="Write the demo corpus.")
     parser.add_argument("--output", required=True, help="the JSONL file to write")
-    parser.add_argument("--kind", choices=KINDS_OF_DOCUMENTS, default="texts", help="texts to pretrain on (default), dialogues to fine-tune on, or both mixed")  # fmt: skip
+    parser.add_argument("--kind", choices=KINDS_OF_DOCUMENTS, default="texts", help="texts to pretrain on (default), dialogues to fine-tune on, both mixed, or preferences")  # fmt: skip
     parser.add_argument("--documents", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)

@@ -1,6 +1,7 @@
 """What a dialogue is."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,20 @@ class Dialogue:
 
     messages: list[dict]
     tools: list[dict] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """Two answers to one prompt. Both dialogues begin with the prompt: the messages that they have in common."""
+
+    chosen: Dialogue
+    rejected: Dialogue
+
+    @property
+    def n_prompt(self) -> int:
+        """Messages of the prompt."""
+        pairs = zip(self.chosen.messages, self.rejected.messages, strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def texts_in(value: Any) -> Iterator[str]:

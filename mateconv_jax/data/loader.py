@@ -53,10 +53,12 @@ def rows_at(position_B: np.ndarray, n_rows: int, seed: int, shuffle: bool) -> np
     )
 
 
-def validation_batches(rows: Rows, batch_size: int, max_batches: int) -> Iterator[Batch]:
-    """This process's part of the first `max_batches` batches, in order; the last is filled up with rows of length 0."""
+def validation_batches(rows: Rows, batch_size: int, max_batches: int, first_row: int = 0) -> Iterator[Batch]:
+    """This process's part of the first `max_batches` batches, from `first_row` on, in order; the last is filled up with rows of
+    length 0.
+    """
     part = _this_process(batch_size)
-    for start in range(0, min(len(rows), max_batches * batch_size), batch_size):
+    for start in range(first_row, min(len(rows), max_batches * batch_size), batch_size):
         numbers = start + part
         batch = rows.read(numbers[numbers < len(rows)])
         missing = len(part) - len(batch["length"])

@@ -7,6 +7,9 @@ length           (B,) int32: how many of the tokens are real; padding comes behi
 document_starts  (B, S + 1) bool: tokens that begin a document. Only where attention is to stay within documents.
 learned          (B, S + 1) bool: tokens that are learned as targets. Missing: all real ones.
 
+A row of a dataset of pairs is two such rows, the chosen and the rejected dialogue: tokens (B, 2, S + 1), length (B, 2), learned
+(B, 2, S + 1).
+
 No token id means any of this: a chat template writes `<s>` before every turn, and MateConv's tokenizer has no `<pad>`.
 """
 
@@ -16,9 +19,9 @@ Batch = dict[str, np.ndarray]
 
 
 def learned_targets(batch: Batch) -> np.ndarray:
-    """(B, S) bool: which targets are learned; of numpy or JAX arrays."""
-    is_learned_BS = np.arange(batch["tokens"].shape[1] - 1) < batch["length"][:, None] - 1
-    return is_learned_BS & batch["learned"][:, 1:] if "learned" in batch else is_learned_BS
+    """(B, S) bool: which targets are learned, (B, 2, S) of pairs; of numpy or JAX arrays."""
+    is_learned_BS = np.arange(batch["tokens"].shape[-1] - 1) < batch["length"][..., None] - 1
+    return is_learned_BS & batch["learned"][..., 1:] if "learned" in batch else is_learned_BS
 
 
 def starts_after_end(tokens_BS: np.ndarray, bos_token_id: int | None, eos_token_id: int) -> np.ndarray:

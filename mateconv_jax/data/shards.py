@@ -21,6 +21,7 @@ from mateconv_jax.data.rows import Batch, starts_after_end
 from mateconv_jax.errors import UserError
 
 VERSION = 2  # of the records that are written
+PAIRS_VERSION = 3  # of records that hold pairs: versions of this project that know none must not take them for texts
 BITS = {"document_starts", "learned"}  # stored as one bit a token, the lowest bit of a byte first
 
 
@@ -36,13 +37,19 @@ class RowFormat:
     Attributes:
       seq_len, vocab_size: what the rows were made with.
       learned: whether rows record which of their tokens are learned; otherwise all are.
-      version: 1: tokens and length. 2: document_starts too, and perhaps learned.
+      version: 1: tokens and length. 2: document_starts too, and perhaps learned. 3: pairs: tokens, length and learned.
+      pairs: whether a row is a pair: its fields have another dimension of 2 in front, the chosen and the rejected dialogue.
     """
 
     seq_len: int
     vocab_size: int
     learned: bool = False
     version: int = VERSION
+    pairs: bool = False
+
+    @staticmethod
+    def of_pairs(seq_len: int, vocab_size: int) -> "RowFormat":
+        return RowFormat(seq_len, vocab_size, learned=True, version=PAIRS_VERSION, pairs=True)
 
 
 def features(format: RowFormat):
@@ -65,9 +72,13 @@ def features(format: RowFormat):
 def _fields(format: RowFormat) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """dtype and shape of what a record holds, in the order of their names, as protobuf maps are written."""
     n_tokens = format.seq_len + 1
-    bits = np.dtype(np.uint8), (-(-n_tokens // 8),)
-    fields = {"length": (np.dtype(np.int32), ()), "tokens": (token_dtype(format.vocab_size), (n_tokens,))}
-    if format.version >= 2:
+    sequences = (2,) * format.pairs
+    bits = np.dtype(np.uint8), (*sequences, -(-n_tokens // 8))
+    fields = {
+        "length": (np.dtype(np.int32), sequences),
+        "tokens": (token_dtype(format.vocab_size), (*sequences, n_tokens)),
+    }
+    if format.version >= 2 and not format.pairs:
         fields["document_starts"] = bits
     if format.learned:
         fields["learned"] = bits
@@ -96,7 +107,7 @@ class _Layout:
         for name, header in self._headers.items():
             records[name] = header
         for name in self._fields:
-            records[name] = np.packbits(rows[name], axis=1, bitorder="little") if name in BITS else rows[name]
+            records[name] = np.packbits(rows[name], axis=-1, bitorder="little") if name in BITS else rows[name]
         return records
 
     def read(self, records: list[bytes], wanted: tuple[str, ...]) -> Batch | None:
@@ -108,9 +119,9 @@ class _Layout:
         if any((table[name] != header).any() for name, header in self._headers.items()):
             return None
         rows = {name: np.ascontiguousarray(table[name]) for name in wanted}
-        n_tokens = self._record["tokens"].shape[0]
+        n_tokens = self._record["tokens"].shape[-1]
         for name in BITS & rows.keys():
-            rows[name] = np.unpackbits(rows[name], axis=1, count=n_tokens, bitorder="little").view(bool)
+            rows[name] = np.unpackbits(rows[name], axis=-1, count=n_tokens, bitorder="little").view(bool)
         return rows
 
 

@@ -13,7 +13,8 @@ def score_demo(generator) -> dict[str, float]:
       A dict. grammar: fraction of sentences that follow the corpus's grammar, in stories sampled at temperature 0.8 without
       filters; sentences: their number. Fractions of questions answered correctly in chat: facts, in the wordings that
       dialogues have for that fact; other_wordings, in those that they have only for other facts; texts_alone, about facts
-      that only texts state. questions, other_wordings_questions, texts_alone_questions: their numbers.
+      that only texts state. questions, other_wordings_questions, texts_alone_questions: their numbers. short: fraction of all
+      these questions that got the right short answer, as the corpus's preferences have it; it counts as correct above.
     """
     config = GenerationConfig(temperature=0.8, top_k=0, top_p=1.0, max_new_tokens=110)
     stories = [time + text for time in demo.TIMES for text in generator.generate_samples(time, STORIES, config)]
@@ -25,11 +26,15 @@ def score_demo(generator) -> dict[str, float]:
     asked = {name: list(pairs) for name, pairs in _questions().items()}
     histories = [[{"role": "user", "content": question}] for pairs in asked.values() for question, _ in pairs]
     answers = iter(generator.batch_chat(histories, GenerationConfig(do_sample=False, max_new_tokens=40)))
+    n_short = 0
     for name, pairs in asked.items():
-        correct = [next(answers) == demo.statement(fact) for _, fact in pairs]
+        said = [(next(answers), fact) for _, fact in pairs]
+        short = [answer == demo.short_answer(fact) for answer, fact in said]
+        correct = [is_short or answer == demo.statement(fact) for is_short, (answer, fact) in zip(short, said, strict=True)]
         scores[name] = sum(correct) / len(correct)
         scores["questions" if name == "facts" else f"{name}_questions"] = len(correct)
-    return scores
+        n_short += sum(short)
+    return scores | {"short": n_short / len(histories)}
 
 
 def _questions() -> dict[str, list[tuple[str, tuple]]]:

@@ -165,7 +165,9 @@ def opened(
     with tempfile.TemporaryDirectory(prefix="mateconv-") as temporary:
         folder = Path(temporary) / "dataset"
         rejected = _prepare(data, folder, tokenizer, seq_len)
-        rows = open_dataset(folder, "--data", seq_len).rows("train", document_starts)
+        dataset = open_dataset(folder, "--data", seq_len)
+        _check_content(dataset, " ".join(data))
+        rows = dataset.rows("train", document_starts)
         assert rows is not None
         yield rows, described | {"rejected": rejected}
 
@@ -176,6 +178,7 @@ def _holds_raw_files(path: Path) -> bool:
 
 def _check_dataset(dataset: Dataset, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> None:
     path = str(dataset.path)
+    _check_content(dataset, path)
     if dataset.tokenizer_fingerprint not in (None, tokenizer_lib.fingerprint(tokenizer)):
         raise UserError(
             f"--data: {path!r} was not tokenised with the model's tokenizer (give the raw text, or prepare it with --tokenizer "
@@ -185,6 +188,13 @@ def _check_dataset(dataset: Dataset, config: ConfigDict, tokenizer: PreTrainedTo
         raise UserError(
             f"--data: {path!r} has rows of {dataset.seq_len} tokens, longer than the model's context of "
             f"{config.model.max_seq_len} (give the raw text, or prepare it with --seq_len {config.model.max_seq_len})"
+        )
+
+
+def _check_content(dataset: Dataset, path: str) -> None:
+    if dataset.content != "texts":
+        raise UserError(
+            f"--data: {path!r} holds {dataset.content} (expected texts or dialogues; train measures {dataset.content})"
         )
 
 

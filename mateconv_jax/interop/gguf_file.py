@@ -1,7 +1,7 @@
 """GGUF, llama.cpp's format for weights, configuration and tokenizer in one file: written for llama.cpp, read from any tool.
 
-Architecture `llama`, or `qwen3` with QK norm. For `llama`, llama.cpp uses rotary pairs (2j, 2j + 1), so those files hold query
-and key rows in that order; for `qwen3` it uses (j, j + N/2).
+Architecture `llama`, `qwen3` with QK norm, `qwen2` with biases. For `llama`, llama.cpp uses rotary pairs (2j, 2j + 1), so those
+files hold query and key rows in that order; for the others it uses (j, j + N/2).
 """
 
 import functools
@@ -25,7 +25,7 @@ from mateconv_jax.interop.gguf_reader import GGUFFile
 from mateconv_jax.interop.stored_model import StoredModel, all_end_ids, load_tokenizer
 from mateconv_jax.interop.weight_mapping import Tensor
 
-ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen3": gguf.MODEL_ARCH.QWEN3}
+ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
 # {--dtype: (type of matrices, general.file_type)}. Norms stay float32, as llama.cpp requires.
 DTYPES = {
     "float32": (Type.F32, gguf.LlamaFileType.ALL_F32),
@@ -113,6 +113,7 @@ def _configuration(file: GGUFFile) -> ConfigDict:
         "norm_eps": number("attention.layer_norm_rms_epsilon"),
         "rope_theta": number("rope.freq_base", 10_000.0),
         "qk_norm": architecture == "qwen3",
+        "qkv_bias": architecture == "qwen2",
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
     config = hf_config.configuration(model, str(file.path))
@@ -137,16 +138,22 @@ def _tensors(file: GGUFFile, c: ConfigDict) -> dict[str, Tensor]:
         if name != gguf_rope.DIVISORS:
             tensors[hf_name] = (
                 weight_mapping.half_split(tensor, c.head_dim)
-                if hf_name.endswith(weight_mapping.ROTATED) and not c.qk_norm
+                if hf_name.endswith(weight_mapping.ROTATED) and _architecture(c) == "llama"
                 else tensor
             )
     return tensors
 
 
+def _architecture(c: ConfigDict) -> str:
+    return "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
+
+
 def _gguf_names(c: ConfigDict) -> dict[str, str]:
     """{Hugging Face name: GGUF name}"""
-    table = gguf.get_tensor_name_map(ARCHITECTURES["qwen3" if c.qk_norm else "llama"], c.n_layers)
-    names = {name: table.get_name(name, (".weight",)) for shapes in weight_mapping.mapping(c).values() for name, _ in shapes}
+    table = gguf.get_tensor_name_map(ARCHITECTURES[_architecture(c)], c.n_layers)
+    names = {
+        name: table.get_name(name, (".weight", ".bias")) for shapes in weight_mapping.mapping(c).values() for name, _ in shapes
+    }
     return {name: theirs for name, theirs in names.items() if theirs is not None}
 
 
@@ -209,11 +216,10 @@ def write_gguf(path: Path, model: StoredModel, params: nnx.State, dtype: str) ->
     """
     c, tokenizer = model.config.model, model.tokenizer
     assert tokenizer is not None  # checked by `formats.convert`
-    if c.use_moe:
-        raise UserError("--to: cannot be a .gguf file with model.use_moe True (write a Hugging Face folder instead)")
-    gguf_rope.check_writable(c)
+    _check_writable(c)
     matrix_type, file_type = DTYPES[dtype]
-    writer = gguf.GGUFWriter(None, "qwen3" if c.qk_norm else "llama")
+    architecture = _architecture(c)
+    writer = gguf.GGUFWriter(None, architecture)
     _add_sizes(writer, path.stem, c, file_type)
     _add_tokenizer(writer, tokenizer, c.vocab_size)
     further = all_end_ids(model)[1:]
@@ -225,7 +231,7 @@ def write_gguf(path: Path, model: StoredModel, params: nnx.State, dtype: str) ->
     gguf_names = _gguf_names(c)
     tensors = {
         gguf_names[name]: weight_mapping.interleaved(tensor, c.head_dim)
-        if name.endswith(weight_mapping.ROTATED) and not c.qk_norm
+        if name.endswith(weight_mapping.ROTATED) and architecture == "llama"
         else tensor
         for name, tensor in weight_mapping.to_hf(params, c).items()
     }
@@ -252,6 +258,19 @@ def write_gguf(path: Path, model: StoredModel, params: nnx.State, dtype: str) ->
             writer.write_tensor_data(array)
     finally:
         writer.close()
+
+
+def _check_writable(c: ConfigDict) -> None:
+    if c.use_moe:
+        raise UserError("--to: cannot be a .gguf file with model.use_moe True (write a Hugging Face folder instead)")
+    if c.qk_norm and c.qkv_bias:
+        raise UserError("--to: cannot be a .gguf file with model.qk_norm True and model.qkv_bias True")
+    if c.qkv_bias and c.head_dim != c.dim // c.n_heads:
+        raise UserError(
+            f"--to: cannot be a .gguf file with model.qkv_bias True and model.head_dim {c.head_dim} (llama.cpp's qwen2 has "
+            f"only dim / n_heads, {c.dim // c.n_heads})"
+        )
+    gguf_rope.check_writable(c)
 
 
 def _add_sizes(writer: gguf.GGUFWriter, name: str, c: ConfigDict, file_type: gguf.LlamaFileType) -> None:

@@ -95,10 +95,11 @@ def check_writable(c: ConfigDict) -> None:
     """Raises UserError for rope scaling that llama.cpp does not have."""
     if c.rope_factor == 1:
         return
-    if c.rope_scaling == "llama3" and c.qk_norm:
+    if c.rope_scaling == "llama3" and (c.qk_norm or c.qkv_bias):
+        key, name = ("qk_norm", "qwen3") if c.qk_norm else ("qkv_bias", "qwen2")
         raise UserError(
-            f"--to: cannot be a .gguf file with model.rope_factor {c.rope_factor} (llama.cpp's qwen3 has no Llama 3 rope "
-            "scaling; expected model.rope_scaling yarn or model.qk_norm False)"
+            f"--to: cannot be a .gguf file with model.rope_factor {c.rope_factor} (llama.cpp's {name} has no Llama 3 rope "
+            f"scaling; expected model.rope_scaling yarn or model.{key} False)"
         )
     for key, value in YARN.items():
         if c.rope_scaling == "yarn" and c[key] != value:

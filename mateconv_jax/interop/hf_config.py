@@ -11,10 +11,13 @@ from mateconv_jax.model.rope import yarn_attention_factor
 # Defaults for keys missing from config.json, as in transformers' classes and MiniMind's.
 ARCHITECTURES = {
     "LlamaForCausalLM": dict(qk_norm=False, head_dim=None, tie_word_embeddings=False, max_seq_len=2048, norm_eps=1e-6),
+    "Qwen2ForCausalLM": dict(
+        qk_norm=False, qkv_bias=True, head_dim=None, tie_word_embeddings=False, max_seq_len=32768, norm_eps=1e-6,
+    ),
     "Qwen3ForCausalLM": dict(qk_norm=True, head_dim=128, tie_word_embeddings=False, max_seq_len=32768, norm_eps=1e-6),
     # Mixtures of experts. Qwen2's shared expert has a gate, ours does not; hugging_face.py converts.
     "Qwen2MoeForCausalLM": dict(
-        qk_norm=False, head_dim=None, tie_word_embeddings=False, max_seq_len=32768, norm_eps=1e-6, use_moe=True,
+        qk_norm=False, qkv_bias=True, head_dim=None, tie_word_embeddings=False, max_seq_len=32768, norm_eps=1e-6, use_moe=True,
         n_routed_experts=60, num_experts_per_tok=4, n_shared_experts=1, norm_topk_prob=False, aux_loss_alpha=0.001,
     ),
     "Qwen3MoeForCausalLM": dict(
@@ -32,18 +35,38 @@ KEYS = {
 }  # fmt: skip
 MOE_KEYS = {
     "hidden_dim": "moe_intermediate_size", "n_routed_experts": "num_experts", "num_experts_per_tok": "num_experts_per_tok",
-    "norm_topk_prob": "norm_topk_prob", "aux_loss_alpha": "router_aux_loss_coef",
+    "norm_topk_prob": "norm_topk_prob", "aux_loss_alpha": "router_aux_loss_coef", "qkv_bias": "qkv_bias",
 }  # fmt: skip
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 MODEL_TYPES = {
-    "LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3", "Qwen2MoeForCausalLM": "qwen2_moe",
+    "LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }  # fmt: skip
 # Settings for which this model supports only one value.
 ONLY = {
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "pretraining_tp": 1,
-    "partial_rotary_factor": 1.0, "quantization_config": None, "use_moe": False,
+    "partial_rotary_factor": 1.0, "quantization_config": None, "use_moe": False, "is_encoder_decoder": False,
+    "add_cross_attention": False, "rope_interleaved": False, "inference_rope_scaling": False, "logit_scale": 1.0,
+    "logits_scaling": 1.0, "embedding_multiplier": 1.0, "residual_multiplier": 1.0,
 }  # fmt: skip
+# Read here, in one of the functions below.
+READ = {
+    "rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings", "num_local_experts", "layer_types",
+    "sliding_window", "decoder_sparse_step", "mlp_only_layers", "shared_expert_intermediate_size", "qkv_bias",
+    *KEYS.values(), *MOE_KEYS.values(), *ONLY,
+}  # fmt: skip
+# Without influence on the logits: token ids, settings of training and sampling, notes of transformers and other tools, settings
+# of features that are off, such as those of the mixture of experts in every config.json of MiniMind.
+HARMLESS = set(
+    """architectures model_type auto_map transformers_version torch_dtype dtype use_bfloat16 use_cache initializer_range
+    attention_dropout hidden_dropout dropout flash_attn pretraining_tp is_llama_config is_decoder max_window_layers
+    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id tokenizer_class
+    output_router_logits output_attentions output_hidden_states return_dict return_dict_in_generate torchscript
+    id2label label2id problem_type finetuning_task task_specific_params chunk_size_feed_forward pruned_heads name_or_path
+    do_sample temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size max_length min_length
+    encoder_no_repeat_ngram_size num_beams num_beam_groups diversity_penalty early_stopping num_return_sequences
+    n_routed_experts n_shared_experts scoring_func aux_loss_alpha seq_aux transformers.js_config""".split()
+)
 
 
 def from_hf(values: dict, has_qk_norm: bool, source: str) -> ConfigDict:
@@ -65,6 +88,8 @@ def from_hf(values: dict, has_qk_norm: bool, source: str) -> ConfigDict:
     for key, only in ONLY.items():
         if values.get(key, only) != only:
             raise UserError(f"{source}: {key} is {values[key]!r} (expected {only!r}, the only supported value)")
+    _check_unknown(values, source)
+    _check_window(values, architecture, source)
     model = {"qk_norm": has_qk_norm, "n_kv_heads": values["num_attention_heads"]} | ARCHITECTURES[architecture]
     if "num_local_experts" in values:  # transformers 5 writes this name
         values = {"num_experts": values["num_local_experts"]} | values
@@ -89,11 +114,30 @@ def configuration(model: dict, source: str) -> ConfigDict:
         raise UserError(f"{source}: {error}") from error
 
 
+def _check_unknown(values: dict, source: str) -> None:
+    """A setting that is not known here may change the logits. null and false mean that a feature is off."""
+    harmless = READ | HARMLESS
+    for key, value in values.items():
+        if key not in harmless and not key.startswith(("_", "unsloth_")) and value is not None and value is not False:
+            raise UserError(
+                f"{source}: {key} is {value!r}, an unknown setting (if it does not change what the model computes, remove it)"
+            )
+
+
+def _check_window(values: dict, architecture: str, source: str) -> None:
+    """Qwen's classes use sliding_window only where use_sliding_window is true, which ONLY refuses."""
+    window, context = values.get("sliding_window"), values.get("max_position_embeddings")
+    ignored = architecture.startswith("Qwen") or values.get("use_sliding_window") is False
+    if window is not None and not ignored and (context is None or window < context):
+        raise UserError(f"{source}: sliding_window is {window!r} (expected null: attention here sees the whole context)")
+    if others := set(values.get("layer_types") or ()) - {"full_attention"}:
+        raise UserError(f"{source}: layer_types has {min(others)!r} (expected 'full_attention', the only supported value)")
+
+
 def _check_experts(values: dict, model: dict, architecture: str, source: str) -> None:
     only = {"decoder_sparse_step": 1, "mlp_only_layers": []}
     if architecture == "Qwen2MoeForCausalLM":
-        only |= {"qkv_bias": False, "shared_expert_intermediate_size": model["hidden_dim"]}
-        values = {"qkv_bias": True} | values
+        only["shared_expert_intermediate_size"] = model["hidden_dim"]
     if model["num_experts_per_tok"] == 1:
         only["norm_topk_prob"] = False
     for key, value in only.items():
@@ -160,8 +204,10 @@ def architecture(model: ConfigDict) -> str:
     Raises:
       UserError: transformers has no matching class.
     """
+    if model.qk_norm and model.qkv_bias:
+        raise UserError("--to_kind: transformers has no model with model.qk_norm True and model.qkv_bias True")
     if not model.use_moe:
-        return "Qwen3ForCausalLM" if model.qk_norm else "LlamaForCausalLM"
+        return "Qwen3ForCausalLM" if model.qk_norm else "Qwen2ForCausalLM" if model.qkv_bias else "LlamaForCausalLM"
     if model.qk_norm == bool(model.n_shared_experts):
         raise UserError(
             f"--to_kind: transformers has no model with model.qk_norm {model.qk_norm} and model.n_shared_experts "
@@ -187,9 +233,9 @@ def to_hf(model: ConfigDict, dtype: str, token_ids: dict[str, int | None]) -> di
         "model_type": MODEL_TYPES[architecture(model)],
         **{theirs: model[ours] for ours, theirs in KEYS.items()},
         "hidden_act": "silu",
-        "attention_bias": False,
         "attention_dropout": 0.0,
-        **({"mlp_bias": False, "qkv_bias": False} if not model.qk_norm else {}),
+        **({} if model.qkv_bias else {"attention_bias": False}),
+        **({} if model.qk_norm else {"mlp_bias": False, "qkv_bias": model.qkv_bias}),
         **(_experts_to_hf(model) if model.use_moe else {}),
         "initializer_range": 0.02,
         "rope_theta": model.rope_theta,
@@ -220,7 +266,7 @@ def _rope_to_hf(model: ConfigDict) -> dict | None:
 
 
 def _experts_to_hf(model: ConfigDict) -> dict:
-    return {theirs: model[ours] for ours, theirs in MOE_KEYS.items()} | {
+    return {theirs: model[ours] for ours, theirs in MOE_KEYS.items() if ours != "qkv_bias"} | {
         "norm_topk_prob": model.norm_topk_prob and model.num_experts_per_tok > 1,  # with K = 1, ours does not normalise
         "shared_expert_intermediate_size": model.hidden_dim,
         "decoder_sparse_step": 1,

@@ -90,6 +90,8 @@ def write_pth(path: Path, model: StoredModel, params: nnx.State) -> None:
         raise UserError(
             f"--to: cannot be a .pth file with model.rope_factor {c.rope_factor} (PyTorch MateConv has no rope scaling)"
         )
+    if c.qkv_bias:
+        raise UserError("--to: cannot be a .pth file with model.qkv_bias True (neither PyTorch MateConv nor MiniMind has it)")
     tensors = weight_mapping.to_hf(params, c)
     if not c.qk_norm:
         interleaved = {
@@ -211,6 +213,7 @@ def _configuration(state: dict[str, Tensor], has_hf_names: bool, n_heads: int | 
         "hidden_dim": shape("mlp.gate_proj.weight" if gate is None else "mlp.experts.0.gate_proj.weight"),
         "vocab_size": embedding.shape[0],
         "qk_norm": qk_norm,
+        "qkv_bias": "model.layers.0.self_attn.q_proj.bias" in state,
         "tie_word_embeddings": output is None or np.array_equal(output.read(), embedding.read()),
     }
     if gate is not None:  # num_experts_per_tok stays at its default of 2: shapes do not determine it either

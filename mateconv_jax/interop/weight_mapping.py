@@ -1,7 +1,7 @@
 """The mapping between our parameters and Hugging Face's tensors. Every format is read and written through it.
 
-Names and shapes are those of transformers' LlamaForCausalLM, with QK norm Qwen3ForCausalLM, and with experts
-Qwen2MoeForCausalLM. Both sides use the rotary pairs (j, j + N/2) and (out, in) weights.
+Names and shapes are those of transformers' LlamaForCausalLM, with QK norm Qwen3ForCausalLM, with biases Qwen2ForCausalLM, and
+with experts Qwen2MoeForCausalLM. Both sides use the rotary pairs (j, j + N/2) and (out, in) weights.
 """
 
 import dataclasses
@@ -51,6 +51,8 @@ def mapping(c) -> Mapping:
         qkv = (("q", H), ("k", K), ("v", K))
         ours[f"{block}.attention_norm.scale_D"] = [(f"{layer}.input_layernorm.weight", (D,))]
         ours[f"{block}.attention.wqkv_JND"] = [(f"{layer}.self_attn.{name}_proj.weight", (rows, D)) for name, rows in qkv]
+        if c.qkv_bias:
+            ours[f"{block}.attention.bqkv_O"] = [(f"{layer}.self_attn.{name}_proj.bias", (rows,)) for name, rows in qkv]
         ours[f"{block}.attention.wo_DHN"] = [(f"{layer}.self_attn.o_proj.weight", (D, H))]
         if c.qk_norm:
             ours[f"{block}.attention.q_norm.scale_D"] = [(f"{layer}.self_attn.q_norm.weight", (N,))]

@@ -24,6 +24,7 @@ class ModelOptions(RotarySettings):
     max_seq_len: int
     norm_eps: float
     qk_norm: bool
+    qkv_bias: bool
     tie_word_embeddings: bool
     dropout: float
     use_moe: bool

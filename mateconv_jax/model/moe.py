@@ -22,11 +22,13 @@ class Routing(NamedTuple):
       auxiliary_loss: load-balancing loss, see MixtureOfExperts.
       chosen_E: how often each expert was chosen.
       entropy: of the gate's scores, in nats; ln E per token if they are uniform.
+      auxiliary_loss_of_rows: the auxiliary loss in which rows, not tokens, weigh the same; for losses that weigh by row.
     """
 
     auxiliary_loss: jax.Array
     chosen_E: jax.Array
     entropy: jax.Array
+    auxiliary_loss_of_rows: jax.Array
 
     def means(self, count: jax.Array) -> dict[str, jax.Array]:
         """Metrics of all layers (each array (L, …)) over `count` tokens: train/auxiliary_loss (not included in train/loss) and
@@ -147,6 +149,7 @@ class MixtureOfExperts(nnx.Module):
             auxiliary_loss=c.aux_loss_alpha * jnp.sum(imbalance_B * count_B1[:, 0]),
             chosen_E=jnp.sum(chosen_BE, axis=0),
             entropy=jnp.sum(jax.lax.stop_gradient(entropy_BS), where=is_real_BS),
+            auxiliary_loss_of_rows=c.aux_loss_alpha * jnp.sum(imbalance_B),
         )
 
 

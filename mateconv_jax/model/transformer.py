@@ -25,6 +25,8 @@ class Attention(nnx.Module):
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
         self.wqkv_JND = nnx.Param(init(rngs.params(), (c.n_heads + 2 * c.n_kv_heads, c.head_dim, c.dim)))
+        bias_shape = ((c.n_heads + 2 * c.n_kv_heads) * c.head_dim,)  # one axis: weight decay is for matrices
+        self.bqkv_O = nnx.Param(jnp.zeros(bias_shape)) if c.qkv_bias else None
         self.wo_DHN = nnx.Param(init(rngs.params(), (c.dim, c.n_heads, c.head_dim)) / (2 * c.n_layers) ** 0.5)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
@@ -32,7 +34,10 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BSD, positions_BS, angles, layer_cache, documents_BS, key_B):
         c = self.c
-        qkv_BSJN = linear(x_BSD, self.wqkv_JND[...].reshape(-1, c.dim), c.platform).reshape(*x_BSD.shape[:2], -1, c.head_dim)
+        qkv_BSO = linear(x_BSD, self.wqkv_JND[...].reshape(-1, c.dim), c.platform)
+        if self.bqkv_O is not None:
+            qkv_BSO = qkv_BSO + self.bqkv_O[...].astype(c.dtype)
+        qkv_BSJN = qkv_BSO.reshape(*x_BSD.shape[:2], -1, c.head_dim)
         q_BSHN, k_BSKN, v_BSKN = jnp.split(qkv_BSJN, [c.n_heads, c.n_heads + c.n_kv_heads], axis=2)
         if self.q_norm is not None and self.k_norm is not None:  # per head, as in Qwen3
             q_BSHN, k_BSKN = self.q_norm(q_BSHN), self.k_norm(k_BSKN)
@@ -207,8 +212,9 @@ class Transformer(nnx.Module):
         return linear(x, output_VD[...], self.c.platform)
 
 
+@functools.lru_cache(maxsize=8)  # 0.1 s a call, and a run asks four times
 def abstract_model(c: ModelConfig):
-    """(graph definition, parameters as ShapeDtypeStructs), without allocating any array."""
+    """(graph definition, parameters as ShapeDtypeStructs), without allocating any array. Do not change what it returns."""
     return nnx.split(nnx.eval_shape(lambda: Transformer(c, nnx.Rngs(0))))
 
 

@@ -19,7 +19,7 @@ from mateconv_jax.planning import programs, target
 from mateconv_jax.planning.hlo_report import Collective
 from mateconv_jax.planning.programs import Program
 from mateconv_jax.planning.roofline import roofline
-from mateconv_jax.training import setup
+from mateconv_jax.training import objective as objective_lib, setup
 
 DECODE_BATCHES = (1, 16)
 ASSUMED_STEPS = 10_000  # of the schedule, if the run's length is unknown; does not affect any shape
@@ -107,7 +107,8 @@ def make_plan(
 def _plan(config, c, cluster, compile_step, steps, length, dollars_per_gpu_hour, search, log) -> dict:
     count = len(cluster.devices)
     n_params = sum(p.size for p in jax.tree.leaves(programs.abstract_model(c)[1]))
-    tokens_per_step = config.training.batch_size * config.training.accumulation_steps * config.data.seq_len
+    objective = objective_lib.of(config)
+    tokens_per_step = objective.shape.tokens
     flops_per_token = flops.training_flops_per_token(c, config.data.seq_len)
 
     begin = time.perf_counter()
@@ -153,17 +154,52 @@ def _plan(config, c, cluster, compile_step, steps, length, dollars_per_gpu_hour,
             prefill = programs.prefill(c, cluster.devices[0], batch)
             loop = programs.decode_loop(c, cluster.devices[0], batch)
             plan["decoding"].append({"rows": batch, "prefill": _program(prefill, cluster), "step": _program(loop, cluster)})
-    plan["run"] = {"steps": steps, "length_from": length, "tokens": steps and steps * tokens_per_step}
-    best = plan.get("measured", training).get("tokens_per_second")
-    if steps and best:
-        hours = plan["run"]["tokens"] / best / 3600
-        plan["run"] |= {"hours": hours, "gpu_hours": hours * count}
-        if dollars_per_gpu_hour is not None:
-            plan["run"]["dollars"] = hours * count * dollars_per_gpu_hour
+    if objective.needs_reference:
+        log("compiling the scoring of the reference")
+        plan["reference"] = _reference(config, c, cluster, training_steps=steps or ASSUMED_STEPS)
+    plan["run"] = _whole_run(plan, steps, length, dollars_per_gpu_hour)
     plan["unknown"] = [] if cluster.is_local else list(UNKNOWN)
     if cluster.gpu is None:
         plan["unknown"].append(f"The peak speed of a {cluster.name}: no data sheet values for it.")
     return plan
+
+
+def _whole_run(plan: dict, steps: int | None, length: str, dollars_per_gpu_hour: float | None) -> dict:
+    """Steps, tokens, hours and cost, as far as they are known."""
+    run: dict[str, Any] = {"steps": steps, "length_from": length, "tokens": steps and steps * plan["tokens_per_step"]}
+    best = plan.get("measured", plan["training"]).get("tokens_per_second")
+    if steps and best:
+        seconds = run["tokens"] / best + (plan.get("reference", {}).get("seconds") or 0)
+        run |= {"hours": seconds / 3600, "gpu_hours": seconds / 3600 * plan["devices"]}
+        if dollars_per_gpu_hour is not None:
+            run["dollars"] = run["gpu_hours"] * dollars_per_gpu_hour
+    return run
+
+
+def _reference(config: ConfigDict, c: ModelConfig, cluster: Cluster, training_steps: int) -> dict:
+    """The pass over all pairs before the first step: pairs, seconds (None: unknown) and its program."""
+    run = programs.training_step(config, c, cluster.devices, training_steps)
+    scoring = _cudnn_errors(c, functools.partial(programs.compile_scoring, run))
+    described = _program(scoring, cluster)
+    per_batch = described.get("roofline", {}).get("seconds")
+    if cluster.is_local:
+        per_batch = programs.measure_scoring(run, scoring.compiled)
+    pairs = _rows(config, ("train", "validation"))
+    batches = pairs and -(-pairs // config.training.batch_size)
+    seconds = batches * per_batch if batches and per_batch else None
+    return {"pairs": pairs, "seconds_per_batch": per_batch, "seconds": seconds} | described
+
+
+def _rows(config: ConfigDict, splits: tuple[str, ...]) -> int | None:
+    """Rows of the training data's splits; None: it is not there."""
+    path = config.data.train_data_path
+    if path is None:
+        return None
+    try:
+        dataset = open_dataset(path, "data.train_data_path", config.data.seq_len)
+    except UserError:
+        return None
+    return sum(map(dataset.n_rows, splits))
 
 
 def _cudnn_errors(c: ModelConfig, compile: Callable[[], Program]) -> Program:

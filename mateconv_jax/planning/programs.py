@@ -20,7 +20,7 @@ from mateconv_jax.planning.hlo_report import HloReport, read
 from mateconv_jax.runtime import sharding
 from mateconv_jax.training import setup
 from mateconv_jax.training.setup import Setup
-from mateconv_jax.training.step import lower
+from mateconv_jax.training.step import lower, make_score_step
 
 EOS = 2  # any id would do: it is a constant in the compiled program
 
@@ -94,8 +94,32 @@ def random_batch(run: Setup, seed: int = 0) -> dict[str, np.ndarray]:
         "length": np.full(shapes["length"].shape, shapes["tokens"].shape[-1], np.int32),
         "document_starts": random.random(shapes["tokens"].shape) < 0.01,
         "learned": random.random(shapes["tokens"].shape) < 0.5,
+        "reference": random.normal(-100, 10, shapes["length"].shape).astype(np.float32),
     }
     return {name: values[name] for name in shapes}
+
+
+def compile_scoring(run: Setup) -> Program:
+    """Compile what scores a batch of pairs under the reference."""
+    params, rows = run.abstract_state.params, sharding.batch(run.mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=rows)
+        for name, x in run.abstract_batch.items()
+        if name != "reference"
+    }
+    lowered = make_score_step(run.graph, run.mesh).lower(params, batch)
+    return Program.compile(lowered, {"parameters": params, "batch": batch})
+
+
+def measure_scoring(run: Setup, compiled: jax.stages.Compiled, batches: int = 5) -> float:
+    """Mean seconds per batch of random pairs."""
+    params = run.fresh_state().params
+    host = {name: x[0] for name, x in random_batch(run).items() if name != "reference"}
+    batch = sharding.to_devices(host, run.mesh)
+    jax.block_until_ready(compiled(params, batch))
+    begin = time.perf_counter()
+    jax.block_until_ready([compiled(params, batch) for _ in range(batches)])
+    return (time.perf_counter() - begin) / batches
 
 
 def measure(run: Setup, compiled: jax.stages.Compiled, seconds: float = 5.0) -> float:

@@ -31,6 +31,8 @@ def print_plan(plan: dict, console: Console) -> None:
         measured = plan["measured"]
         mfu = f", MFU {measured['mfu']:.1%}" if "mfu" in measured else ""
         console.print(f"measured: {measured['seconds'] * 1e3:,.2f} ms/step, {measured['tokens_per_second']:,.0f} tokens/s{mfu}")
+    if "reference" in plan:
+        console.print(_reference(plan["reference"]))
     run = plan["run"]
     if "hours" in run:
         cost = f", {run['dollars']:,.2f} dollars" if "dollars" in run else ""
@@ -45,6 +47,15 @@ def print_plan(plan: dict, console: Console) -> None:
         console.print("\nUnknown without running it:")
         for sentence in plan["unknown"]:
             console.print(f"- {sentence}")
+
+
+def _reference(reference: dict) -> str:
+    """In words."""
+    per_batch, seconds = reference["seconds_per_batch"], reference["seconds"]
+    pairs = f"{reference['pairs']:,} pairs" if reference["pairs"] else "pairs"
+    took = f", {per_batch * 1e3:,.2f} ms a batch" if per_batch else ""
+    in_all = f", {seconds:,.1f} seconds" if seconds else ""
+    return f"reference: {pairs} scored once before the first step{took}{in_all}; {reference['memory']['peak'] / 1e9:,.3f} GB"
 
 
 def _times(rows: int | None, plan: dict) -> str:

@@ -26,7 +26,8 @@ LONGEST_NAME = 40  # characters of a run's name in the legend
 
 
 def draw(runs: list[Run], smooth: int, file_format: str) -> bytes:
-    """Draw loss, validation loss, learning rate, gradient norm and tokens/s over the steps.
+    """Draw loss, validation loss, learning rate, gradient norm and tokens/s over the steps; where a run learns preferences also
+    margin and accuracy.
 
     The same runs give the same bytes: the user's matplotlib settings are neither used nor changed.
 
@@ -44,14 +45,16 @@ def draw(runs: list[Run], smooth: int, file_format: str) -> bytes:
         "legend.fontsize": 9,
         "svg.hashsalt": "mateconv_jax",
     }
+    preferences = any(run.learns_preferences for run in runs)
+    rows = [["loss", "loss"], *[["margin", "accuracy"]] * preferences, ["validation", "lr"], ["grad_norm", "speed"]]
     with plotting.style(**ours):
-        figure = Figure(
-            figsize=(12, 12), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.02)
-        )
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.02)
+        figure = Figure(figsize=(12, 12 + 3.7 * preferences), dpi=150, layout=layout)
         FigureCanvasAgg(figure)
-        panels = figure.subplot_mosaic(
-            [["loss", "loss"], ["validation", "lr"], ["grad_norm", "speed"]], height_ratios=[1.25, 1, 1]
-        )
+        heights = [1.25, *[1.0] * (len(rows) - 1)]
+        panels = figure.subplot_mosaic(rows, height_ratios=heights)  # pyrefly: ignore[no-matching-overload]
+        if preferences:
+            _draw_preferences(panels["margin"], panels["accuracy"], runs, smooth)
         _draw_loss(panels["loss"], runs, smooth)
         _draw_validation(panels["validation"], runs)
         _draw_learning_rate(panels["lr"], runs)
@@ -78,7 +81,7 @@ def colors(n: int) -> list[str]:
 
 def _draw_loss(axes: Axes, runs: list[Run], smooth: int) -> None:
     axes.set_title("Training loss 训练损失")
-    axes.set_ylabel("nats per token 每 token")
+    axes.set_ylabel(_nats_per(runs))
     if _draw_metric(axes, runs, "train/loss", smooth):
         _log_if_wide(axes, runs, "train/loss")
         if smooth:
@@ -88,7 +91,7 @@ def _draw_loss(axes: Axes, runs: list[Run], smooth: int) -> None:
 
 def _draw_validation(axes: Axes, runs: list[Run]) -> None:
     axes.set_title("Validation loss 验证损失")
-    axes.set_ylabel("nats per token 每 token")
+    axes.set_ylabel(_nats_per(runs))
     weights: list[tuple[str, Literal["-", "--"], str]] = [
         ("val/loss", "-", "trained weights 训练权重"),
         ("val/ema_loss", "--", "EMA weights EMA 权重"),
@@ -104,6 +107,21 @@ def _draw_validation(axes: Axes, runs: list[Run]) -> None:
     if len(drawn) > 1:
         axes.legend(drawn.values(), drawn.keys())
     _linear_ticks(axes)
+
+
+def _nats_per(runs: list[Run]) -> str:
+    of_pairs = {run.learns_preferences for run in runs}
+    return "nats" if len(of_pairs) > 1 else "nats per pair 每对" if of_pairs.pop() else "nats per token 每 token"
+
+
+def _draw_preferences(margin: Axes, accuracy: Axes, runs: list[Run], smooth: int) -> None:
+    margin.set_title("Margin between the rewards 奖励差")
+    margin.set_ylabel("nats")
+    _draw_metric(margin, runs, "dpo/margin", smooth)
+    accuracy.set_title("Preference accuracy 偏好准确率")
+    accuracy.set_ylabel("share of pairs 占比")
+    _draw_metric(accuracy, runs, "dpo/accuracy", smooth)
+    accuracy.set_ylim(0, 1.05)
 
 
 def _draw_learning_rate(axes: Axes, runs: list[Run]) -> None:

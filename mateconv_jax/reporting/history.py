@@ -54,10 +54,16 @@ class Run:
         return self.curves.get(key, Curve(np.empty(0, np.int64), np.empty(0)))
 
     @property
+    def learns_preferences(self) -> bool:
+        """Whether its rows are pairs of answers."""
+        return "dpo/margin" in self.curves
+
+    @property
     def tokens_per_step(self) -> int | None:
         """None if the config does not determine it."""
         sizes = [self.config.get(key) for key in ("training.batch_size", "data.seq_len")]
         sizes.append(self.config.get("training.accumulation_steps", 1))  # older runs do not have the key
+        sizes.append(2 if self.learns_preferences else 1)
         known = [size for size in sizes if isinstance(size, int)]
         return math.prod(known) if len(known) == len(sizes) else None
 

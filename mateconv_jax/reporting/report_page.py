@@ -111,6 +111,17 @@ def results(runs: list[Run], smooth: int) -> list[tuple[str, str, list]]:
             (f"{label}, last", f"{chinese}（最后）", [_loss_at(run, key, -1) for run in runs]),
             (f"{label}, best", f"{chinese}（最低）", [_loss_at(run, key, None) for run in runs]),
         ]
+    for key, label, chinese in (
+        ("dpo/margin", "Margin between the rewards", "奖励差"),
+        ("dpo/accuracy", "Preference accuracy", "偏好准确率"),
+        ("dpo/kl", "KL from the reference, estimated", "与参考模型的 KL（估计）"),
+    ):
+        rows.append((f"{label}{average[0]}", f"{chinese}{average[1]}", [_last(run, key, smooth) for run in runs]))
+    for key, label, chinese in (
+        ("val/margin", "Validation margin, last", "验证奖励差（最后）"),
+        ("val/accuracy", "Validation accuracy, last", "验证偏好准确率（最后）"),
+    ):
+        rows.append((label, chinese, [_last(run, key, 0) for run in runs]))
     rows += [
         ("Bits per byte, last", "每字节比特数（最后）", [_last(run, "val/bits_per_byte", 0) for run in runs]),
         ("Median tokens/s", "每秒 token 数（中位数）", [_median_speed(run) for run in runs]),
@@ -150,6 +161,8 @@ def _loss_at(run: Run, key: str, index: int | None) -> tuple[str, str]:
     if not len(curve):
         return ABSENT, ""
     index = int(np.argmin(curve.values)) if index is None else index
+    if run.learns_preferences:  # a loss per pair is no perplexity
+        return f"{curve.values[index]:.4f}", f"at step {curve.steps[index]:,}"
     with np.errstate(over="ignore"):  # inf if the run diverged
         perplexity = np.exp(curve.values[index])
     return f"{curve.values[index]:.4f}", f"perplexity {perplexity:,.5g}, at step {curve.steps[index]:,}"

@@ -10,12 +10,14 @@ class BatchShape:
     Attributes:
       batch_size: rows of a micro-batch over all devices.
       accumulation_steps: micro-batches.
-      seq_len: targets of a row.
+      seq_len: targets of a row, of one of its sequences.
+      sequences: that the model reads for a row: 2 of a pair.
     """
 
     batch_size: int
     accumulation_steps: int
     seq_len: int
+    sequences: int = 1
 
     @property
     def rows(self) -> int:
@@ -24,7 +26,7 @@ class BatchShape:
     @property
     def tokens(self) -> int:
         """Targets."""
-        return self.rows * self.seq_len
+        return self.rows * self.sequences * self.seq_len
 
 
 @dataclasses.dataclass(frozen=True)

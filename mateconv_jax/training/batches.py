@@ -1,10 +1,11 @@
 """Where a step's batch comes from.
 
 A source is called with the step, counted from 0, and the current parameters, which it may ignore. What it returns is a pure
-function of the two, so a run resumes exactly. `describe(step)` says in words what the batch was made of.
+function of the two, so a run resumes exactly.
 """
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -16,6 +17,20 @@ from mateconv_jax.data.dataset import Rows
 from mateconv_jax.data.rows import Batch
 from mateconv_jax.runtime import sharding
 from mateconv_jax.training.batch_shape import BatchShape, Position
+
+
+class Source(Protocol):
+    def __call__(self, step: int, params: nnx.State) -> dict[str, jax.Array]:
+        """Arrays (A micro-batches, B rows, …) on the devices."""
+        ...
+
+    def rows_before(self, step: int) -> int:
+        """Rows of the dataset that are read before a step's batch."""
+        ...
+
+    def describe(self, step: int) -> str:
+        """What the batch is made of, in words."""
+        ...
 
 
 class RowBatches:

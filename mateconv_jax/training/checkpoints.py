@@ -33,6 +33,7 @@ class Progress:
       bad_evaluations: since the best one.
       evaluated_step: of the last evaluation.
       rows, train_data, measured: rows read so far; fingerprints of what is read, see `reads`. None in older checkpoints.
+      reference: fingerprints of the reference's weights, rows and numbers, see reference.py; None: the loss has none.
     """
 
     best_loss: float | None = None
@@ -42,6 +43,7 @@ class Progress:
     rows: int | None = None
     train_data: str | None = None
     measured: str | None = None
+    reference: dict[str, str] | None = None
 
     def reads(self, train_data: str, measured: str | None) -> list[str]:
         """Record fingerprints of the training rows, and of the rows that a validation loss is measured on (None: there are

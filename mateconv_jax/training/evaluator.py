@@ -26,19 +26,24 @@ class Evaluation:
 
     Attributes:
       rows: number of rows.
-      tokens: number of targets.
-      bytes: of the text that the targets encode.
-      nats: {name of the weights: summed cross-entropy}.
+      tokens: number of targets; for another loss, what it divides its sum by.
+      bytes: of the text that the targets encode; 0 where that has no meaning.
+      nats: {name of the weights: summed cross-entropy, or other loss}.
+      sums: {name of the weights: {metric: sum}}, those of LossOutput.metrics that are plain sums.
     """
 
     rows: int
     tokens: int
     bytes: int
     nats: dict[str, float]
+    sums: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def loss(self, name: str) -> float:
         """Nats per token."""
         return self.nats[name] / self.tokens if self.tokens else math.nan
+
+    def metrics(self, name: str) -> dict[str, float]:
+        return {metric: total / self.tokens if self.tokens else math.nan for metric, total in self.sums.get(name, {}).items()}
 
     def bits_per_byte(self, name: str) -> float:
         """Nats of all targets including control tokens, in bits, per byte of text; NaN without text."""
@@ -52,7 +57,7 @@ class Evaluator:
         self,
         eval_step: Callable,
         rows: Rows,
-        bytes_per_token_V: np.ndarray,
+        bytes_per_token_V: np.ndarray | None,
         batch_size: int,
         max_batches: int | None,
         mesh: Mesh,
@@ -61,7 +66,7 @@ class Evaluator:
 
         Args:
           eval_step: see step.make_eval_step.
-          bytes_per_token_V: see token_bytes.
+          bytes_per_token_V: see token_bytes; None: bytes are not counted.
           batch_size: divisible by the number of devices.
           max_batches: None: all rows.
         """
@@ -80,19 +85,22 @@ class Evaluator:
         Args:
           progress: wraps the iteration over n batches, to show its progress.
         """
-        totals = {name: np.zeros(2) for name in weights}  # nats and tokens, float64
+        totals = {name: (np.float64(0), np.float64(0), {}) for name in weights}  # a sum, a weight, {metric: sum}
         n_bytes = 0
         pending = collections.deque()
 
         def read_oldest():
             for name, sums in jax.device_get(pending.popleft()).items():
-                totals[name] += np.array(sums, np.float64)
+                total, weight, metrics = totals[name]
+                metrics = {metric: metrics.get(metric, 0.0) + np.float64(x) for metric, x in sums[2].items()}
+                totals[name] = total + np.float64(sums[0]), weight + np.float64(sums[1]), metrics
 
         batches = loader.validation_batches(self._rows, self._batch_size, self._n_batches)
         for batch in progress(batches, self._n_batches):
             if should_stop():
                 return None
-            n_bytes += target_bytes(self._bytes_per_token_V, batch)
+            if self._bytes_per_token_V is not None:
+                n_bytes += target_bytes(self._bytes_per_token_V, batch)
             on_devices = sharding.to_devices(batch, self._mesh)
             pending.append({name: self._eval_step(params, on_devices) for name, params in weights.items()})
             if len(pending) > LAG:
@@ -102,4 +110,6 @@ class Evaluator:
         n_bytes = int(np.sum(multihost_utils.process_allgather(np.int64(n_bytes))))  # each process read its rows
         n_tokens = int(next(iter(totals.values()))[1])
         n_rows = min(len(self._rows), self._n_batches * self._batch_size)
-        return Evaluation(n_rows, n_tokens, n_bytes, {name: float(nats) for name, (nats, _) in totals.items()})
+        nats = {name: float(total) for name, (total, _, _) in totals.items()}
+        metrics = {name: jax.tree.map(float, sums) for name, (_, _, sums) in totals.items()}
+        return Evaluation(n_rows, n_tokens, n_bytes, nats, metrics)

@@ -1,6 +1,5 @@
 """What a run logs about itself before its first step."""
 
-import math
 import os
 
 import jax
@@ -13,7 +12,8 @@ from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.runtime import distributed
 from mateconv_jax.training import resume
-from mateconv_jax.training.batch_shape import BatchShape
+from mateconv_jax.training.batch_shape import Position
+from mateconv_jax.training.objective import Objective
 
 
 def log_header(
@@ -21,12 +21,14 @@ def log_header(
     abstract_params: nnx.State,
     rows: Rows,
     val_rows: Rows | None,
-    shape: BatchShape,
+    objective: Objective,
     total_steps: int,
+    position: Position,
     start: str,
     differences: list[str],
 ) -> None:
-    """What is about to happen. start: from `resume.start`; differences: from `resume.check_compatible`."""
+    """What is about to happen. position, start: from `resume.start`; differences: from `resume.check_compatible`."""
+    shape = objective.shape
     flops_per_token = flops.training_flops_per_token(c, shape.seq_len)
     peak_flops = flops.peak_flops(jax.devices()[0].device_kind, c.dtype)
     overview = parameter_overview.get_parameter_overview(nnx.to_pure_dict(abstract_params), include_stats=False)
@@ -44,17 +46,18 @@ def log_header(
     if idle := distributed.idle_gpus():
         logging.warning("%d of this machine's GPUs are not used (CUDA_VISIBLE_DEVICES, or the tasks per node)", idle)
     logging.info(
-        "data: %s rows of %d tokens, %s tokens per epoch; %.2f epochs in %s steps of %s tokens",
-        f"{len(rows):,}", shape.seq_len, f"{len(rows) * shape.seq_len:,}",
+        "data: %s rows of %s%d tokens, %s tokens per epoch; %.2f epochs in %s steps of %s tokens",
+        f"{len(rows):,}", f"{shape.sequences} x " if shape.sequences > 1 else "", shape.seq_len,
+        f"{len(rows) * shape.sequences * shape.seq_len:,}",
         total_steps * shape.rows / len(rows), f"{total_steps:,}", f"{shape.tokens:,}",
     )  # fmt: skip
     peak = f"{peak_flops:.3g} FLOP/s" if peak_flops else "unknown"
     total = flops_per_token * total_steps * shape.tokens
     logging.info("compute: %.3g FLOPs per token, %.3g in total; peak per device: %s", flops_per_token, total, peak)
     logging.info("start: %s", start)
-    if start == resume.FROM_SCRATCH:
-        expected = math.log(c.vocab_size)
-        logging.info("expected initial loss: ln(%s) = %.4f (an untrained model)", f"{c.vocab_size:,}", expected)
+    expected = objective.expected_loss(c.vocab_size, start == resume.FROM_SCRATCH)
+    if expected is not None and not position.step:
+        logging.info("expected initial loss: %s", expected)
 
     for difference in differences:
         logging.warning("%s", difference)

@@ -12,24 +12,24 @@ from transformers import PreTrainedTokenizerFast
 
 from mateconv_jax import config as config_lib, run_folder
 from mateconv_jax.data.dataset import Rows, fingerprint
-from mateconv_jax.data.tokenizer import token_bytes
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
 from mateconv_jax.runtime import distributed, sharding
-from mateconv_jax.training import out_of_memory, resume, run_lock, setup
+from mateconv_jax.training import objective as objective_lib, out_of_memory, resume, run_lock, setup
 from mateconv_jax.training.batch_shape import BatchShape
-from mateconv_jax.training.batches import RowBatches
+from mateconv_jax.training.batches import Source
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
-from mateconv_jax.training.evaluator import Evaluator
+from mateconv_jax.training.evaluator import Evaluation
 from mateconv_jax.training.header import log_header, log_memory
 from mateconv_jax.training.logging_setup import logging_to
 from mateconv_jax.training.metrics import Metrics
 from mateconv_jax.training.open_data import DataOptions, open_data
 from mateconv_jax.training.preemption import RESUMABLE, Signals
+from mateconv_jax.training.reference import Reference
 from mateconv_jax.training.samples import Samples
 from mateconv_jax.training.setup import Length
 from mateconv_jax.training.skipped_steps import SkippedSteps
-from mateconv_jax.training.step import lower
+from mateconv_jax.training.step import lower, make_score_step
 from mateconv_jax.training.train_state import TrainState
 from mateconv_jax.training.writers import WandbOptions
 
@@ -74,16 +74,16 @@ def _train(config: ConfigDict, signals: Signals) -> int:
     c = setup.model_config(config)
 
     # ---- what: data, model, optimizer, loss -------------------------------------------------------------------------
+    objective = objective_lib.of(config)
+    objective.check_origin(origin.key)
     train_rows, val_rows, tokenizer = open_data(
-        config_lib.options(DataOptions, config.data), c.vocab_size, training.document_mask
+        config_lib.options(DataOptions, config.data), c.vocab_size, training.document_mask, objective.check
     )
     if training.early_stopping and val_rows is None:
         raise UserError("training.early_stopping: there are no validation rows (expected data.val_data_path)")
     position = resume.position(origin)
     length = Length.of(training, len(train_rows), position)
-    programs = setup.build(config, c, mesh, length.total_steps)
-    shape = setup.batch_shape(config)
-    evaluator = None if val_rows is None else _evaluator(programs, val_rows, tokenizer, training)
+    programs = setup.build(config, c, mesh, length.total_steps, objective)
     samples = None if length.samples_interval is None else _samples(programs, tokenizer, training)
 
     # ---- the run folder ---------------------------------------------------------------------------------------------
@@ -98,15 +98,24 @@ def _train(config: ConfigDict, signals: Signals) -> int:
         state, progress, read, start = resume.start(origin, checkpoints, programs.init, programs.abstract_state)
         if read != position:  # the newest checkpoint was damaged
             length = Length.of(training, len(train_rows), read)
-            programs = setup.build(config, c, mesh, length.total_steps)
+            programs = setup.build(config, c, mesh, length.total_steps, objective)
         differences += progress.reads(*_fingerprints(train_rows, val_rows, training))
-        source = RowBatches(train_rows, shape, training.seed, config.data.shuffle, config.data.num_workers, mesh, read)
         if distributed.is_first():
             _describe(folder, config, tokenizer)
         if shape_taken:
             logging.info("%s", shape_taken)
-        log_header(c, programs.abstract_params, train_rows, val_rows, shape, length.total_steps, start, differences)
-        with _metrics(config, programs, shape, length, int(state.step), progress) as metrics:
+        log_header(c, programs.abstract_params, train_rows, val_rows, objective, length.total_steps, read, start, differences)
+
+        # ---- the reference, batches, validation ---------------------------------------------------------------------
+        if objective.needs_reference:
+            reference = _reference(config, programs, origin, folder)
+            joined = reference.join(train_rows, val_rows, state.params, progress, lambda: signals.stop)
+            if joined is None:
+                return RESUMABLE
+            train_rows, val_rows = joined
+        source = objective.source(c, mesh, train_rows, tokenizer, read)
+        evaluator = None if val_rows is None else objective.evaluator(c, mesh, programs.eval_step, val_rows, tokenizer)
+        with _metrics(config, programs, objective.shape, length, int(state.step), progress) as metrics:
             run = Run(
                 folder, length, programs.train_step, source, evaluator, samples, checkpoints, metrics, signals,
                 training.max_bad_steps, training.patience if training.early_stopping else None, training.deterministic,
@@ -127,6 +136,7 @@ class Run:
 
     Attributes:
       source: see batches.py.
+      evaluator: see Evaluator.
       evaluator, samples: None: the run has none.
       patience: evaluations without a lower loss after which it stops early; None: never.
     """
@@ -134,8 +144,8 @@ class Run:
     folder: Path
     length: Length
     train_step: Callable
-    source: RowBatches
-    evaluator: Evaluator | None
+    source: Source
+    evaluator: Callable[..., Evaluation | None] | None
     samples: Samples | None
     checkpoints: Checkpoints
     metrics: Metrics
@@ -221,9 +231,9 @@ class Run:
             self.metrics.write_samples(step, self.samples.write(params))
 
 
-def validation_losses(evaluator: Evaluator, state: TrainState, should_stop: Callable[[], bool]) -> dict[str, float] | None:
-    """val/loss and, with EMA, val/ema_loss, in nats per token; and val/bits_per_byte, of the EMA if there is one. None if
-    `should_stop` became true before the end.
+def validation_losses(evaluator: Callable, state: TrainState, should_stop: Callable[[], bool]) -> dict[str, float] | None:
+    """val/loss and, with EMA, val/ema_loss; and, of the EMA if there is one, val/bits_per_byte and the loss's own metrics. None
+    if `should_stop` became true before the end.
     """
     weights = {"val/loss": state.params}
     if state.ema_params is not None:
@@ -232,9 +242,10 @@ def validation_losses(evaluator: Evaluator, state: TrainState, should_stop: Call
     if result is None:
         return None
     losses = {name: result.loss(name) for name in weights}
+    last = list(weights)[-1]
     if result.bytes:
-        losses["val/bits_per_byte"] = result.bits_per_byte(list(weights)[-1])
-    return losses
+        losses["val/bits_per_byte"] = result.bits_per_byte(last)
+    return losses | {f"val/{metric.rpartition('/')[2]}": value for metric, value in result.metrics(last).items()}
 
 
 def _fingerprints(train_rows: Rows, val_rows: Rows | None, training: ConfigDict) -> tuple[str, str | None]:
@@ -246,9 +257,11 @@ def _fingerprints(train_rows: Rows, val_rows: Rows | None, training: ConfigDict)
     return train, fingerprint(val_rows, n_measured) + " within documents" * training.document_mask
 
 
-def _evaluator(programs: setup.Setup, val_rows: Rows, tokenizer, training: ConfigDict) -> Evaluator:
-    bytes_per_token_V = token_bytes.bytes_per_token(tokenizer)
-    return Evaluator(programs.eval_step, val_rows, bytes_per_token_V, training.batch_size, training.eval_iters, programs.mesh)
+def _reference(config: ConfigDict, programs: setup.Setup, origin: resume.Origin, folder: Path) -> Reference:
+    training, mesh = config.training, programs.mesh
+    score = make_score_step(programs.graph, mesh)
+    n_heads, dtype = config.model.n_heads, programs.c.dtype.name
+    return Reference(folder, origin, training.init_from, n_heads, dtype, score, mesh, training.batch_size)
 
 
 def _samples(programs: setup.Setup, tokenizer, training: ConfigDict) -> Samples:

@@ -13,6 +13,7 @@ from mateconv_jax.training.throughput import Throughput
 from mateconv_jax.training.writers import (
     JsonlWriter,
     LogWriter,
+    MarginWatch,
     MetricWriter,
     ProgressBar,
     TensorBoardWriter,
@@ -60,7 +61,7 @@ class Metrics:
             self._board = TensorBoardWriter(folder / "tensorboard", start_step + 1)
             self._bar = ProgressBar(start_step, total_steps)
             jsonl = JsonlWriter(folder / "metrics.jsonl", start_step, evaluated)
-            self._writers += [self._board, jsonl, LogWriter(total_steps), self._bar]
+            self._writers += [self._board, jsonl, LogWriter(total_steps), MarginWatch(), self._bar]
             self._profiler = Profiler(folder / "tensorboard", profile_step)
 
     def __enter__(self):
@@ -105,7 +106,7 @@ class Metrics:
         on_host = jax.device_get({name: value for name, value in on_device.items() if name != "leaf_norms"})
         scalars = {name: float(value) for name, value in on_host.items()} | self._throughput.measure(step)
         if step == 1:
-            logging.info("initial loss: %.4f", scalars["train/loss"])
+            logging.info("initial loss: %.6f", scalars["train/loss"])
         self.write(step, scalars)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:

@@ -1,6 +1,7 @@
 """The data of a run, checked against the model."""
 
 import dataclasses
+from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerFast
 
@@ -19,12 +20,15 @@ class DataOptions:
     seq_len: int
 
 
-def open_data(data: DataOptions, vocab_size: int, document_mask: bool) -> tuple[Rows, Rows | None, PreTrainedTokenizerFast]:
+def open_data(
+    data: DataOptions, vocab_size: int, document_mask: bool, check: Callable[[Dataset], None] = lambda dataset: None
+) -> tuple[Rows, Rows | None, PreTrainedTokenizerFast]:
     """Training rows, validation rows (None: there are none) and tokenizer.
 
     Args:
       vocab_size: of the model.
       document_mask: whether rows say where documents start. Those of packed dialogues always do.
+      check: raises UserError where the run cannot learn from a dataset; see Objective.check.
 
     Raises:
       UserError: they do not fit each other or the model; the message names the key.
@@ -47,6 +51,7 @@ def open_data(data: DataOptions, vocab_size: int, document_mask: bool) -> tuple[
     tokenizer = _tokenizer(data, train)
     datasets = [dataset for dataset in (train, validation) if dataset is not None]
     for dataset in datasets:
+        check(dataset)
         _check(dataset, data.seq_len, tokenizer)
     if (needed := tokenizer_lib.vocab_size(tokenizer)) > vocab_size:
         raise UserError(

@@ -21,7 +21,7 @@ from mateconv_jax.errors import UserError, check_name
 from mateconv_jax.runtime import distributed
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
-DYING_SECONDS = 10.0  # a killed process holds its lock until the system has taken its memory back
+DYING_SECONDS = 30.0  # a killed process holds its lock until the system has taken its memory back
 BEAT_SECONDS = 10.0
 DEAD_SECONDS = 60.0  # without a heartbeat
 

@@ -9,22 +9,21 @@ import math
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mateconv_jax import config as config_lib, intervals
 from mateconv_jax.errors import UserError
-from mateconv_jax.losses.next_token import next_token_loss
 from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.device import Device
 from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.runtime import sharding
-from mateconv_jax.training import optimizer, train_state
-from mateconv_jax.training.batch_shape import START, BatchShape, Position
+from mateconv_jax.training import objective as objective_lib, optimizer, train_state
+from mateconv_jax.training.batch_shape import START, Position
+from mateconv_jax.training.objective import Objective
 from mateconv_jax.training.optimizer import OptimizerOptions, ScheduleOptions
-from mateconv_jax.training.step import LossFn, StepOptions, make_eval_step, make_train_step
+from mateconv_jax.training.step import StepOptions, make_eval_step, make_train_step
 from mateconv_jax.training.train_state import TrainState
 
 
@@ -38,7 +37,7 @@ class Setup:
       init: makes a fresh TrainState; called inside jit.
       abstract_state, abstract_batch: shapes with their shardings.
       train_step: jitted, (state, batch) -> (state, metrics); see step.make_train_step.
-      eval_step: jitted, (params, batch) -> (sum, weight); see step.make_eval_step.
+      eval_step: jitted, (params, batch) -> (sum, weight, metrics); see step.make_eval_step.
     """
 
     c: ModelConfig
@@ -67,7 +66,7 @@ def model_config(config: ConfigDict, device: Device | None = None) -> ModelConfi
 
 
 def build(
-    config: ConfigDict, c: ModelConfig, mesh: Mesh, total_steps: int, loss_fn: LossFn | None = None, learned: bool = False
+    config: ConfigDict, c: ModelConfig, mesh: Mesh, total_steps: int, objective: Objective | None = None, learned: bool = False
 ) -> Setup:
     """A run's programs.
 
@@ -75,8 +74,8 @@ def build(
       config: resolved.
       c: made for the mesh's devices.
       total_steps: of the learning-rate schedule.
-      loss_fn: see losses/loss_output.py; None: next_token_loss as the config says.
-      learned: whether rows say what is learned of them, for abstract_batch.
+      objective: None: that of the config.
+      learned: whether the dataset's rows say what is learned of them, for abstract_batch.
 
     Raises:
       UserError: the batch cannot be split over the mesh.
@@ -84,7 +83,8 @@ def build(
     training = config.training
     sharding.check_batch_size(training.batch_size, mesh)
     graph, abstract_params = abstract_model(c)
-    loss_fn = loss_fn or functools.partial(next_token_loss, z_loss=training.z_loss, remat=training.remat)
+    objective = objective or objective_lib.of(config)
+    loss_fn = objective.loss_fn
     tx = optimizer.make_optimizer(config_lib.options(OptimizerOptions, training), c)
     schedule = optimizer.make_schedule(config_lib.options(ScheduleOptions, training), total_steps)
     init = functools.partial(train_state.init, c, tx, training.seed, training.use_ema)
@@ -96,27 +96,10 @@ def build(
         abstract_params=abstract_params,
         init=init,
         abstract_state=abstract_state,
-        abstract_batch=abstract_batch(batch_shape(config), training.document_mask, learned, mesh),
+        abstract_batch=objective.abstract_batch(mesh, learned),
         train_step=make_train_step(graph, loss_fn, tx, schedule, config_lib.options(StepOptions, training), abstract_state),
         eval_step=make_eval_step(graph, loss_fn),
     )
-
-
-def batch_shape(config: ConfigDict) -> BatchShape:
-    return BatchShape(config.training.batch_size, config.training.accumulation_steps, config.data.seq_len)
-
-
-def abstract_batch(shape: BatchShape, document_mask: bool, learned: bool, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A step's batch: micro-batches of rows (see data/rows.py), with the fields that the loss needs."""
-    rows = shape.accumulation_steps, shape.batch_size
-    spread = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.batch(mesh, 1))
-    tokens = spread((*rows, shape.seq_len + 1), jnp.uint16)
-    batch = {"tokens": tokens, "length": spread(rows, jnp.int32)}
-    if document_mask or learned:
-        batch["document_starts"] = spread(tokens.shape, jnp.bool)
-    if learned:
-        batch["learned"] = spread(tokens.shape, jnp.bool)
-    return batch
 
 
 # ---- how long -----------------------------------------------------------------------------------------------------

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from mateconv_jax.losses.loss_output import LossOutput
+from mateconv_jax.losses.preference import score_answers
 from mateconv_jax.model.attention.deterministic import deterministic_attention
-from mateconv_jax.runtime import xla_flags
+from mateconv_jax.runtime import sharding, xla_flags
 from mateconv_jax.training import gradient_sums, norms
 from mateconv_jax.training.train_state import TrainState
 
@@ -79,8 +81,23 @@ def lower(train_step, state: TrainState, batch, deterministic: bool) -> jax.stag
 
 
 def make_eval_step(graph: nnx.GraphDef, loss_fn: LossFn):
-    """The jitted `(params, batch) -> (LossOutput.sum, LossOutput.weight)`."""
-    return jax.jit(lambda params, batch: loss_fn(nnx.merge(graph, params), batch, None)[:2])
+    """The jitted `(params, batch) -> (LossOutput.sum, LossOutput.weight, those of its metrics that are plain sums)`."""
+
+    def eval_step(params, batch):
+        output = loss_fn(nnx.merge(graph, params), batch, None)
+        metrics = {name: total for name, total in output.metrics.items() if not hasattr(total, "means")}
+        return output.sum, output.weight, metrics
+
+    return jax.jit(eval_step)
+
+
+def make_score_step(graph: nnx.GraphDef, mesh: Mesh):
+    """The jitted `(params, batch of pairs) -> (B, 2)`: summed log-probabilities of the answers, a copy on every device."""
+
+    def score(params, batch):
+        return score_answers(nnx.merge(graph, params), batch).log_prob_B2
+
+    return jax.jit(score, out_shardings=sharding.replicated(mesh))
 
 
 def gradients_of_sums(graph, loss_fn: LossFn, seed: int, params, batch, step, scale, device=0, gather=lambda params: params):

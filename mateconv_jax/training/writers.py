@@ -165,6 +165,30 @@ class LogWriter:
         logging.flush()
 
 
+class MarginWatch:
+    """Says once that preferences move nothing: that after 50 steps policy and reference are still the same."""
+
+    AFTER = 50  # steps
+    STILL = 1e-3  # nats of the margin between the rewards: the loss is then still 0.693
+
+    def __init__(self):
+        self._done = False
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        if self._done or step < self.AFTER or "dpo/kl" not in scalars:  # without a reference the margin does not begin at 0
+            return
+        self._done = True
+        if abs(scalars["dpo/margin"]) < self.STILL:
+            logging.warning(
+                "nothing moves: the margin between the rewards is %.1e after %d steps, at a learning rate of %.1e "
+                "(expected about 0.01 by now; a larger training.learning_rate or a shorter warm-up would change that)",
+                scalars["dpo/margin"], step, scalars["lr"],
+            )  # fmt: skip
+
+    def close(self) -> None:
+        pass
+
+
 class ProgressBar:
     """On a terminal, a progress bar over steps with the newest numbers; elsewhere nothing."""
 

@@ -70,8 +70,8 @@ def test_a_folder_of_a_newer_version_is_an_error(dataset_folder, tmp_path):
     shutil.copy(dataset_folder / "metadata.json", tmp_path)
     metadata = json.loads((tmp_path / "metadata.json").read_text())
     assert metadata["version"] == shards.VERSION == 2 and metadata["learned"] is False
-    (tmp_path / "metadata.json").write_text(json.dumps(metadata | {"version": 3}))
-    with pytest.raises(UserError, match=r"data.train_data_path: .* has rows of version 3, this project reads up to 2"):
+    (tmp_path / "metadata.json").write_text(json.dumps(metadata | {"version": 4}))
+    with pytest.raises(UserError, match=r"data.train_data_path: .* has rows of version 4, this project reads up to 3"):
         open_dataset(tmp_path, "data.train_data_path", 32)
 
 

@@ -47,3 +47,16 @@ def test_dialogues_withhold_some_facts_and_a_wording_of_each():
 
 def test_sentences_keep_what_follows_the_last_mark():
     assert demo.sentences("一。二？三") == ["一。", "二？", "三"]
+
+
+def test_preferences_ask_as_dialogues_do_and_prefer_the_bare_answer():
+    preferences = list(demo.corpus(3000, 0, "preferences"))
+    asked_in_dialogues = {turn["content"] for document in demo.corpus(8000, 0, "dialogues") for turn in document["messages"]}
+    facts = {question: fact for fact in demo.FACTS for question in demo.questions(fact)}
+    for document in preferences:
+        *prompt, chosen = document["chosen"]
+        assert document["rejected"][:-1] == prompt and prompt[-1]["content"] in asked_in_dialogues
+        fact = facts[prompt[-1]["content"]]
+        assert chosen["content"] == demo.short_answer(fact) in demo.statement(fact)
+        assert document["rejected"][-1]["content"] == demo.statement(fact)
+    assert len({json.dumps(document) for document in preferences}) > 1500

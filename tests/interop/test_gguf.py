@@ -74,7 +74,7 @@ def tokenizer(dataset_folder):
 
 
 def config_of(c: ModelConfig):
-    keys = [*hf_config.KEYS, *(key for key in vars(c) if "rope" in key), "qk_norm", "use_moe"]
+    keys = [*hf_config.KEYS, *(key for key in vars(c) if "rope" in key), "qk_norm", "qkv_bias", "use_moe"]
     values = {key: getattr(c, key) for key in keys}
     return hf_config.configuration(values, "test")
 
@@ -174,7 +174,7 @@ def log_prob_errors(generator: TextGenerator, llama_cpp: LlamaCpp, prompt: str, 
 
 
 @pytest.mark.parametrize(
-    "name", ["llama, a free head_dim, untied", "llama 3", "yarn", "qwen3, a free head_dim, untied", "qwen3, yarn"]
+    "name", ["llama, a free head_dim, untied", "llama 3", "yarn", "qwen2", "qwen3, a free head_dim, untied", "qwen3, yarn"]
 )
 def test_llama_cpp_writes_the_same_text(name, tokenizer, tmp_path):
     model = random_model(name)
@@ -260,7 +260,7 @@ def yarn(**values):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (put("general.architecture", "gemma"), "general.architecture is 'gemma' (expected llama or qwen3)"),
+        (put("general.architecture", "gemma"), "general.architecture is 'gemma' (expected llama or qwen2 or qwen3)"),
         (put("llama.expert_count", 8), "llama.expert_count is 8 (expected 0"),
         (put("llama.rope.scaling.type", "linear"), "llama.rope.scaling.type is 'linear' (expected 'none' or 'yarn')"),
         (put("llama.rope.scaling.type", "yarn"), "llama.rope.scaling.factor is missing"),
@@ -351,6 +351,9 @@ def test_what_llama_cpp_has_not_is_not_written(tokenizer, dataset_folder, tmp_pa
     yarn = dict(rope_scaling="yarn", rope_factor=8.0)
     assert "model.rope_beta_fast 16.0 (llama.cpp always uses 32.0)" in error(dict(yarn, rope_beta_fast=16.0))
     assert "model.rope_truncate False (llama.cpp always uses True)" in error(dict(yarn, rope_truncate=False, qk_norm=True))
+    assert "qwen2 has no Llama 3" in error(dict(qkv_bias=True, rope_factor=8.0, rope_original_max_seq_len=64))
+    assert "model.head_dim 16 (llama.cpp's qwen2 has only dim / n_heads" in error(dict(qkv_bias=True, head_dim=16))
+    assert "model.qk_norm True and model.qkv_bias True" in error(dict(qkv_bias=True, qk_norm=True))
     assert "model.use_moe True" in error(dict(use_moe=True))
     assert "q8_0 needs rows of a multiple of 32 numbers; those of blk.0.ffn_down.weight have 200" in error(
         dict(hidden_dim=200), "q8_0"

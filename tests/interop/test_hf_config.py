@@ -18,6 +18,7 @@ YARN = dict(rope_scaling="yarn", rope_factor=4.0, rope_original_max_seq_len=128)
 MODELS = {
     "base": {},
     "llama 3, untied": dict(LLAMA3, tie_word_embeddings=False, head_dim=48, n_kv_heads=2),
+    "qwen2": dict(qkv_bias=True, rope_theta=1e6, norm_eps=1e-6),
     "qwen3": dict(qk_norm=True, rope_theta=1e6, norm_eps=1e-6, max_seq_len=1024),
     "yarn": dict(YARN, rope_theta=1e6, qk_norm=True, head_dim=48),
     "yarn, every setting": dict(YARN, rope_beta_fast=16.0, rope_beta_slow=2.0, rope_truncate=False, rope_attention_factor=1.5),
@@ -40,7 +41,8 @@ def test_a_model_comes_back_from_transformers_as_it_was(changes, tmp_path):
     model = model_of(**changes)
     (tmp_path / "config.json").write_text(json.dumps(hf_config.to_hf(model, "float32", TOKENS)))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
-    assert type(theirs).__name__ == ("Qwen3Config" if model.qk_norm else "LlamaConfig")
+    kind = "Qwen3" if model.qk_norm else "Qwen2" if model.qkv_bias else "Llama"
+    assert type(theirs).__name__ == f"{kind}Config"
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 0)
     theirs.save_pretrained(tmp_path / "again")
     written = json.loads((tmp_path / "again" / "config.json").read_text())
@@ -121,6 +123,12 @@ def test_minimind_has_norms_of_queries_and_keys_if_its_weights_do():
         (dict(rope_scaling={"rope_type": "llama3", "factor": 4}), "no low_freq_factor"),
         (dict(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}), "rope_type is 'linear'"),
         (dict(use_sliding_window=True), "use_sliding_window is True"),
+        (dict(sliding_window=1024, max_position_embeddings=2048), "sliding_window is 1024"),
+        (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types has 'sliding_attention'"),
+        (dict(rope_interleaved=True), "rope_interleaved is True"),
+        (dict(logit_scale=0.0625), "logit_scale is 0.0625"),
+        (dict(attn_logit_softcapping=50.0), "attn_logit_softcapping is 50.0, an unknown setting"),
+        (dict(attention_multiplier=0.0625), "attention_multiplier is 0.0625, an unknown setting"),
         (dict(quantization_config={"bits": 4}), "quantization_config is"),
         (dict(num_attention_heads=5), "c.json: model.dim: 64 is not divisible"),
         (dict(hidden_size="64"), "c.json: .*dim"),
@@ -129,3 +137,38 @@ def test_minimind_has_norms_of_queries_and_keys_if_its_weights_do():
 def test_what_this_model_does_not_have_is_one_clear_error(changes, message):
     with pytest.raises(UserError, match=message):
         hf_config.from_hf(LLAMA | changes, False, "c.json")
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Qwen3", "Qwen2Moe", "Qwen3Moe"])
+def test_what_transformers_itself_writes_is_known(name, tmp_path):
+    config = getattr(transformers, f"{name}Config")(head_dim=64, hidden_size=256, num_attention_heads=4, num_key_value_heads=4)
+    if name == "Qwen2Moe":
+        config.shared_expert_intermediate_size = config.moe_intermediate_size
+    config.architectures = [f"{name}ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    for values in (json.loads((tmp_path / "config.json").read_text()), config.to_dict()):
+        assert hf_config.architecture(hf_config.from_hf(values, False, "x").model) == f"{name}ForCausalLM"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(attn_logit_softcapping=None, attention_sinks=False),  # features that are off
+        dict(sliding_window=4096, use_sliding_window=False),  # Qwen2.5
+        dict(sliding_window=2048, max_position_embeddings=2048),
+        {
+            "rope_interleaved": False,
+            "is_llama_config": True,
+            "transformers.js_config": {"dtype": "q4"},
+            "_name_or_path": "x",
+        },  # SmolLM2
+        dict(unsloth_fixed=True, unsloth_version="2025.1"),
+    ],
+)
+def test_what_changes_nothing_may_be_said(changes):
+    assert (
+        hf_config.from_hf(LLAMA | changes, False, "x").model
+        == hf_config.from_hf(
+            LLAMA | {key: value for key, value in changes.items() if key in hf_config.KEYS.values()}, False, "x"
+        ).model
+    )

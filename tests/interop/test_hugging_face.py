@@ -23,9 +23,10 @@ MODELS = {
         rope_scaling="yarn", rope_factor=4.0, rope_original_max_seq_len=32, rope_beta_fast=16.0, rope_truncate=False,
         rope_attention_factor=1.3, tie_word_embeddings=False,
     ),
+    "Qwen2": dict(qkv_bias=True),
     "Qwen3, a free head_dim": dict(qk_norm=True, head_dim=16, rope_theta=1e6, norm_eps=1e-6),
     "Qwen2Moe": dict(use_moe=True, n_routed_experts=3),
-    "Qwen2Moe, one expert": dict(use_moe=True, num_experts_per_tok=1),
+    "Qwen2Moe, one expert, biases": dict(use_moe=True, num_experts_per_tok=1, qkv_bias=True),
     "Qwen3Moe": dict(use_moe=True, qk_norm=True, n_shared_experts=0, head_dim=16, norm_topk_prob=False),
 }  # fmt: skip
 
@@ -89,9 +90,10 @@ def test_logits_equal_transformers_and_its_own_save_reads_back_bit_for_bit(chang
     [
         (dict(use_moe=True, n_shared_experts=0), "model.qk_norm False and model.n_shared_experts 0"),
         (dict(use_moe=True, qk_norm=True), "model.qk_norm True and model.n_shared_experts 1"),
+        (dict(qk_norm=True, qkv_bias=True), "model.qk_norm True and model.qkv_bias True"),
     ],
 )
-def test_experts_that_transformers_has_not_are_said(changes, message, tokenizer, tmp_path):
+def test_models_that_transformers_has_not_are_said(changes, message, tokenizer, tmp_path):
     with pytest.raises(UserError, match=message):
         write(tmp_path / "x", tokenizer, **changes)
 

@@ -22,6 +22,7 @@ MODELS = {
     "llama, a free head_dim, untied": dict(head_dim=12, tie_word_embeddings=False),
     "llama 3": dict(rope_factor=8.0, rope_original_max_seq_len=64),
     "yarn": dict(YARN, rope_attention_factor=1.5, tie_word_embeddings=False),
+    "qwen2": dict(qkv_bias=True, tie_word_embeddings=False),
     "qwen3": dict(qk_norm=True, rope_theta=1e6, norm_eps=1e-6),
     "qwen3, a free head_dim, untied": dict(qk_norm=True, head_dim=16, tie_word_embeddings=False),
     "qwen3, yarn": dict(YARN, qk_norm=True, head_dim=16, tie_word_embeddings=False),
@@ -30,7 +31,7 @@ MODELS = {
 
 def transformers_model(c, seed=0):
     """Random weights of transformers' own, its norms' too, large enough for peaked attention."""
-    kind = "Qwen3" if c.qk_norm else "Llama"
+    kind = "Qwen3" if c.qk_norm else "Qwen2" if c.qkv_bias else "Llama"
     rope = {"rope_type": "default", "rope_theta": c.rope_theta}
     if c.rope_factor != 1 and c.rope_scaling == "yarn":
         rope |= dict(
@@ -65,7 +66,14 @@ def tensors_of(model) -> dict[str, Tensor]:
 def random_params(c, seed=1):
     graph, params = nnx.split(Transformer(c, nnx.Rngs(seed)))
     keys = iter(jax.random.split(jax.random.key(seed), 1000))
-    return graph, jax.tree.map(lambda p: 3 * p if p.ndim > 1 else p + 0.3 * jax.random.normal(next(keys), p.shape), params)
+
+    def vary(p):
+        if p.ndim > 1:
+            return 3 * p
+        scale = 0.3 if p.any() else 0.05  # biases start at 0; large ones make every answer the same
+        return p + scale * jax.random.normal(next(keys), p.shape)
+
+    return graph, jax.tree.map(vary, params)
 
 
 def both_logits(graph, params, theirs, n_tokens):

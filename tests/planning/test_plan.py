@@ -11,6 +11,7 @@ from mateconv_jax.errors import exit_code
 from mateconv_jax.model import flops
 from mateconv_jax.planning import plan as plan_lib, target
 from mateconv_jax.runtime import xla_flags
+from tests.data.build.preparing import prepare, write_jsonl
 from tests.planning.conftest import needs_compiler
 
 BASE = f"--config={Path(__file__).parents[2] / 'configs/base.py'}"
@@ -162,3 +163,27 @@ def test_xla_flags_are_the_users_first(monkeypatch):
         assert xla_flags.compiler_options(platform) == options
         monkeypatch.setenv("XLA_FLAGS", f"--{flag}=1")
         assert xla_flags.compiler_options(platform) == {}
+
+
+@pytest.mark.slow
+def test_a_plan_of_preferences_counts_what_is_scored_before_the_first_step(monkeypatch, capsys, dataset_folder, tmp_path):
+    records = [{"prompt": f"{i}？", "chosen": "好。", "rejected": "不好。"} for i in range(20)]
+    flags = ("--tokenizer", dataset_folder / "tokenizer", "--seq_len", 64, "--val_fraction", "0")
+    pairs = prepare(write_jsonl(tmp_path / "raw.jsonl", records), tmp_path / "pairs", *flags)
+    capsys.readouterr()
+    flags = [*TINY, "--config.model.vocab_size=400", "--config.loss.kind=sigmoid", f"--config.data.train_data_path={pairs}"]
+    code, out, _ = run(monkeypatch, capsys, *flags, "--gpu=this", "--quick", "--json")
+    plan = json.loads(out)
+    assert code == 0 and plan["tokens_per_step"] == 8 * 2 * 64
+    reference = plan["reference"]
+    assert reference["pairs"] == 20 and reference["seconds"] == pytest.approx(3 * reference["seconds_per_batch"])
+    assert 0.2 < reference["flops"] / plan["training"]["flops"] < 0.5  # a forward pass is a third
+    seconds = plan["run"]["tokens"] / plan["measured"]["tokens_per_second"] + reference["seconds"]
+    assert plan["run"]["hours"] == pytest.approx(seconds / 3600)
+
+    from rich.console import Console
+
+    from mateconv_jax.planning.tables import print_plan
+
+    print_plan(plan, Console(width=200))
+    assert "reference: 20 pairs scored once before the first step" in capsys.readouterr().out

@@ -304,3 +304,25 @@ def test_a_real_run_has_a_report(tiny_config):
     assert (
         len(lines_in(page.svg(), curves.colors(1)[0])) == 5 and len(lines_in(page.svg(), curves.colors(1)[0], dashed=True)) == 1
     )
+
+
+def test_preferences_have_their_own_curves_and_rows(make_run, tmp_path):
+    lines = [
+        {"step": 1, "train/loss": 0.6931, "dpo/margin": 0.0, "dpo/accuracy": 0.0, "dpo/kl": 0.0, "lr": 1e-6},
+        {"step": 10, "train/loss": 0.5, "dpo/margin": 0.61, "dpo/accuracy": 0.875, "dpo/kl": 0.2, "lr": 1e-6},
+        {"step": 10, "val/loss": 0.55, "val/margin": 0.4, "val/accuracy": 0.75},
+    ]
+    [run] = history.read_runs([make_run("dpo", lines)])
+    assert run.tokens_per_step == 2 * 2 * 8 * 32
+    page = write_report([make_run("dpo2", lines)], str(tmp_path / "report.html"), 0)
+    cells = {row[0]: row[1] for table in Page(page).tables for row in table if len(row) > 1}
+    found = {
+        key: value for key, value in cells.items() if "argin" in key or "ccuracy" in key or key.startswith("Validation loss")
+    }
+    assert [value for value in found.values()] == [
+        "0.5500 at step 10", "0.5500 at step 10", "0.6100 at step 10", "0.8750 at step 10", "0.4000 at step 10", "0.7500 at step 10",
+    ], found  # fmt: skip
+    with_panels, without = (
+        curves.draw(history.read_runs([make_run(name, some)]), 0, "svg") for name, some in (("a", lines), ("b", LINES))
+    )
+    assert "Preference accuracy" in with_panels.decode() and "Preference accuracy" not in without.decode()

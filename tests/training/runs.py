@@ -50,7 +50,9 @@ def steps_in(folder):
 
 def flags_of(config, out_dir):
     """The command line that trains as `config` does."""
-    values = {f"{section}.{key}": value for section in ("model", "data", "training") for key, value in config[section].items()}
+    values = {
+        f"{section}.{key}": value for section in ("model", "data", "loss", "training") for key, value in config[section].items()
+    }
     values["training.out_dir"] = out_dir
     overrides = [f"--config.{key}={value}" for key, value in values.items() if value is not None]
     return [f"--config={ROOT / 'configs' / 'base.py'}", *overrides]

@@ -17,7 +17,7 @@ from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.runtime import sharding
-from mateconv_jax.training import loop, setup
+from mateconv_jax.training import batches, loop, objective
 from mateconv_jax.training.batch_shape import Position
 from mateconv_jax.training.batches import RowBatches
 from mateconv_jax.training.checkpoints import Checkpoints
@@ -89,7 +89,7 @@ def test_what_a_run_writes(tiny_config):
     assert metrics[-1]["val/bits_per_byte"] == pytest.approx(metrics[-1]["val/ema_loss"] * n_tokens / np.log(2) / n_bytes)
     log = (folder / "train.log").read_text()
     assert "FLOPs per token" in log and "peak per device: unknown" in log
-    assert "ln(400) = 5.9915" in log and f"initial loss: {training[0]['train/loss']:.4f}" in log
+    assert "ln(400) = 5.9915" in log and f"initial loss: {training[0]['train/loss']:.6f}" in log
 
 
 def test_a_finished_run_is_left_as_it_is(tiny_config):
@@ -377,12 +377,12 @@ def test_another_model_in_the_run_folder(tiny_config):
 def test_the_source_of_batches_gets_the_parameters_of_its_step(tiny_config, tmp_path, monkeypatch):
     given = {}
 
-    class Source(loop.RowBatches):
+    class Source(RowBatches):
         def __call__(self, step, params):
             given.setdefault(step, jax.device_get(params["norm"]["scale_D"][...]))
             return super().__call__(step, params)
 
-    monkeypatch.setattr(loop, "RowBatches", Source)
+    monkeypatch.setattr(batches, "RowBatches", Source)
     train(tiny_config, tmp_path / "out", max_steps=3, save_interval=1, keep_latest=9, eval_interval=100)
     assert given.keys() == {0, 1, 2} and not np.array_equal(given[0], given[2])
     for step in (1, 2):
@@ -393,11 +393,11 @@ def test_a_batch_is_a_function_of_its_step(tiny_config):
     config = config_lib.resolve(tiny_config)
     mesh = sharding.make_mesh()
     rows = open_dataset(config.data.train_data_path, "", 32).rows("train")
-    training, shape = config.training, setup.batch_shape(config)
+    training, shape = config.training, objective.of(config).shape
     in_order, source = (RowBatches(rows, shape, training.seed, config.data.shuffle, 2, mesh, Position()) for _ in range(2))
-    batches = [in_order(step, None) for step in range(6)]
+    expected = [in_order(step, None) for step in range(6)]
     for step in (3, 3, 4, 1, 0, 5):
-        jax.tree.map(np.testing.assert_array_equal, source(step, None), batches[step])
+        jax.tree.map(np.testing.assert_array_equal, source(step, None), expected[step])
 
 
 def test_a_steps_metrics_are_read_after_the_next_step_is_dispatched(tiny_config, tmp_path, monkeypatch):

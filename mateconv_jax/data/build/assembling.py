@@ -29,7 +29,8 @@ from mateconv_jax.errors import UserError
 NAME = "mateconv"  # of the TFDS dataset
 DESCRIPTION = (
     "Rows of seq_len + 1 tokens; those of texts overlap by one; `length` of them are real. `document_starts`: a bit a token, "
-    "the lowest of a byte first; 1 where a document begins. `learned`, where there are dialogues: bits, 1 for tokens to learn."
+    "the lowest of a byte first; 1 where a document begins. `learned`, where there are dialogues: bits, 1 for tokens to learn. "
+    "Rows of pairs have another dimension of 2 in front: the chosen and the rejected dialogue."
 )
 
 
@@ -65,7 +66,7 @@ def assemble(
     tokenizer = tokenizer_lib.load(tokenizer_folder, "--tokenizer")
     vocab_size = tokenizer_lib.vocab_size(tokenizer)
     statistics, shards = _gather(chunks, folder, vocab_size)
-    format = RowFormat(seq_len, vocab_size, any(counts["learned"] for found in shards.values() for _, counts in found))
+    format = _format_of(shards, statistics, seq_len, vocab_size)
     split_infos = [_place_split(folder, split, found, format) for split, found in shards.items() if found]
     if also_bin:
         _write_bins(folder, shards, format)
@@ -77,6 +78,7 @@ def assemble(
         "seq_len": seq_len,
         "vocab_size": format.vocab_size,
         "version": format.version,
+        "content": "pairs" if format.pairs else "texts",
         "learned": format.learned,
         "tokenizer_fingerprint": tokenizer_lib.fingerprint(tokenizer),
         "splits": figures["splits"],
@@ -95,6 +97,12 @@ def assemble(
 
 
 Shards = dict[str, list[tuple[Path, dict]]]  # {split: [(shard, its counts)]}, see chunk_writer.py
+
+
+def _format_of(shards: Shards, statistics: Statistics, seq_len: int, vocab_size: int) -> RowFormat:
+    if any(counts.pairs for counts in statistics.splits.values()):
+        return RowFormat.of_pairs(seq_len, vocab_size)
+    return RowFormat(seq_len, vocab_size, any(counts["learned"] for found in shards.values() for _, counts in found))
 
 
 def _gather(chunks: list[Path], folder: Path, vocab_size: int) -> tuple[Statistics, Shards]:
@@ -147,6 +155,9 @@ def _read(path: Path, format: RowFormat) -> Batch:
 
 
 def _write_bins(folder: Path, shards: Shards, format: RowFormat) -> None:
+    if format.pairs:
+        print("--also_bin: no .bin file is written, which cannot hold pairs", file=sys.stderr)
+        return
     if format.learned:
         print("--also_bin: a .bin file does not say which tokens are learned, only the dataset folder does", file=sys.stderr)
     for split, found in shards.items():

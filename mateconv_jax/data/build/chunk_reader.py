@@ -9,6 +9,7 @@ import numpy as np
 
 from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.build.statistics import Statistics
+from mateconv_jax.data.dialogue import Preference
 from mateconv_jax.data.text import duplicates, encodings
 from mateconv_jax.data.text.cleaning import Cleaner, control_token_pattern
 from mateconv_jax.data.text.jsonl import Document, parse_line, parse_text
@@ -20,6 +21,7 @@ UNREADABLE = {
     "broken_file", "line_too_long", "invalid_utf8", "invalid_json", "lone_surrogate", "not_an_object", "no_text",
     "no_such_token", "chat_template", "bad_row", "bad_history", "unknown_role", "unsupported_field", "unsupported_part",
     "role_not_in_template", "field_not_in_template", "learned_unclear", "control_token", "nothing_to_learn",
+    "learn_everything",
 }  # fmt: skip
 LIKELY_BYTES = 1 << 12  # of a record that is not UTF-8, to guess its encoding
 REFUSED = 255  # a code beside those of duplicates.py: refused by the chat template, or a shard of one token
@@ -30,6 +32,8 @@ class InputCounts:
     """Counts of one input's records in one chunk.
 
     Attributes:
+      documents, pairs: records that are texts or dialogues, and those that are preferences.
+      first_document, first_pair: their first lines.
       first: "line: reason" of the first unreadable record.
       broken: the file could not be read to its end.
       head: the first bytes of that record as Latin-1, to recognise the file's real format.
@@ -43,6 +47,19 @@ class InputCounts:
     broken: bool = False
     head: str = ""
     encoding: str = ""
+    documents: int = 0
+    pairs: int = 0
+    first_document: int | None = None
+    first_pair: int | None = None
+
+    def add_parsed(self, line: int, is_pair: bool) -> None:
+        """Count a record that was parsed."""
+        if is_pair:
+            self.pairs += 1
+            self.first_pair = self.first_pair or line
+        else:
+            self.documents += 1
+            self.first_document = self.first_document or line
 
     def add(self, rule: str, line: int, reason: str, record: bytes = b"") -> None:
         """Count a rejected record."""
@@ -108,6 +125,7 @@ def read_chunk(chunk: Chunk, options: PrepareOptions, special_tokens: tuple[str,
                 else:
                     parsed, schema, dropped = _parse(record, part.source.format, options)
                     result.statistics.schemas[schema] += 1
+                    counts.add_parsed(line, isinstance(parsed, Preference))
                     if dropped:
                         result.statistics.ignored_fields.update(dropped)
                     pieces, key, changed, text = _document_of(parsed, cleaner, options)

@@ -8,6 +8,9 @@ A finished chunk is a folder:
     rejected.jsonl       {"file", "line", "rule", "reason"}
     chunk.json           {"digest": hash of the input, "splits": {split: {"rows", "streamed_rows", "bytes", "learned"}},
                          "inputs": see InputCounts}
+
+The rows are pairs if there are preferences in the chunk. One that has texts or dialogues as well is never used, see
+build/unreadable.py.
 """
 
 import array
@@ -23,13 +26,14 @@ import tokenizers
 from mateconv_jax import files
 from mateconv_jax.data.build import packing
 from mateconv_jax.data.build.chunk_reader import REFUSED, CleanChunk, InputCounts, rejects_of
-from mateconv_jax.data.build.dialogues import RowDialogue, RowDialogues
+from mateconv_jax.data.build.dialogues import RowDialogue, RowDialogues, RowPair
 from mateconv_jax.data.build.options import SPLITS, PrepareOptions
-from mateconv_jax.data.dialogue import Dialogue
+from mateconv_jax.data.dialogue import Dialogue, Preference
 from mateconv_jax.data.rows import starts_after_end
 from mateconv_jax.data.shards import RowFormat, token_dtype, write_shard
 from mateconv_jax.data.text import duplicates
 from mateconv_jax.data.text.dialogue import texts as texts_of
+from mateconv_jax.data.text.jsonl import Document
 from mateconv_jax.data.text.rejected import Rejected
 
 ENCODE_CHARACTERS = 50_000  # per call of the tokenizer: 4 times as many were 10 % slower and took more memory
@@ -89,16 +93,18 @@ class ChunkWriter:
         inputs = [dataclasses.asdict(counts) for counts in chunk.inputs]
         (folder / "chunk.json").write_text(json.dumps({"digest": chunk.digest, "splits": splits, "inputs": inputs}))
 
-    def _encode_dialogues(self, chunk: CleanChunk, codes: np.ndarray) -> dict[int, RowDialogue]:
-        """{document: tokens} of the dialogues to keep. Dialogues that cannot be encoded become rejects."""
-        found = {}
+    def _encode_dialogues(self, chunk: CleanChunk, codes: np.ndarray) -> dict[int, RowDialogue | RowPair]:
+        """{document: tokens} of the dialogues and preferences to keep. Those that cannot be encoded become rejects."""
+        found: dict[int, RowDialogue | RowPair] = {}
         for i in np.flatnonzero(codes == duplicates.KEPT).tolist():
-            if isinstance(dialogue := chunk.documents[i][0], Dialogue):
-                try:
-                    found[i] = self._dialogues.encode(dialogue)
-                    chunk.statistics.cleaned.update(oldest_turns=found[i].n_dropped > 0)
-                except Rejected as error:
-                    self._refuse(chunk, codes, i, error.rule, str(error))
+            try:
+                if isinstance(document := chunk.documents[i][0], Dialogue):
+                    found[i] = encoded = self._dialogues.encode(document)
+                    chunk.statistics.cleaned.update(oldest_turns=encoded.n_dropped > 0)
+                elif isinstance(document, Preference):
+                    found[i] = self._dialogues.encode_pair(document)
+            except Rejected as error:
+                self._refuse(chunk, codes, i, error.rule, str(error))
         chunk.statistics.cleaned = +chunk.statistics.cleaned
         return found
 
@@ -109,9 +115,13 @@ class ChunkWriter:
         chunk.inputs[number].add(rule, line, reason)
 
     def _write_split(
-        self, path: Path, split: str, chunk: CleanChunk, codes: np.ndarray, chosen: list[int], encoded: dict[int, RowDialogue]
+        self, path: Path, split: str, chunk: CleanChunk, codes: np.ndarray, chosen: list[int], encoded: dict
     ) -> dict | None:
-        """Write the chosen documents' rows: first texts, cut at row ends, then whole dialogues. None if there are none."""
+        """Write the chosen documents' rows: pairs, or first texts, cut at row ends, then whole dialogues. None if there are
+        none.
+        """
+        if pairs := [i for i in chosen if isinstance(encoded.get(i), RowPair)]:
+            return self._write_pairs(path, split, chunk, pairs, encoded)
         whole = [i for i in chosen if i in encoded] if self.options.learn != "everything" else []
         streamed = [i for i in chosen if i not in encoded or self.options.learn == "everything"]
         pieces: list[Piece] = []
@@ -137,6 +147,17 @@ class ChunkWriter:
         texts = [text for i in streamed + whole for piece in chunk.documents[i] for text in _texts_of(piece)]
         chunk.statistics.add_documents(split, texts, list(map(len, ids)), np.concatenate(ids), rows, counts["bytes"])
         return counts | {"learned": format.learned}
+
+    def _write_pairs(self, path: Path, split: str, chunk: CleanChunk, chosen: list[int], encoded: dict[int, RowPair]) -> dict:
+        pairs = [encoded[i] for i in chosen]
+        rows = packing.pair_rows(pairs, self.options.seq_len, token_dtype(self._vocab_size))
+        write_shard(path, rows, RowFormat.of_pairs(self.options.seq_len, self._vocab_size))
+        counts = {"rows": len(pairs), "streamed_rows": 0, "bytes": path.stat().st_size, "learned": True}
+        texts = [text for i in chosen for text in _texts_of(chunk.documents[i][0])]
+        lengths = rows["length"].max(axis=1).tolist()
+        tokens = np.concatenate([answer.ids for pair in pairs for answer in pair])
+        chunk.statistics.add_documents(split, texts, lengths, tokens, rows, counts["bytes"])
+        return counts
 
     def _stream(self, pieces: list[Piece], ids: list[np.ndarray], dtype: np.dtype) -> dict[str, np.ndarray]:
         tokens = np.concatenate(ids).astype(dtype, copy=False)
@@ -165,7 +186,9 @@ class ChunkWriter:
                     yield piece if isinstance(piece, np.ndarray) else piece.ids
 
 
-def _texts_of(piece: str | Dialogue | np.ndarray) -> Sequence[str]:
+def _texts_of(piece: Document | np.ndarray) -> Sequence[str]:
+    if isinstance(piece, Preference):
+        return texts_of(piece.chosen) + texts_of(piece.rejected)
     return [piece] if isinstance(piece, str) else texts_of(piece) if isinstance(piece, Dialogue) else []
 
 

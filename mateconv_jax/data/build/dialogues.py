@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mateconv_jax.data.build.options import PrepareOptions
-from mateconv_jax.data.dialogue import Dialogue
+from mateconv_jax.data.dialogue import Dialogue, Preference
 from mateconv_jax.data.text.rejected import Rejected
 from mateconv_jax.errors import UserError
 
@@ -25,6 +25,13 @@ class RowDialogue(NamedTuple):
     ids: np.ndarray
     learned: np.ndarray
     n_dropped: int = 0
+
+
+class RowPair(NamedTuple):
+    """The tokens of a preference's two dialogues, of which only the answers are learned."""
+
+    chosen: RowDialogue
+    rejected: RowDialogue
 
 
 class RowDialogues:
@@ -58,7 +65,23 @@ class RowDialogues:
             raise Rejected("nothing_to_learn", "no turn of the assistant")
         return encoded
 
-    def _encode(self, dialogue: Dialogue) -> RowDialogue:
+    def encode_pair(self, preference: Preference) -> RowPair:
+        """The tokens of both dialogues, each at most a row: a prompt that lost its beginning would be another prompt.
+
+        Raises:
+          Rejected: the chat template refuses a dialogue, or it is too long for a row; or options.learn says "everything".
+        """
+        if self._options.learn == "everything":
+            raise Rejected("learn_everything", "of a preference only the answers can be learned (expected --learn assistant)")
+        pair = RowPair(*(self._encode(dialogue, preference.n_prompt) for dialogue in (preference.chosen, preference.rejected)))
+        longest, most = max(len(encoded.ids) for encoded in pair), self._options.seq_len + 1
+        if longest > most:
+            raise Rejected("too_long_pair", f"{longest} tokens in the longer dialogue (a row holds {most} of each)")
+        if not all(encoded.learned[1:].any() for encoded in pair):
+            raise Rejected("nothing_to_learn", "an answer has no token")
+        return pair
+
+    def _encode(self, dialogue: Dialogue, n_prompt: int = 0) -> RowDialogue:
         from mateconv_jax.data.tokenizer.chat import ChatEncoder, TemplateRefuses
 
         if self._encoder is None:
@@ -68,7 +91,7 @@ class RowDialogues:
             except UserError as error:  # no chat template
                 raise Rejected("chat_template", str(error).removeprefix("chat: ")) from error
         try:
-            ids, learned = self._encoder.encode(dialogue)
+            ids, learned = self._encoder.encode(dialogue, n_prompt)
         except TemplateRefuses as error:
             raise Rejected(error.rule, error.reason) from error
         return RowDialogue(np.array(ids, np.uint32), np.array(learned, bool))

@@ -1,10 +1,11 @@
-"""Pack token streams and whole dialogues into rows."""
+"""Token streams, whole dialogues and pairs as rows."""
 
 import bisect
 from collections.abc import Sequence
 
 import numpy as np
 
+from mateconv_jax.data.build.dialogues import RowPair
 from mateconv_jax.data.rows import Batch
 
 
@@ -53,6 +54,20 @@ def pack_whole(documents: Sequence[tuple[np.ndarray, np.ndarray]], seq_len: int,
             starts_RS[r, length_R[r]] = True
             length_R[r] += len(ids)
     return {"tokens": tokens_RS, "document_starts": starts_RS, "learned": learned_RS, "length": length_R}
+
+
+def pair_rows(pairs: Sequence[RowPair], seq_len: int, dtype: np.dtype) -> Batch:
+    """A row for each pair, of dialogues of at most seq_len + 1 tokens: tokens and learned (R, 2, S + 1), padded with 0, and
+    length (R, 2) int32.
+    """
+    tokens_R2S = np.zeros((len(pairs), 2, seq_len + 1), dtype)
+    learned_R2S = np.zeros(tokens_R2S.shape, bool)
+    length_R2 = np.zeros(tokens_R2S.shape[:2], np.int32)
+    for r, pair in enumerate(pairs):
+        for i, (ids, learned, _) in enumerate(pair):
+            length_R2[r, i] = len(ids)
+            tokens_R2S[r, i, : len(ids)], learned_R2S[r, i, : len(ids)] = ids, learned
+    return {"tokens": tokens_R2S, "learned": learned_R2S, "length": length_R2}
 
 
 def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:

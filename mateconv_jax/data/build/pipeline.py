@@ -26,7 +26,7 @@ from mateconv_jax.data.text import sources as sources_lib
 from mateconv_jax.data.text.sources import Chunk, Source
 from mateconv_jax.errors import UserError
 
-CHUNK_VERSION = 3  # of the finished chunks' folders
+CHUNK_VERSION = 4  # of the finished chunks' folders
 
 
 def prepare(

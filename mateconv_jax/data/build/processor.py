@@ -11,7 +11,7 @@ from mateconv_jax import files
 from mateconv_jax.data.build import chunk_reader, pipeline, work_folder
 from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.dataset import is_dataset
-from mateconv_jax.data.dialogue import Dialogue
+from mateconv_jax.data.dialogue import Dialogue, Preference
 from mateconv_jax.data.text import duplicates, sources
 from mateconv_jax.data.text.cleaning import CleaningOptions
 from mateconv_jax.data.text.dialogue import as_record
@@ -66,7 +66,7 @@ class DataProcessor:
                 codes = seen.mark(cleaned.keys)
                 for i in np.flatnonzero(codes == duplicates.KEPT):
                     for piece in cleaned.documents[i]:
-                        record = as_record(piece) if isinstance(piece, Dialogue) else {"text": piece}
+                        record = as_record(piece) if isinstance(piece, Dialogue | Preference) else {"text": piece}
                         cleaned_file.write(json.dumps(record, ensure_ascii=False) + "\n")
                         counts["documents"] += 1
                 for reject in chunk_reader.rejects_of(cleaned, codes):

@@ -34,6 +34,7 @@ class SplitCounts:
     bytes: int = 0  # on disk
     filled: int = 0  # non-padding positions; the token that two overlapping rows share counts twice
     targets: int = 0  # tokens that contribute to the loss
+    pairs: int = 0  # rows that are pairs, of two sequences each
 
     def __add__(self, other: "SplitCounts") -> "SplitCounts":
         return SplitCounts(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
@@ -66,7 +67,7 @@ class Statistics:
 
         Args:
           texts: the documents' text, split in any way; empty if only token ids are known.
-          lengths: tokens per document, including control tokens.
+          lengths: tokens per document, including control tokens; of a pair, those of the longer dialogue.
           tokens: (n,) token ids of all documents, below vocab_size.
           rows: the rows they were packed into.
           n_bytes: size of the shard on disk.
@@ -74,7 +75,9 @@ class Statistics:
         # surrogatepass: lone surrogates count like any other code point.
         characters = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
         filled, targets = int(rows["length"].sum()), int(learned_targets(rows).sum())
-        counts = SplitCounts(len(lengths), len(characters), len(tokens), len(rows["length"]), n_bytes, filled, targets)
+        n_rows = len(rows["length"])
+        pairs = n_rows if rows["length"].ndim == 2 else 0
+        counts = SplitCounts(len(lengths), len(characters), len(tokens), n_rows, n_bytes, filled, targets, pairs)
         self.splits[split] = self.splits.get(split, SplitCounts()) + counts
         self.document_lengths.update(_occurrences(np.array(lengths)))
         self.code_points.update(_occurrences(characters))
@@ -175,7 +178,8 @@ def summary(statistics: Statistics, tokenizer: "PreTrainedTokenizerFast", seq_le
         "rows": total.rows,
         "splits": {split: dataclasses.asdict(statistics.splits[split]) for split in sorted(statistics.splits)},
         "targets": total.targets,
-        "filled_share": _ratio(total.filled, total.rows * (seq_len + 1)),
+        "pairs": total.pairs,
+        "filled_share": _ratio(total.filled, (total.rows + total.pairs) * (seq_len + 1)),
         "lines": statistics.lines,
         "bytes_in": statistics.bytes_in,
         "bytes_out": total.bytes,
@@ -335,6 +339,8 @@ def print_table(summary: dict, folder: str | Path) -> None:
         counts.add_column(Text(split), justify="right")
     for key in ("documents", "characters", "tokens", "rows"):
         counts.add_row(key, *(f"{split[key]:,}" for split in splits.values()))
+    if summary["pairs"]:
+        counts.add_row("pairs", *(f"{split['pairs']:,}" for split in splits.values()))
     if summary["targets"] < summary["tokens"] - summary["rows"]:  # dialogues: some tokens are not targets
         counts.add_row("learned tokens", *(f"{split['targets']:,}" for split in splits.values()))
     counts.add_row("on disk", *(_size(split["bytes"]) for split in splits.values()))

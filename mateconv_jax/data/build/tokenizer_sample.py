@@ -12,7 +12,7 @@ from mateconv_jax import files
 from mateconv_jax.data.build import chunk_reader, identity
 from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.build.unreadable import UnreadableInputs
-from mateconv_jax.data.dialogue import Dialogue
+from mateconv_jax.data.dialogue import Dialogue, Preference
 from mateconv_jax.data.text.dialogue import other_texts
 from mateconv_jax.data.text.sources import Chunk, Part, Source
 from mateconv_jax.errors import UserError
@@ -114,10 +114,17 @@ def clean_texts(chunks: Iterable[Chunk], options: PrepareOptions, unreadable: Un
                 if isinstance(piece, str):
                     yield piece
                 elif isinstance(piece, Dialogue):
-                    yield from (f"{message['role']}\n{message['content']}" for message in piece.messages)
-                    yield from other_texts(piece)
+                    yield from _turns(piece)
+                elif isinstance(piece, Preference):
+                    yield from _turns(piece.chosen)
+                    yield from _turns(dataclasses.replace(piece.rejected, messages=piece.rejected.messages[piece.n_prompt :]))
     if unreadable:
         unreadable.finish()
+
+
+def _turns(dialogue: Dialogue) -> Iterator[str]:
+    yield from (f"{message['role']}\n{message['content']}" for message in dialogue.messages)
+    yield from other_texts(dialogue)
 
 
 def save(tokenizer, folder: Path) -> None:

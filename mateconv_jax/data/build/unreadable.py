@@ -1,4 +1,6 @@
-"""Stop for inputs that would silently vanish: mostly rejected, or not readable to their end."""
+"""Stop for inputs that would silently vanish, mostly rejected or not readable to their end, and for those that cannot be in one
+dataset.
+"""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -34,6 +36,7 @@ class UnreadableInputs:
         self._found: dict[str, InputCounts] = {}
         self._waiting: Counter[str] = Counter()  # chunks in progress, by input
         self._newest = ""
+        self._document = self._pair = ""  # FILE:LINE of the first of each
 
     def begin(self, paths: Iterable[str]) -> None:
         """A chunk with records of these inputs is in progress. All but the last of them have been read to their end."""
@@ -51,6 +54,7 @@ class UnreadableInputs:
             found.broken |= counts.broken
             if counts.first and not found.first:
                 found.path, found.first, found.head, found.encoding = counts.path, counts.first, counts.head, counts.encoding
+            self._check_together(counts)
             self._waiting[name] -= 1
             if name != self._newest and not self._waiting[name] or found.records == found.unreadable >= HOPELESS:
                 self._check(found)
@@ -59,6 +63,18 @@ class UnreadableInputs:
         """Check all inputs, after the last chunk. Raises UserError like `done`."""
         for counts in self._found.values():
             self._check(counts)
+
+    def _check_together(self, counts: InputCounts) -> None:
+        """Raises UserError where there are both texts and preferences: rows of one kind cannot be learned as the other."""
+        if counts.first_document is not None:
+            self._document = self._document or f"{counts.path}:{counts.first_document}"
+        if counts.first_pair is not None:
+            self._pair = self._pair or f"{counts.path}:{counts.first_pair}"
+        if self._document and self._pair:
+            raise UserError(
+                f"--input: preferences ({self._pair!r}) and texts or dialogues ({self._document!r}) cannot be in one dataset "
+                "(prepare each of them alone: the model is trained on one dataset after the other)"
+            )
 
     def _name(self, path: str) -> str:
         return "*.txt" if self._one_document_files and ".txt" in Path(path.lower()).suffixes else path

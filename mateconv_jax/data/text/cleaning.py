@@ -8,6 +8,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+from mateconv_jax.data.dialogue import Dialogue, Preference
+from mateconv_jax.data.text import preference_schemas
 from mateconv_jax.data.text.dialogue import map_texts, texts
 from mateconv_jax.data.text.jsonl import Document
 from mateconv_jax.data.text.rejected import Rejected
@@ -95,15 +97,23 @@ class Cleaner:
         changed: set[str] = set()
         if isinstance(document, str):
             document = text = self._mend(document, changed)
-        else:
-            document = map_texts(
-                document,
-                prose=lambda text: self._mend(text, changed),
-                data=lambda text: self._mend(text, changed, whitespace=False),  # a separator " " must not become an empty one
-            )
+        elif isinstance(document, Dialogue):
+            document = self._mend_dialogue(document, changed)
             text = "\n".join(texts(document))
+        else:
+            chosen, rejected = (self._mend_dialogue(dialogue, changed) for dialogue in (document.chosen, document.rejected))
+            document = Preference(chosen, rejected)
+            preference_schemas.check(document)
+            text = "\n".join(texts(chosen) + texts(rejected))
         self._check(text, splittable=isinstance(document, str))
         return document, changed
+
+    def _mend_dialogue(self, dialogue: Dialogue, changed: set[str]) -> Dialogue:
+        return map_texts(
+            dialogue,
+            prose=lambda text: self._mend(text, changed),
+            data=lambda text: self._mend(text, changed, whitespace=False),  # a separator " " must not become an empty one
+        )
 
     def pieces(self, document: Document) -> Sequence[Document]:
         """The document, or, if it is longer than max_chars, pieces that concatenate to it."""

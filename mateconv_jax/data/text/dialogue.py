@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from mateconv_jax.data.dialogue import Dialogue, texts_in
+from mateconv_jax.data.dialogue import Dialogue, Preference, texts_in
 from mateconv_jax.data.text.rejected import Rejected
 
 
@@ -15,8 +15,11 @@ def is_dialogue(messages) -> bool:
     return isinstance(messages, list) and bool(messages) and all(map(is_message, messages))
 
 
-def as_record(dialogue: Dialogue) -> dict:
-    """The line of JSON that `dialogue_schemas.parse` turns into this dialogue again."""
+def as_record(dialogue: Dialogue | Preference) -> dict:
+    """The line of JSON that is parsed into this dialogue, or preference, again."""
+    if isinstance(dialogue, Preference):
+        record = {"chosen": dialogue.chosen.messages, "rejected": dialogue.rejected.messages}
+        return record | ({"tools": dialogue.chosen.tools} if dialogue.chosen.tools else {})
     return {"messages": dialogue.messages} | ({"tools": dialogue.tools} if dialogue.tools else {})
 
 

@@ -4,6 +4,7 @@ OpenAI's messages, MiniMind's and ShareGPT's conversations, Alpaca, and pairs of
 """
 
 import ast
+import functools
 import re
 import warnings
 from collections.abc import Callable
@@ -57,13 +58,13 @@ def parse(record: dict) -> tuple[str, Dialogue] | None:
     for schema in SCHEMAS:
         if all(record.get(key) is not None for key in schema.keys):
             messages = schema.messages(record)
-            if system := _optional_text(record, "system"):
+            if system := system_of(record):
                 if messages[0]["role"] == "system" and messages[0]["content"] != system:
                     raise Rejected("unsupported_field", "both 'system' and a first message of the system")
                 if messages[0]["role"] != "system":
                     messages.insert(0, {"role": "system", "content": system})
             name = "sharegpt" if schema.keys[0] in CHAT_KEYS and "from" in record[schema.keys[0]][0] else schema.name
-            return name, Dialogue(messages, _all_tools(record, messages))
+            return name, Dialogue(messages, all_tools(record, messages))
     return None
 
 
@@ -85,22 +86,27 @@ def drop_fields(record: dict, fields: tuple[str, ...]) -> set[str]:
         if isinstance(record.get(key), str):
             record[key] = _list_of(record, key)
         drop(record.get(key))
+    for key in ("chosen", "rejected", "prompt"):
+        drop(record.get(key))
     return dropped
 
 
 # ---- lists of messages --------------------------------------------------------------------------------------------
 
 
-def _chat(key: str) -> Callable[[dict], list[dict]]:
-    def messages(record: dict) -> list[dict]:
-        record[key] = given = _list_of(record, key)
-        if not given:
-            raise Rejected("no_text", f"{key!r} is empty")
-        if not _is_empty(record.get("history")):
-            raise _unsupported(f"'history' beside {key!r}, where it would be lost")
-        return [_message(number, message) for number, message in enumerate(given, 1)]
+def messages_of(record: dict, key: str) -> list[dict]:
+    """The messages under this key."""
+    record[key] = given = _list_of(record, key)
+    if not given:
+        raise Rejected("no_text", f"{key!r} is empty")
+    if not _is_empty(record.get("history")):
+        raise _unsupported(f"'history' beside {key!r}, where it would be lost")
+    return [_message(number, message) for number, message in enumerate(given, 1)]
 
-    return messages
+
+def system_of(record: dict) -> str:
+    """What the record's own key says that the system says; empty: it has none."""
+    return _optional_text(record, "system")
 
 
 def _message(number: int, given) -> dict:
@@ -226,7 +232,7 @@ def _tools(what: str, value) -> list[dict] | None:
     return None if _is_empty(value) else _objects(what, value) or None
 
 
-def _all_tools(record: dict, messages: list[dict]) -> list[dict] | None:
+def all_tools(record: dict, messages: list[dict]) -> list[dict] | None:
     """The tools that stand beside the messages, or in one of them, from which they are taken out."""
     found = [_tools(f"{key!r}", record[key]) for key in _TOOLS if key in record]
     found += [message.pop("tools") for message in messages if "tools" in message]
@@ -241,7 +247,7 @@ def _all_tools(record: dict, messages: list[dict]) -> list[dict] | None:
 
 def _pair(question: str, answer: str) -> Callable[[dict], list[dict]]:
     def messages(record: dict) -> list[dict]:
-        return [*_history(record), *_turns(text_of(record, question), text_of(record, answer))]
+        return [*history_of(record), *_turns(text_of(record, question), text_of(record, answer))]
 
     return messages
 
@@ -252,14 +258,14 @@ def _alpaca(record: dict) -> list[dict]:
     question = "\n".join(part for part in parts if part.strip())
     if not question:
         raise Rejected("empty", "'instruction' and 'input' are empty")
-    return [*_history(record), *_turns(question, text_of(record, "output"))]
+    return [*history_of(record), *_turns(question, text_of(record, "output"))]
 
 
 def _turns(question: str, answer: str) -> list[dict]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _history(record: dict) -> list[dict]:
+def history_of(record: dict) -> list[dict]:
     """Earlier turns: a list of [question, answer], or the text of that list."""
     messages = []
     for i, pair in enumerate([] if _is_empty(record.get("history")) else _list_of(record, "history"), 1):
@@ -327,7 +333,7 @@ def _kind(value) -> str:
 
 
 SCHEMAS = [
-    *(Schema(key, (key,), _chat(key)) for key in CHAT_KEYS),
+    *(Schema(key, (key,), functools.partial(messages_of, key=key)) for key in CHAT_KEYS),
     *(Schema("/".join(keys), keys, _pair(*keys)) for keys in [("prompt", "response"), ("prompt", "completion")]),
     *(Schema("alpaca", keys, _alpaca) for keys in [("instruction", "output"), ("input", "output")]),
     *(Schema("/".join(keys), keys, _pair(*keys)) for keys in [("q", "a"), ("query", "response"), ("question", "answer")]),

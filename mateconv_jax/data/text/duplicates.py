@@ -11,6 +11,7 @@ from hashlib import blake2b
 import numpy as np
 import orjson
 
+from mateconv_jax.data.dialogue import Preference
 from mateconv_jax.data.text.dialogue import other_texts
 from mateconv_jax.data.text.jsonl import Document
 
@@ -45,17 +46,23 @@ def band_keys(text: str, threshold: float) -> np.ndarray:
 
 
 def document_key(document: Document) -> int:
-    """Of everything that a chat template may write of a dialogue, each where it stands."""
+    """Of everything that a chat template may write of a dialogue, or of a preference's two, each where it stands."""
     if isinstance(document, str):
         return text_key(document)
-    written = orjson.dumps([document.messages, document.tools], option=orjson.OPT_SORT_KEYS)
+    dialogues = [document.chosen, document.rejected] if isinstance(document, Preference) else [document]
+    parts = [part for dialogue in dialogues for part in (dialogue.messages, dialogue.tools)]
+    written = orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)
     return int.from_bytes(blake2b(written, digest_size=8).digest(), "little")
 
 
 def document_text(document: Document) -> str:
-    """What near duplicates are compared by: the text, or all of a dialogue's roles and texts, one a line."""
+    """What near duplicates are compared by: the text, or all of a dialogue's roles and texts, one a line; of a preference those
+    of both dialogues.
+    """
     if isinstance(document, str):
         return document
+    if isinstance(document, Preference):
+        return f"{document_text(document.chosen)}\n{document_text(document.rejected)}"
     turns = [part for message in document.messages for part in (message["role"], message["content"])]
     return "\n".join(turns + other_texts(document))
 

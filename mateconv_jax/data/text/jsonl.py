@@ -5,12 +5,12 @@ from collections.abc import Set
 
 import orjson
 
-from mateconv_jax.data.dialogue import Dialogue
-from mateconv_jax.data.text import dialogue_schemas
+from mateconv_jax.data.dialogue import Dialogue, Preference
+from mateconv_jax.data.text import dialogue_schemas, preference_schemas
 from mateconv_jax.data.text.dialogue_schemas import text_of
 from mateconv_jax.data.text.rejected import Rejected
 
-Document = str | Dialogue
+Document = str | Dialogue | Preference
 
 NOTHING = frozenset()
 
@@ -18,14 +18,15 @@ NOTHING = frozenset()
 def parse_line(line: bytes, text_key: str, ignore_fields: tuple[str, ...] = ()) -> tuple[Document, str, Set[str]]:
     """One JSONL line as a document.
 
-    A line with "messages" or "conversations" is a dialogue; otherwise one with `text_key` is text; otherwise it is a dialogue
-    in the first of `dialogue_schemas.SCHEMAS` whose keys it has. Other keys of the line are metadata.
+    A line with "messages" or "conversations" is a dialogue; otherwise one with `text_key` is text; otherwise one with two
+    answers is a preference; otherwise it is a dialogue in the first of `dialogue_schemas.SCHEMAS` whose keys it has. Other keys
+    of the line are metadata.
 
     Args:
       ignore_fields: dropped from the line, its messages and their parts before anything else.
 
     Returns:
-      The document; "text", or the name of its dialogue schema; those of ignore_fields that it had.
+      The document; "text", or the name of its schema; those of ignore_fields that it had.
 
     Raises:
       Rejected: what is wrong with the line.
@@ -42,9 +43,10 @@ def parse_line(line: bytes, text_key: str, ignore_fields: tuple[str, ...] = ()) 
     is_chat = "messages" in record and record["messages"] is not None
     if not is_chat and ("conversations" not in record or record["conversations"] is None) and record.get(text_key) is not None:
         return text_of(record, text_key), "text", dropped
-    if found := dialogue_schemas.parse(record):
-        schema, dialogue = found
-        return dialogue, schema, dropped
+    is_chat = is_chat or record.get("conversations") is not None
+    if found := (None if is_chat else preference_schemas.parse(record)) or dialogue_schemas.parse(record):
+        schema, document = found
+        return document, schema, dropped
     keys = ", ".join(f"{key[:40]!r}" + " (null)" * (record[key] is None) for key in list(record)[:8]) or "none"
     raise Rejected("no_text", f"no key {text_key!r} or those of a dialogue (there are: {keys})")
 

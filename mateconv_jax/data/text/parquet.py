@@ -5,7 +5,7 @@ from typing import BinaryIO
 
 import orjson
 
-from mateconv_jax.data.text import dialogue_schemas
+from mateconv_jax.data.text import dialogue_schemas, preference_schemas
 from mateconv_jax.data.text.lines import Record, too_long
 from mateconv_jax.errors import UserError
 
@@ -30,7 +30,7 @@ def rows(file: BinaryIO, size: int | None, text_key: str, longest: int, progress
     try:
         opened = parquet.ParquetFile(file, buffer_size=PAGE_BUFFER_BYTES, pre_buffer=False)
         there = opened.schema_arrow.names
-        columns = [name for name in there if name == text_key or name in dialogue_schemas.KEYS]
+        columns = [name for name in there if name == text_key or name in dialogue_schemas.KEYS | preference_schemas.KEYS]
         if not columns:
             yield 1, ("broken_file", f"no column {text_key!r} or those of a dialogue (there are: {', '.join(there):.300})")
             return

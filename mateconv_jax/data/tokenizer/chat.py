@@ -43,12 +43,15 @@ class ChatEncoder:
         self._answers = AnswerFinder(self._template)
         self._learn = learn
 
-    def encode(self, dialogue: Dialogue) -> EncodedDialogue:
+    def encode(self, dialogue: Dialogue, n_prompt: int = 0) -> EncodedDialogue:
         """Token ids as transformers' `apply_chat_template` gives them, and which of them are learned.
 
         Learned is what the assistant has to write in its turns: all behind the generation prompt, up to and with the end
         token. A token is learned if any of its characters is. Control tokens (added tokens that are special) that a text
         of the dialogue spells out, in whatever field, are plain characters.
+
+        Args:
+          n_prompt: of the first messages nothing is learned.
 
         Raises:
           TemplateRefuses: the template raises an error, leaves out a role or a field, or writes in a way from which
@@ -64,6 +67,7 @@ class ChatEncoder:
         if self._learn == "everything":
             return EncodedDialogue(ids, len(ids) * [True])
         turns = self._answers.turns(renderer, rendering, messages, tools is not None)
+        turns = turns[sum(message["role"] == "assistant" for message in messages[:n_prompt]) :]
         spans = [span for turn in (turns if self._learn == "assistant" else turns[-1:]) for span in turn]
         return EncodedDialogue(ids, _tokens_within(spans, offsets))
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
+from mateconv_jax.data.dialogue import Dialogue, Preference
 from mateconv_jax.data.text import jsonl, sources as sources_lib
 from mateconv_jax.data.text.rejected import Rejected
 from mateconv_jax.data.tokenizer.chat import ChatEncoder, EncodedDialogue, TemplateRefuses
@@ -23,7 +24,8 @@ Piece = tuple[str, list[int], bool]  # text, its ids, whether it is learned
 
 
 def show(tokenizer: PreTrainedTokenizerFast, file: str, text_key: str, learn: str, as_json: bool) -> bool:
-    """Print every dialogue of a file. A malformed line, or one that the chat template refuses, is an error on standard error.
+    """Print every dialogue of a file, of a preference both. A malformed line, or one that the chat template refuses, is an
+    error on standard error.
 
     As JSON: {"ids": […], "learned": [0, 1, …]}, a line each. Otherwise a line for each line of the rendering, with its ids
     beside it: coloured on a terminal; elsewhere with a tab between the two, and brackets around what is learned.
@@ -46,24 +48,37 @@ def show(tokenizer: PreTrainedTokenizerFast, file: str, text_key: str, learn: st
             if isinstance(document, str):
                 n_texts += 1
                 continue
-            encoded = encoder.encode(document)
+            found = _encoded(encoder, document)
         except (Rejected, TemplateRefuses) as error:
             print(f"error: {place}: {str(error).removeprefix('chat: ')}", file=sys.stderr)
             n_errors += 1
             continue
-        if as_json:
-            print(json.dumps({"ids": encoded.ids, "learned": list(map(int, encoded.learned))}))
-        elif console.is_terminal and not console.no_color:
-            console.print(_table(place, tokenizer, encoded))
-        else:
-            print(_title(place, encoded))
-            for pieces in _lines(tokenizer, encoded):
-                texts = ((text, learned) for text, _, learned in pieces)
-                ids = ((" ".join(map(str, ids)), learned) for _, ids, learned in pieces)
-                print(_bracketed(texts, ""), _bracketed(ids, " "), sep="\t")
+        for which, encoded in found.items():
+            _print(place + which, tokenizer, encoded, console, as_json)
     if n_texts:
         print(f"{file}: plain text, which is learned whole, is not shown (lines: {n_texts:,})", file=sys.stderr)
     return n_errors == 0
+
+
+def _encoded(encoder: ChatEncoder, document: Dialogue | Preference) -> dict[str, EncodedDialogue]:
+    """The dialogue, or the two of a preference, by what is written behind their place."""
+    if isinstance(document, Dialogue):
+        return {"": encoder.encode(document)}
+    both = {", chosen": document.chosen, ", rejected": document.rejected}
+    return {which: encoder.encode(dialogue, document.n_prompt) for which, dialogue in both.items()}
+
+
+def _print(place: str, tokenizer: PreTrainedTokenizerFast, encoded: EncodedDialogue, console: Console, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"ids": encoded.ids, "learned": list(map(int, encoded.learned))}))
+    elif console.is_terminal and not console.no_color:
+        console.print(_table(place, tokenizer, encoded))
+    else:
+        print(_title(place, encoded))
+        for pieces in _lines(tokenizer, encoded):
+            texts = ((text, learned) for text, _, learned in pieces)
+            ids = ((" ".join(map(str, ids)), learned) for _, ids, learned in pieces)
+            print(_bracketed(texts, ""), _bracketed(ids, " "), sep="\t")
 
 
 def _records(file: str) -> Iterator[tuple[str, bytes | Rejected]]:
