@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import FieldReference
 
-from mateconv_jax.config_keys import KEYS, OnResume
+from mateconv_jax.config_keys import KEYS, REWARD_LOSSES, OnResume
 from mateconv_jax.errors import UserError
 
 Options = TypeVar("Options")
@@ -88,12 +88,19 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
 
 def _check_loss(config: ConfigDict) -> None:
-    """Raises UserError for keys that have no effect on this kind of loss, or miss what it needs."""
+    """Fill in loss.beta. Raises UserError for keys that have no effect on this kind of loss, or miss what it needs."""
     loss, training = config.loss, config.training
+    from_rewards = loss.kind in REWARD_LOSSES
+    if loss.beta is None:
+        loss.beta = 0.0 if from_rewards else 0.1
+    if loss.beta == 0 and not from_rewards:
+        raise UserError(f"loss.beta: 0 is not possible with loss.kind {loss.kind} (expected a number above 0)")
     if loss.label_smoothing and loss.kind not in ("sigmoid", "simpo"):
         raise UserError(f"loss.label_smoothing: has no effect on loss.kind {loss.kind} (expected sigmoid or simpo)")
-    if loss.sft_coef and loss.kind == "next_token":
-        raise UserError("loss.sft_coef: has no effect on loss.kind next_token, which is all cross-entropy (expected 0)")
+    if loss.sft_coef and (loss.kind == "next_token" or from_rewards):
+        raise UserError(f"loss.sft_coef: has no effect on loss.kind {loss.kind}, only on preferences (expected 0)")
+    if training.document_mask and from_rewards:
+        raise UserError(f"training.document_mask: has no effect on loss.kind {loss.kind} (expected False)")
     if training.z_loss and loss.kind != "next_token":
         raise UserError(f"training.z_loss: has no effect on loss.kind {loss.kind} (expected 0)")
 

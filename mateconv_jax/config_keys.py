@@ -32,6 +32,9 @@ INTERVAL: Check = (intervals.EXPECTED, intervals.is_interval)
 TEXTS: Check = ('texts, such as ("中国", "今天")', lambda value: all(isinstance(text, str) for text in value))
 
 
+REWARD_LOSSES = ("grpo", "bnpo", "dapo", "dr_grpo")  # values of loss.kind that learn from rewards
+
+
 def one_of(*choices) -> Check:
     return " or ".join(map(str, choices)), lambda value: value in choices
 
@@ -132,17 +135,46 @@ KEYS = [
 
     # ---- loss -------------------------------------------------------------------------------------------------------------
     Key("loss.kind", "next_token", FIXED,
-        "What is learned: the next token of texts and dialogues, or preferences (sigmoid is DPO), from a dataset of pairs.",
-        one_of("next_token", "sigmoid", "ipo", "orpo", "simpo")),
-    Key("loss.beta", 0.1, DIVERGES,
-        "Preferences: factor of log-ratios in rewards; the larger, the closer to the reference. orpo: weight of the odds.",
-        POSITIVE),
+        "What is learned: the next token of texts and dialogues; or preferences (sigmoid is DPO), from a dataset of pairs; or, "
+        "from rewards of the model's own answers to prompts, grpo, bnpo, dapo and dr_grpo (as TRL's loss_type).",
+        one_of("next_token", "sigmoid", "ipo", "orpo", "simpo", *REWARD_LOSSES)),
+    Key("loss.beta", None, DIVERGES,
+        "Preferences: factor of log-ratios in rewards; the larger, the closer to the reference. orpo: weight of the odds. "
+        "Rewards: weight of the KL divergence from training.init_from; 0: none. None: 0.1, with rewards 0.",
+        NOT_NEGATIVE, float),
     Key("loss.label_smoothing", 0.0, DIVERGES,
         "sigmoid and simpo: how likely a pair is labelled the wrong way round (cDPO).",
         ("a number from 0 to below 0.5", lambda value: 0 <= value < 0.5)),
     Key("loss.gamma", 0.5, DIVERGES, "simpo: margin that the chosen answer's reward shall have.", NOT_NEGATIVE),
     Key("loss.sft_coef", 0.0, DIVERGES,
         "Preferences: weight of the chosen answer's cross-entropy per token, added to the loss.", NOT_NEGATIVE),
+    Key("loss.epsilon", 0.2, DIVERGES, "Rewards: a token's probability ratio is clipped below 1 - epsilon.", BELOW_ONE),
+    Key("loss.epsilon_high", None, DIVERGES,
+        "Rewards: it is clipped above 1 + epsilon_high. None: epsilon; DAPO's clip-higher is 0.28.", POSITIVE, float),
+    Key("loss.scale_rewards", "group", DIVERGES,
+        "Divide advantages by the standard deviation of the rewards of a prompt's answers (group), of all the step's answers "
+        "(batch), or not (none, as Dr. GRPO recommends).", one_of("group", "batch", "none")),
+
+    # ---- rollout ----------------------------------------------------------------------------------------------------------
+    Key("rollout.samples", 8, DIVERGES,
+        "Answers to each prompt. A step has batch_size x accumulation_steps answers, to that many / samples prompts.",
+        ("a number of at least 2", lambda value: value >= 2)),
+    Key("rollout.max_new_tokens", 64, DIVERGES, "Longest answer; a prompt has the rest of data.seq_len + 1.", POSITIVE),
+    Key("rollout.temperature", 1.0, DIVERGES, "Divides the logits, in sampling and in the loss.", POSITIVE),
+    Key("rollout.top_k", 0, DIVERGES, "Sample from the k most likely tokens. 0: from all.", NOT_NEGATIVE),
+    Key("rollout.top_p", 1.0, DIVERGES, "Sample from the smallest set of tokens whose probability reaches p.", FRACTION),
+    Key("rollout.min_p", 0.0, DIVERGES,
+        "Sample from tokens at least this fraction as likely as the most likely one.", FRACTION),
+    Key("rollout.iterations", 1, DIVERGES, "Steps that learn from the same answers; TRL's num_iterations.", POSITIVE),
+
+    # ---- reward -----------------------------------------------------------------------------------------------------------
+    Key("reward.functions", (), DIVERGES,
+        "Python functions (prompts, completions, records) -> rewards, each as module:function.",
+        ('names, such as ("mateconv_jax.rewards:number_match",)',
+         lambda value: all(isinstance(name, str) and ":" in name for name in value))),
+    Key("reward.weights", (), DIVERGES, "Weight of each function's reward. (): 1 each.",
+        ("numbers, such as (1.0, 0.5)", lambda value: all(isinstance(x, int | float) for x in value))),
+    Key("reward.num_threads", 8, FREE, "Threads that call them.", POSITIVE),
 
     # ---- training: the run ------------------------------------------------------------------------------------------------
     Key("training.out_dir", "out", FREE, "The run folder: checkpoints, log, metrics, configuration, tokenizer."),

@@ -1,4 +1,5 @@
 """Evaluate a model on held-out text:  python -m mateconv_jax.evaluate --model_path=out --data=data/zh
+Score its answers with reward functions:  … --prompts=held_out.jsonl --reward mateconv_jax.rewards:number_match
 Score what it learned of the demo corpus:  python -m mateconv_jax.evaluate --model_path=runs/demo --demo
 """
 
@@ -13,31 +14,28 @@ def main(args):
     from mateconv_jax.runtime import compilation_cache  # the 3 s of imports come after checking the command line
 
     compilation_cache.enable()
-    if args.demo:
-        from mateconv_jax.evaluation.demo_score import score_demo
+    if args.data:
+        from mateconv_jax.evaluation import held_out
+
+        score, print_score = held_out.evaluate_run(
+            args.model_path, args.data, args.split, args.batch_size, args.max_batches, args.use_ema, args.dtype, args.tokenizer
+        ), held_out.print_table  # fmt: skip
+    else:
         from mateconv_jax.inference.text_generator import TextGenerator
 
-        score = score_demo(TextGenerator.from_pretrained(args.model_path, args.tokenizer, args.use_ema, args.dtype))
-        if args.json:
-            print(json.dumps(score))
-            return
-        print(f"grammar: {score['grammar']:.1%} of {score['sentences']} sampled sentences follow the demo corpus's grammar")
-        print(f"facts:   {score['facts']:.1%} of {score['questions']} questions that dialogues ask are answered correctly")
-        others, texts = score["other_wordings_questions"], score["texts_alone_questions"]
-        print(f"         {score['other_wordings']:.1%} of {others} in wordings that they have only for other facts")
-        print(f"         {score['texts_alone']:.1%} of {texts} about facts that only texts state")
-        if score["short"]:
-            print(f"         {score['short']:.1%} of all of them with the bare answer, as the demo's preferences have it")
-        return
-    from mateconv_jax.evaluation import held_out
+        generator = TextGenerator.from_pretrained(args.model_path, args.tokenizer, args.use_ema, args.dtype)
+        if args.demo:
+            from mateconv_jax.evaluation.demo_score import print_score, score_demo
 
-    result = held_out.evaluate_run(
-        args.model_path, args.data, args.split, args.batch_size, args.max_batches, args.use_ema, args.dtype, args.tokenizer
-    )
+            score = score_demo(generator)
+        else:
+            from mateconv_jax.evaluation.reward_score import print_score, score_prompts
+
+            score = score_prompts(generator, args.prompts, args.reward, args.max_new_tokens or 64)
     if args.json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(json.dumps(score, ensure_ascii=False))
     else:
-        held_out.print_table(result)
+        print_score(score)
 
 
 def parse_args(argv):
@@ -61,12 +59,13 @@ def parse_args(argv):
         help="a dataset folder from prepare; a flat .bin file; or any raw text that prepare accepts (JSONL, .txt, globs, -, "
         "tfds:…), which is tokenised with the model's tokenizer",
     )
+    what.add_argument("--prompts", metavar="FILE", help="a JSONL file of prompts, as for learning from reward")
     what.add_argument("--demo", action="store_true", help="score a model trained on the demo corpus")
     add(
         "--use_ema",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="use the EMA weights or the raw ones (default: both with --data, EMA with --demo, if the model has EMA weights)",
+        help="use the EMA weights or the raw ones (default: both with --data, else EMA, if the model has EMA weights)",
     )
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="compute dtype (default: auto)")
     add("--json", action="store_true", help="print one JSON object")
@@ -74,10 +73,16 @@ def parse_args(argv):
     group.add_argument("--split", help="split of a dataset folder (default: validation)")
     group.add_argument("--batch_size", type=int, help="rows over all devices (default: 8)")
     group.add_argument("--max_batches", type=int, help="stop after this many batches (default: score everything)")
+    group = parser.add_argument_group("with --prompts")
+    group.add_argument("--reward", nargs="+", metavar="MODULE:FUNCTION", help="functions that score the answers")
+    group.add_argument("--max_new_tokens", type=int, help="longest answer (default: 64)")
     args = parser.parse_args(argv)
-    for flag in ("split", "batch_size", "max_batches"):
-        if args.demo and getattr(args, flag) is not None:
-            parser.error(f"argument --{flag}: not allowed with argument --demo")
+    if args.prompts and not args.reward:
+        parser.error("argument --reward: required with --prompts (for example mateconv_jax.rewards:number_match)")
+    belongs = {"split": "data", "batch_size": "data", "max_batches": "data", "reward": "prompts", "max_new_tokens": "prompts"}
+    for flag, goes_with in belongs.items():
+        if getattr(args, flag) is not None and getattr(args, goes_with) is None:
+            parser.error(f"argument --{flag}: only allowed with argument --{goes_with}")
     return args
 
 

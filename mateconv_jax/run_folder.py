@@ -72,6 +72,11 @@ def best(folder: str | Path) -> Path:
     return Path(os.path.abspath(folder)) / "best"
 
 
+def rollouts(folder: str | Path) -> Path:
+    """The folder of answers that several steps learn from, see training/kept_rollouts.py."""
+    return Path(folder) / "rollouts"
+
+
 def unreadable(folder: str | Path) -> Path:
     """The folder that unreadable checkpoints are moved to."""
     return Path(os.path.abspath(folder)) / "unreadable"

@@ -13,12 +13,12 @@ from mateconv_jax.generation_config import PRESETS, GenerationConfig
 # {option: options that have no meaning with it}.
 EXCLUDES = {
     "interactive": ("prompt", "chat", "stream", "json", "num_samples", "batch_file", "truncate"),
-    "batch_file": ("prompt", "stream", "json", "num_samples"),
+    "batch_file": ("prompt", "system", "stream", "json", "num_samples"),
     "stream": ("json", "num_samples"),
     "num_samples": ("chat",),
     "greedy": ("preset", "temperature", "top_k", "top_p", "min_p", "num_samples"),
 }
-NEEDS = {"output": "batch_file", "batch_size": "batch_file"}
+NEEDS = {"system": "chat", "output": "batch_file", "batch_size": "batch_file"}
 
 
 def main(args):
@@ -53,13 +53,16 @@ def main(args):
 
 def write_samples(generator, prompt: str, config: GenerationConfig, args) -> None:
     """Generate one or more texts for the prompt and print them."""
-    history = [{"role": "user", "content": prompt}]
+    from mateconv_jax.inference.terminal import visible
+
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    history = [*system, {"role": "user", "content": prompt}]
     prefix = "" if args.chat else prompt
     if args.stream:
         print(prefix, end="", flush=True)
         try:
             for piece in generator.stream_chat(history, config) if args.chat else generator.stream(prompt, config):
-                print(piece, end="", flush=True)
+                print(visible(piece), end="", flush=True)
         finally:
             print()
         return
@@ -75,7 +78,7 @@ def write_samples(generator, prompt: str, config: GenerationConfig, args) -> Non
             continue
         if len(texts) > 1:
             print(f"==== {number} of {len(texts)}")
-        print(prefix + text)
+        print(prefix + visible(text))
 
 
 def read_prompt(prompt: str | None) -> str:
@@ -144,13 +147,8 @@ def parse_args(argv):
         description=__doc__,
     )
     add = parser.add_argument
-    add(
-        "--model_path",
-        required=True,
-        metavar="MODEL",
-        help="a run folder or one of its checkpoints (RUN/best, RUN/checkpoints/STEP), "
-        "a Hugging Face folder, or a .pth or .gguf file",
-    )
+    add("--model_path", required=True, metavar="MODEL", help="a run folder or one of its checkpoints (RUN/best, "
+        "RUN/checkpoints/STEP), a Hugging Face folder, or a .pth or .gguf file")  # fmt: skip
     add("--tokenizer", metavar="DIR", help="the tokenizer to use (default: the model's own; a .pth file has none)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="compute dtype; auto (default): "
         "bfloat16 on a GPU that supports it, otherwise float32")  # fmt: skip
@@ -160,6 +158,7 @@ def parse_args(argv):
     add("--prompt", metavar="TEXT", help="text to continue; empty: start a new document; -: read standard input, which is also "
         "read by default if it is not a terminal")  # fmt: skip
     add("--chat", action="store_true", help="treat the prompt as a user turn and answer it")
+    add("--system", metavar="TEXT", help="the system prompt of --chat")
     add("--stream", action="store_true", help="print the text as it is generated")
     add("--num_samples", type=at_least_1, metavar="N", help="number of samples for the prompt, which is prefilled once")
     add("--json", action="store_true", help="print one JSON object per result: prompt, text, finish_reason, n_prompt_tokens, "

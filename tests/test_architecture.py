@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "mateconv_jax"
 
 # What each room may import; commands (train, prepare, …) may import everything but each other, the leaves nothing.
-LEAVES = {"cores", "errors", "files", "intervals", "plotting"}
+LEAVES = {"cores", "errors", "files", "intervals", "plotting", "rewards"}
 ROOMS = {
     "config_keys": "intervals",
     "generation_config": "errors",
@@ -26,7 +26,7 @@ ROOMS = {
     "training": "config config_keys data errors files inference generation_config interop intervals losses model run_folder runtime",
     "serving": "data errors generation_config inference",
     "evaluation": "config cores data errors inference generation_config interop losses model runtime training",
-    "planning": "data errors inference generation_config model runtime training",
+    "planning": "config_keys data errors inference generation_config model runtime training",
     "reporting": "errors plotting",
 }
 # Only preparing needs these: training must start without them, and without what they import.

@@ -126,7 +126,9 @@ def test_the_keys_change_only_with_thought():
         ],
         "data": ["num_workers", "seq_len", "shuffle", "tokenizer_path", "train_data_path", "val_data_path"],
         "mesh": ["data", "fsdp"],
-        "loss": ["beta", "gamma", "kind", "label_smoothing", "sft_coef"],
+        "loss": ["beta", "epsilon", "epsilon_high", "gamma", "kind", "label_smoothing", "scale_rewards", "sft_coef"],
+        "rollout": ["iterations", "max_new_tokens", "min_p", "samples", "temperature", "top_k", "top_p"],
+        "reward": ["functions", "num_threads", "weights"],
         "wandb": ["enable", "project", "run_name"],
         "training": [
             "accumulation_steps", "batch_size", "beta1", "beta2", "compilation_cache_dir", "decay_ratio", "deterministic",
@@ -139,3 +141,7 @@ def test_the_keys_change_only_with_thought():
             "warmup_ratio", "warmup_steps", "weight_decay", "z_loss",
         ],
     }  # fmt: skip
+
+
+def test_a_run_of_a_version_without_losses_learned_the_next_token():
+    assert config_lib.from_dict({"training": {"batch_size": 8}}, "config.json").loss.kind == "next_token"

@@ -8,7 +8,7 @@ import pytest
 from mateconv_jax.config import default_config
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("data", "training", "sampling", "serving", "interop", "planning", "configuration")
+PAGES = ("data", "training", "reinforcement", "sampling", "serving", "interop", "planning", "configuration")
 BOTH = [("README.md", "README.zh-CN.md"), *((f"docs/{name}.md", f"docs/zh/{name}.md") for name in PAGES)]
 ALL = [*(page for pair in BOTH for page in pair), "docs/ARCHITECTURE.md", "benchmarks/README.md", "CONTRIBUTING.md"]
 FENCED = re.compile(r"^```.*?^```$", re.S | re.M)
@@ -39,7 +39,9 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", ALL)
 def test_configuration_keys_exist(page):
     config = default_config()
-    for section, key in re.findall(r"`(?:config\.)?(model|data|mesh|loss|training|wandb)\.(\w+)[`=]", read(page)):
+    for section, key in re.findall(
+        r"`(?:config\.)?(model|data|mesh|loss|rollout|reward|training|wandb)\.(\w+)[`=]", read(page)
+    ):
         assert key in config[section], f"{section}.{key}"
 
 
@@ -50,7 +52,7 @@ def test_both_languages_show_the_same(english, chinese):
     assert FENCED.findall(english) == FENCED.findall(chinese)
     for beginning in (r"^#+ ", r"^\|"):
         assert len(re.findall(beginning, english, re.M)) == len(re.findall(beginning, chinese, re.M)), beginning
-    keys = r"`((?:model|data|mesh|loss|training|wandb)\.\w+)"
+    keys = r"`((?:model|data|mesh|loss|rollout|reward|training|wandb)\.\w+)"
     assert set(re.findall(keys, english)) == set(re.findall(keys, chinese))
 
 

@@ -28,7 +28,7 @@ LINES = {
 
 
 # These start PyTorch or `train` several times, a minute each.
-SLOW = ("correct", "resume", "live", "training", "decoding", "variants")
+SLOW = ("host", "correct", "resume", "live", "training", "decoding", "variants")
 
 
 @pytest.mark.parametrize("part", [pytest.param(part, marks=[pytest.mark.slow] * (part in SLOW)) for part in LINES])

@@ -64,7 +64,7 @@ SHORTER = {
     "tensorboard ": " --inspect",
 }
 # `bash launch/test.sh` is this very test; the quickstart is in the list command by command, and whole in the slow tests.
-LEFT_OUT = ("bash launch/test.sh", "bash launch/quickstart.sh")
+LEFT_OUT = ("bash launch/test.sh", "bash launch/quickstart.sh", "bash launch/demo_rl.sh")
 
 
 @pytest.mark.parametrize("english, chinese", PAGES)
@@ -168,6 +168,14 @@ def run_commands(commands, checkout, monkeypatch):
         else:
             code = in_this_process(match["module"], shlex.split(match["arguments"]), match["stdin"], monkeypatch)
             assert code == 0, shorter
+
+
+@pytest.mark.slow  # five minutes
+def test_the_reward_demo_teaches_additions(checkout):
+    output = in_a_shell("bash launch/demo_rl.sh", checkout, "")
+    score = json.loads(output.splitlines()[-1])
+    assert 0.2 < score["before"] < 0.5 and score["after"] >= 0.8
+    assert (checkout / "runs/demo_rl/curves.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow

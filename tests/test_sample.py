@@ -18,7 +18,7 @@ import pytest
 from mateconv_jax import GenerationConfig, TextGenerator, config as config_lib, sample
 from mateconv_jax.errors import UserError, exit_code
 from mateconv_jax.generation_config import PRESETS
-from mateconv_jax.inference import chat
+from mateconv_jax.inference import chat, terminal as terminal_lib
 from mateconv_jax.training import loop
 
 COMMAND = [sys.executable, "-m", "mateconv_jax.sample"]
@@ -81,6 +81,8 @@ def test_a_chat_prints_the_answer(generator, write):
     assert answer != generator.generate("小明", CONFIG)
     assert write("--prompt=小明", "--chat", *SAMPLED) == f"{answer}\n"
     assert write("--prompt=小明", "--chat", "--stream", *SAMPLED) == f"{answer}\n"
+    under = generator.chat([{"role": "system", "content": "说一个故事。"}, {"role": "user", "content": "小明"}], CONFIG)
+    assert write("--prompt=小明", "--chat", "--system=说一个故事。", *SAMPLED) == f"{under}\n" != f"{answer}\n"
 
 
 def test_the_prompt_may_come_from_standard_input(write, stdin):
@@ -252,6 +254,7 @@ def test_dtype_and_ema_choose_the_weights(run, monkeypatch):
         (["--stream", "--json"], "--json: not allowed with --stream"),
         (["--stream", "--num_samples=2"], "--num_samples: not allowed with --stream"),
         (["--chat", "--num_samples=2"], "--chat: not allowed with --num_samples"),
+        (["--system=x"], "--system: requires --chat"),
         (["--chat", "--truncate"], "--truncate: not allowed with --chat"),
         (["--batch_file=x", "--prompt="], "--prompt: not allowed with --batch_file"),
         (["--batch_file=x", "--stream"], "--stream: not allowed with --batch_file"),
@@ -324,7 +327,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(run, tmp_path):
         assert process.stderr.read() == b""
 
 
-def test_a_dialogue_on_a_terminal(run, tmp_path):
+def test_a_dialogue_on_a_terminal(run, tmp_path, monkeypatch):
     """Ctrl-C while it answers, Ctrl-C and Ctrl-D at the prompt, and nothing on the terminal that is not ours."""
     terminal, program = pty.openpty()
     termios.tcsetwinsize(program, (40, 100))
@@ -368,6 +371,7 @@ def test_a_dialogue_on_a_terminal(run, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         os.close(terminal)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     _, answer = json.loads((tmp_path / "dialogue.json").read_text())
-    on_screen = answer["content"].replace("\n", "\r\n")  # as a terminal writes it
+    on_screen = terminal_lib.visible(answer["content"]).replace("\n", "\r\n")  # as a terminal writes it
     assert answer["role"] == "assistant" and on_screen[:20] == shown[begin : begin + 20]

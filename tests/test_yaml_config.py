@@ -162,7 +162,20 @@ def test_a_user_sees_one_line_and_exit_code_2(load, capsys):
     assert "which YAML file?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.name)
+# The README's commands train the configs of the demo, base.py and sft.py; the documentation's those of preferences, which need a
+# model to start from.
+FAST = ("yaml.py", "grpo.py")
+PREFERENCES = ("dpo.py", "demo_dpo.py")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.slow] * (path.name not in FAST), id=path.name)
+        for path in sorted(CONFIGS.glob("*.py"))
+        if path.name not in PREFERENCES
+    ],
+)
 def test_every_config_trains(path, dataset_folder, tmp_path, monkeypatch):
     """Two steps, with a tiny model on a tiny dataset."""
     config = str(path)
@@ -177,10 +190,17 @@ def test_every_config_trains(path, dataset_folder, tmp_path, monkeypatch):
         "data.seq_len": 32, "training.out_dir": tmp_path / "out", "training.batch_size": 8, "training.max_steps": 2,
         "training.log_interval": 1, "training.eval_iters": 1, "training.init_from": "",
     }  # fmt: skip
+    if path.name in ("grpo.py", "demo_rl.py"):
+        (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "一", "answer": 3}) + "\n", encoding="utf-8")
+        tiny |= {"data.train_data_path": tmp_path / "prompts.jsonl", "data.tokenizer_path": dataset_folder / "tokenizer"}
+        tiny |= {"rollout.max_new_tokens": 8, "loss.beta": 0.0, "reward.functions": ("mateconv_jax.rewards:number_match",)}
+        tiny |= {"data.val_data_path": tmp_path / "prompts.jsonl", "training.max_steps": 2, "training.warmup_steps": 0}
     argv = ["train", f"--config={config}", *(f"--config.{key}={value}" for key, value in tiny.items())]
     monkeypatch.setattr(sys, "argv", argv)
     assert exit_code(train.main, argv) == 0
     assert run_folder.latest_step(tmp_path / "out") == 2
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["train/loss"] for line in lines if "train/loss" in line]
-    assert len(losses) == 2 and all(5 < loss < 7 for loss in losses)  # ln(400) = 5.99
+    assert len(losses) == 2
+    if path.name not in ("grpo.py", "demo_rl.py"):
+        assert all(5 < loss < 7 for loss in losses)  # ln(400) = 5.99

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mateconv_jax.data.rows import Batch
+from mateconv_jax.data.rows import Batch, Rows
 from mateconv_jax.data.shards import PAIRS_VERSION, RowFormat, ShardRows
 from mateconv_jax.data.token_bin import FlatRows, n_rows
 from mateconv_jax.data.tokenizer import folder as tokenizer_folder_lib
@@ -30,7 +30,7 @@ from mateconv_jax.errors import UserError, check_name
 class JoinedRows:
     """Rows with more fields: arrays of a value for each row."""
 
-    def __init__(self, rows: "ShardRows | FlatRows | JoinedRows", fields: dict[str, np.ndarray]):
+    def __init__(self, rows: Rows, fields: dict[str, np.ndarray]):
         self._rows, self._fields = rows, fields
 
     def __len__(self) -> int:
@@ -39,9 +39,6 @@ class JoinedRows:
     def read(self, indices: np.ndarray) -> Batch:
         """Rows by number (B,), in any order."""
         return self._rows.read(indices) | {name: values[indices] for name, values in self._fields.items()}
-
-
-Rows = ShardRows | FlatRows | JoinedRows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,19 @@ A row of a dataset of pairs is two such rows, the chosen and the rejected dialog
 No token id means any of this: a chat template writes `<s>` before every turn, and MateConv's tokenizer has no `<pad>`.
 """
 
+from typing import Protocol
+
 import numpy as np
 
 Batch = dict[str, np.ndarray]
+
+
+class Rows(Protocol):
+    """Rows by number."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: np.ndarray) -> Batch: ...
 
 
 def learned_targets(batch: Batch) -> np.ndarray:

@@ -37,6 +37,16 @@ def score_demo(generator) -> dict[str, float]:
     return scores | {"short": n_short / len(histories)}
 
 
+def print_score(score: dict[str, float]) -> None:
+    print(f"grammar: {score['grammar']:.1%} of {score['sentences']} sampled sentences follow the demo corpus's grammar")
+    print(f"facts:   {score['facts']:.1%} of {score['questions']} questions that dialogues ask are answered correctly")
+    others, texts = score["other_wordings_questions"], score["texts_alone_questions"]
+    print(f"         {score['other_wordings']:.1%} of {others} in wordings that they have only for other facts")
+    print(f"         {score['texts_alone']:.1%} of {texts} about facts that only texts state")
+    if score["short"]:
+        print(f"         {score['short']:.1%} of all of them with the bare answer, as the demo's preferences have it")
+
+
 def _questions() -> dict[str, list[tuple[str, tuple]]]:
     """{score: [(question, fact), …]}"""
     in_dialogues = [fact for fact in demo.FACTS if demo.is_in_dialogues(fact)]

@@ -19,6 +19,7 @@ from mateconv_jax.data.text.jsonl import parse_text
 from mateconv_jax.data.text.rejected import Rejected
 from mateconv_jax.errors import UserError
 from mateconv_jax.generation_config import GenerationConfig
+from mateconv_jax.inference.terminal import visible
 
 ROLES = ("system", "user", "assistant")
 # Without truncate_prompt: a dialogue is shortened by whole turns.
@@ -144,7 +145,7 @@ class Chat:
         print("助手：", end="", flush=True)
         with _on_ctrl_c(lambda *_: pressed.append(True)):
             for piece in pieces:
-                print(piece, end="", flush=True)
+                print(visible(piece), end="", flush=True)
                 answer.append(piece)
                 if pressed:
                     break

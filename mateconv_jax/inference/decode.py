@@ -5,12 +5,14 @@ Dimensions in names: B rows, S tokens of one prefill, T cache bucket, V vocabula
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
 from mateconv_jax.inference.sampling import Sampling, next_tokens
 from mateconv_jax.model.config import ModelConfig
@@ -102,20 +104,45 @@ class DecodeState:
     logprobs: Logprobs | None = None
 
 
+def _on_each_device(mesh: Mesh | None, function: Callable) -> Callable:
+    """`function` of rows, on each device for its rows; parameters and scalars are on all. XLA's partitioner would exchange
+    seven small arrays between the devices for every token, and let none end its loop before the last one.
+    """
+    if mesh is None or mesh.size == 1:
+        return function
+    everywhere, rows = PartitionSpec(), PartitionSpec(mesh.axis_names)
+
+    @functools.wraps(function)
+    def on_each_device(*arguments, **static):
+        specs = tuple(
+            jax.tree.map(lambda x, of=argument: everywhere if isinstance(of, nnx.State) or jnp.ndim(x) == 0 else rows, argument)
+            for argument in arguments
+        )
+        of_its_rows = functools.partial(function, **static)
+        return jax.shard_map(of_its_rows, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(*arguments)
+
+    return on_each_device
+
+
 class Decoder:
     """The functions of one model: `read`, `choose` and `steps` for other programs to call, and compiled as `prefill`, `append`
     and `loop`. These donate the state they are given; `repeat` and `resize` do not.
     """
 
-    def __init__(self, graph: nnx.GraphDef, c: ModelConfig, eos_ids: tuple[int, ...]):
-        """eos_ids: the tokens that end an answer; with none, every answer runs to its limit."""
+    def __init__(self, graph: nnx.GraphDef, c: ModelConfig, eos_ids: tuple[int, ...], mesh: Mesh | None = None):
+        """
+        Args:
+          eos_ids: the tokens that end an answer; with none, every answer runs to its limit.
+          mesh: each of its devices decodes its share of the rows; None: one device decodes all.
+        """
         self._graph, self._eos_ids, self._max_seq_len = graph, eos_ids, c.max_seq_len
         options = xla_flags.compiler_options(c.platform)
-        self.prefill = jax.jit(self.read, static_argnames="S", donate_argnames="state", compiler_options=options)
-        self.repeat = jax.jit(self._repeat, static_argnames="n")
-        self.append = jax.jit(self.choose, donate_argnames="state")
-        self.loop = jax.jit(self.steps, donate_argnames="state", compiler_options=options)
-        self.resize = jax.jit(self._resize, static_argnames="length")
+        on_each = functools.partial(_on_each_device, mesh)
+        self.prefill = jax.jit(on_each(self.read), static_argnames="S", donate_argnames="state", compiler_options=options)
+        self.repeat = jax.jit(on_each(self._repeat), static_argnames="n")
+        self.append = jax.jit(on_each(self.choose), donate_argnames="state")
+        self.loop = jax.jit(on_each(self.steps), donate_argnames="state", compiler_options=options)
+        self.resize = jax.jit(on_each(self._resize), static_argnames="length")
 
     def run(
         self,

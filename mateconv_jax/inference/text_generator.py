@@ -48,6 +48,9 @@ class Generation(str):
         generation.token_ids, generation.n_prompt_tokens, generation.finish_reason = token_ids, n_prompt_tokens, finish_reason
         return generation
 
+    def __reduce__(self):
+        return Generation, (str(self), self.token_ids, self.n_prompt_tokens, self.finish_reason)
+
 
 class TextGenerator:
     """A model and its tokenizer. Several threads may use one generator.

@@ -90,16 +90,18 @@ def preference_loss(
     """The loss of pairs, in nats; every pair weighs the same.
 
     Args:
-      batch: pairs, see data/rows.py; for the kinds WITH_REFERENCE also `reference` (B, 2) fp32, the summed log-probabilities of
-        the answers under the reference.
+      batch: pairs, see data/rows.py; for the kinds WITH_REFERENCE also `reference` (B, 2) fp32, the summed log-probabilities
+        of the answers under the reference.
       key_B: dropout key per pair; None: no dropout.
 
     Returns:
       LossOutput with a weight of 1 per pair, of those whose length is not 0. For a mixture of experts the objective includes
-      the auxiliary loss, a mean over a pair's rows. Metrics: dpo/margin (between the rewards), dpo/accuracy (share of pairs
-      whose chosen answer has the higher reward), dpo/chosen_logp and dpo/rejected_logp (sums over an answer's tokens), and
-      dpo/kl, an estimate of the KL divergence from the reference: half the squared log-ratio, averaged over both answers
-      (k2 in Schulman, 2020), which is what it is for only as long as the answers could be the policy's own.
+      the auxiliary loss, a mean over a pair's rows. Metrics:
+        dpo/margin: between the rewards.
+        dpo/accuracy: share of pairs whose chosen answer has the higher reward.
+        dpo/chosen_logp, dpo/rejected_logp: sums over an answer's tokens.
+        dpo/kl: an estimate of the KL divergence from the reference, half the squared log-ratio of both answers (k2 in
+          Schulman, 2020). Near 0 it is what it says; where it is large, the model has gone far.
     """
     answers = score_answers(model, batch, key_B, remat)
     is_pair_B = batch["length"][:, 0] > 0

@@ -10,8 +10,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from mateconv_jax.config_keys import REWARD_LOSSES
 from mateconv_jax.data.dataset import open_dataset
 from mateconv_jax.errors import UserError
+from mateconv_jax.generation_config import GenerationConfig
+from mateconv_jax.inference.decode import SMALLEST_CACHE, bucket
 from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.device import Device
@@ -157,6 +160,8 @@ def _plan(config, c, cluster, compile_step, steps, length, dollars_per_gpu_hour,
     if objective.needs_reference:
         log("compiling the scoring of the reference")
         plan["reference"] = _reference(config, c, cluster, training_steps=steps or ASSUMED_STEPS)
+    if objective.content == "prompts":
+        plan["rollout"] = _rollout(config, c, cluster, plan["training"], log)
     plan["run"] = _whole_run(plan, steps, length, dollars_per_gpu_hour)
     plan["unknown"] = [] if cluster.is_local else list(UNKNOWN)
     if cluster.gpu is None:
@@ -170,6 +175,7 @@ def _whole_run(plan: dict, steps: int | None, length: str, dollars_per_gpu_hour:
     best = plan.get("measured", plan["training"]).get("tokens_per_second")
     if steps and best:
         seconds = run["tokens"] / best + (plan.get("reference", {}).get("seconds") or 0)
+        seconds += steps * (plan.get("rollout", {}).get("seconds_per_step") or 0)
         run |= {"hours": seconds / 3600, "gpu_hours": seconds / 3600 * plan["devices"]}
         if dollars_per_gpu_hour is not None:
             run["dollars"] = run["gpu_hours"] * dollars_per_gpu_hour
@@ -188,6 +194,31 @@ def _reference(config: ConfigDict, c: ModelConfig, cluster: Cluster, training_st
     batches = pairs and -(-pairs // config.training.batch_size)
     seconds = batches * per_batch if batches and per_batch else None
     return {"pairs": pairs, "seconds_per_batch": per_batch, "seconds": seconds} | described
+
+
+def _rollout(config: ConfigDict, c: ModelConfig, cluster: Cluster, training: dict, log) -> dict:
+    """The answers of a step on one device: rows decoded at a time, the program that decodes a token, the memory at the worst
+    moment and, at most, seconds for each step (None: unknown). With KL the reference's weights are added here and to
+    `training`.
+    """
+    log("compiling the decoding of answers")
+    rollout, rows = config.rollout, config.training.batch_size // len(cluster.devices)
+    how = GenerationConfig(temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p, min_p=rollout.min_p)
+    length = bucket(config.data.seq_len + 1, c.max_seq_len, SMALLEST_CACHE)
+    described = _program(programs.decode_loop(c, cluster.devices[0], rows, how, length), cluster)
+    parts = training["memory"]["parts"]
+    decoding, state = described["memory"], {name: parts[name] for name in ("parameters", "EMA", "optimizer")}
+    if config.loss.beta:
+        state["reference"] = parts["reference"] = parts["parameters"] * c.dtype.itemsize // 4
+        training["memory"]["peak"] += state["reference"]
+        training["memory"]["fits"] = training["memory"]["peak"] <= cluster.memory
+    decoding["parts"]["decoding weights"] = decoding["parts"].pop("parameters")
+    decoding["parts"] = state | decoding["parts"]
+    decoding["peak"] += sum(state.values())
+    decoding["fits"] = decoding["peak"] <= cluster.memory
+    a_token = described.get("roofline", {}).get("seconds")
+    per_rollout = a_token and a_token * rollout.max_new_tokens * config.training.accumulation_steps
+    return {"rows": rows, "seconds_per_step": per_rollout and per_rollout / rollout.iterations} | described
 
 
 def _rows(config: ConfigDict, splits: tuple[str, ...]) -> int | None:
@@ -313,8 +344,21 @@ def run_length(config: ConfigDict) -> tuple[int | None, str]:
         return training.max_steps, "training.max_steps"
     if path is None:
         return None, "unknown length: neither data.train_data_path nor training.max_steps is set"
+    if config.loss.kind in REWARD_LOSSES:
+        return _prompts_length(config, path)
     try:
         rows = open_dataset(path, "data.train_data_path", config.data.seq_len).n_rows("train")
     except UserError:
         return None, f"unknown length: no dataset at {path!r}"
     return setup.total_steps(training, rows), f"{training.epochs} epochs of {rows:,} rows"
+
+
+def _prompts_length(config: ConfigDict, path: str) -> tuple[int | None, str]:
+    """See run_length."""
+    try:
+        with open(path, "rb") as file:
+            prompts = sum(bool(line.strip()) for line in file)
+    except OSError:
+        return None, f"unknown length: no file at {path!r}"
+    rows = prompts * config.rollout.samples * config.rollout.iterations
+    return setup.total_steps(config.training, rows), f"{config.training.epochs} epochs of {prompts:,} prompts"

@@ -94,9 +94,18 @@ def random_batch(run: Setup, seed: int = 0) -> dict[str, np.ndarray]:
         "length": np.full(shapes["length"].shape, shapes["tokens"].shape[-1], np.int32),
         "document_starts": random.random(shapes["tokens"].shape) < 0.01,
         "learned": random.random(shapes["tokens"].shape) < 0.5,
-        "reference": random.normal(-100, 10, shapes["length"].shape).astype(np.float32),
+        "reference": random.normal(-100, 10, shapes["length"].shape),
+        "advantage": random.normal(0, 1, shapes["length"].shape),
+        "token_weight": np.full(shapes["length"].shape, 0.01),
+        "old_log_probs": np.full(_targets(shapes), -1.0),
+        "reference_log_probs": np.full(_targets(shapes), -1.0),
     }
-    return {name: values[name] for name in shapes}
+    return {name: values[name].astype(x.dtype) for name, x in shapes.items()}
+
+
+def _targets(shapes: dict[str, jax.ShapeDtypeStruct]) -> tuple[int, ...]:
+    *rows, n_tokens = shapes["tokens"].shape
+    return *rows, n_tokens - 1
 
 
 def compile_scoring(run: Setup) -> Program:
@@ -138,22 +147,26 @@ def measure(run: Setup, compiled: jax.stages.Compiled, seconds: float = 5.0) -> 
 
 def prefill(c: ModelConfig, device: jax.Device, batch: int) -> Program:
     """The prefill of `batch` full contexts on one device."""
-    decoder, params, state = _decoder(c, device, batch)
+    decoder, params, state = _decoder(c, device, batch, c.max_seq_len)
     start = _on(device, jax.ShapeDtypeStruct((), jnp.int32))
     lowered = decoder.prefill.lower(params, state, start, S=c.max_seq_len)
     return Program.compile(lowered, {"parameters": params, "cache": state.kv_cache})
 
 
-def decode_loop(c: ModelConfig, device: jax.Device, batch: int, config=GenerationConfig()) -> Program:
-    """The decode loop of `batch` rows with a full-size cache, sampling as in `config`. Each iteration decodes a token."""
-    decoder, params, state = _decoder(c, device, batch)
+def decode_loop(
+    c: ModelConfig, device: jax.Device, batch: int, config=GenerationConfig(), length: int | None = None
+) -> Program:
+    """The decode loop of `batch` rows with a cache of `length` (None: full-size), sampling as in `config`. Each iteration
+    decodes a token.
+    """
+    decoder, params, state = _decoder(c, device, batch, length or c.max_seq_len)
     sampling = _on(device, jax.eval_shape(lambda: Sampling.make(config, jnp.zeros(batch, jnp.int32), c.vocab_size)))
     max_steps = _on(device, jax.ShapeDtypeStruct((), jnp.int32))
     lowered = decoder.loop.lower(params, state, sampling, max_steps)
     return Program.compile(lowered, {"parameters": params, "cache": state.kv_cache})
 
 
-def _decoder(c: ModelConfig, device: jax.Device, B: int):
+def _decoder(c: ModelConfig, device: jax.Device, B: int, T: int):
     """(a Decoder, abstract parameters in the compute dtype, an abstract DecodeState)."""
     graph, params = abstract_model(c)
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, c.dtype), params)
@@ -161,8 +174,8 @@ def _decoder(c: ModelConfig, device: jax.Device, B: int):
     def empty():
         zeros_B = jnp.zeros(B, jnp.int32)
         return DecodeState(
-            tokens_BT=jnp.zeros((B, c.max_seq_len), jnp.int32), length_B=zeros_B, prompt_length_B=zeros_B, remaining_B=zeros_B,
-            finished_B=jnp.zeros(B, bool), kv_cache=make_kv_cache(c, B, c.max_seq_len),
+            tokens_BT=jnp.zeros((B, T), jnp.int32), length_B=zeros_B, prompt_length_B=zeros_B, remaining_B=zeros_B,
+            finished_B=jnp.zeros(B, bool), kv_cache=make_kv_cache(c, B, T),
         )  # fmt: skip
 
     return Decoder(graph, c, (EOS,)), _on(device, params), _on(device, jax.eval_shape(empty))

@@ -33,6 +33,8 @@ def print_plan(plan: dict, console: Console) -> None:
         console.print(f"measured: {measured['seconds'] * 1e3:,.2f} ms/step, {measured['tokens_per_second']:,.0f} tokens/s{mfu}")
     if "reference" in plan:
         console.print(_reference(plan["reference"]))
+    if "rollout" in plan:
+        console.print(_rollout(plan["rollout"]))
     run = plan["run"]
     if "hours" in run:
         cost = f", {run['dollars']:,.2f} dollars" if "dollars" in run else ""
@@ -56,6 +58,16 @@ def _reference(reference: dict) -> str:
     took = f", {per_batch * 1e3:,.2f} ms a batch" if per_batch else ""
     in_all = f", {seconds:,.1f} seconds" if seconds else ""
     return f"reference: {pairs} scored once before the first step{took}{in_all}; {reference['memory']['peak'] / 1e9:,.3f} GB"
+
+
+def _rollout(rollout: dict) -> str:
+    """In words."""
+    memory, parts = rollout["memory"], rollout["memory"]["parts"]
+    gb = ", ".join(f"{part} {size / 1e9:,.3f}" for part, size in parts.items() if size)
+    seconds = rollout["seconds_per_step"]
+    took = f", at most {seconds:,.3g} s for each step, if all are of full length" if seconds else ""
+    fits = "" if memory["fits"] else " [bold red](does not fit)[/]"
+    return f"rollout: {rollout['rows']} answers at a time per device; {memory['peak'] / 1e9:,.3f} GB{fits} ({gb}){took}"
 
 
 def _times(rows: int | None, plan: dict) -> str:

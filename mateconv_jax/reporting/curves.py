@@ -27,7 +27,7 @@ LONGEST_NAME = 40  # characters of a run's name in the legend
 
 def draw(runs: list[Run], smooth: int, file_format: str) -> bytes:
     """Draw loss, validation loss, learning rate, gradient norm and tokens/s over the steps; where a run learns preferences also
-    margin and accuracy.
+    margin and accuracy, where it learns from reward also reward, length and entropy of the answers.
 
     The same runs give the same bytes: the user's matplotlib settings are neither used nor changed.
 
@@ -46,15 +46,20 @@ def draw(runs: list[Run], smooth: int, file_format: str) -> bytes:
         "svg.hashsalt": "mateconv_jax",
     }
     preferences = any(run.learns_preferences for run in runs)
-    rows = [["loss", "loss"], *[["margin", "accuracy"]] * preferences, ["validation", "lr"], ["grad_norm", "speed"]]
+    from_reward = any(run.learns_from_reward for run in runs)
+    rows = [["loss", "loss"], ["validation", "lr"], ["grad_norm", "speed"]]
+    rows[1:1] = [["margin", "accuracy"]] * preferences + [["reward", "reward"], ["length", "entropy"]] * from_reward
     with plotting.style(**ours):
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.02)
-        figure = Figure(figsize=(12, 12 + 3.7 * preferences), dpi=150, layout=layout)
+        figure = Figure(figsize=(12, 12 + 3.7 * (len(rows) - 3)), dpi=150, layout=layout)
         FigureCanvasAgg(figure)
         heights = [1.25, *[1.0] * (len(rows) - 1)]
         panels = figure.subplot_mosaic(rows, height_ratios=heights)  # pyrefly: ignore[no-matching-overload]
         if preferences:
             _draw_preferences(panels["margin"], panels["accuracy"], runs, smooth)
+        if from_reward:
+            _draw_reward(panels["reward"], runs, smooth)
+            _draw_answers(panels["length"], panels["entropy"], runs, smooth)
         _draw_loss(panels["loss"], runs, smooth)
         _draw_validation(panels["validation"], runs)
         _draw_learning_rate(panels["lr"], runs)
@@ -110,6 +115,8 @@ def _draw_validation(axes: Axes, runs: list[Run]) -> None:
 
 
 def _nats_per(runs: list[Run]) -> str:
+    if any(run.learns_from_reward for run in runs):
+        return ""
     of_pairs = {run.learns_preferences for run in runs}
     return "nats" if len(of_pairs) > 1 else "nats per pair 每对" if of_pairs.pop() else "nats per token 每 token"
 
@@ -122,6 +129,28 @@ def _draw_preferences(margin: Axes, accuracy: Axes, runs: list[Run], smooth: int
     accuracy.set_ylabel("share of pairs 占比")
     _draw_metric(accuracy, runs, "dpo/accuracy", smooth)
     accuracy.set_ylim(0, 1.05)
+
+
+def _draw_reward(axes: Axes, runs: list[Run], smooth: int) -> None:
+    axes.set_title("Mean reward 平均奖励")
+    _draw_metric(axes, runs, "grpo/reward", smooth)
+    if not any(len(run.curve("val/reward")) for run in runs):
+        return
+    for run, color in zip(runs, colors(len(runs)), strict=True):
+        _plot(axes, thinned(run.curve("val/reward"), _buckets(runs)), color=color, linestyle="--", linewidth=1.6)
+    handles = [Line2D([], [], color=DARK, linestyle=line, linewidth=1.6) for line in ("-", "--")]
+    axes.legend(handles, ["sampled answers, training 训练（采样）", "likeliest answers, validation 验证（贪心）"])
+
+
+def _draw_answers(length: Axes, entropy: Axes, runs: list[Run], smooth: int) -> None:
+    length.set_title("Length of answers 回答长度")
+    length.set_ylabel("tokens")
+    if _draw_metric(length, runs, "grpo/length", smooth):
+        _from_zero(length, runs, "grpo/length")
+    entropy.set_title("Entropy of the policy 策略熵")
+    entropy.set_ylabel("nats per token 每 token")
+    if _draw_metric(entropy, runs, "grpo/entropy", smooth):
+        _from_zero(entropy, runs, "grpo/entropy")
 
 
 def _draw_learning_rate(axes: Axes, runs: list[Run]) -> None:
@@ -216,6 +245,6 @@ def _from_zero(axes: Axes, runs: list[Run], key: str) -> None:
 def _log_if_wide(axes: Axes, runs: list[Run], key: str) -> None:
     """Make the axis logarithmic if spikes or a steep start would hide the rest of the curve on a linear one."""
     values = np.concatenate([run.curve(key).values for run in runs])
-    if values.max() > WIDE * max(np.median(values), 0) and (values > 0).any():
+    if values.min() >= 0 and values.max() > WIDE * np.median(values):
         axes.set_yscale("log", nonpositive="mask")
         log_ticks(axes.yaxis)

@@ -59,6 +59,10 @@ class Run:
         return "dpo/margin" in self.curves
 
     @property
+    def learns_from_reward(self) -> bool:
+        return "grpo/reward" in self.curves
+
+    @property
     def tokens_per_step(self) -> int | None:
         """None if the config does not determine it."""
         sizes = [self.config.get(key) for key in ("training.batch_size", "data.seq_len")]

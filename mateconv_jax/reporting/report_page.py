@@ -115,11 +115,23 @@ def results(runs: list[Run], smooth: int) -> list[tuple[str, str, list]]:
         ("dpo/margin", "Margin between the rewards", "奖励差"),
         ("dpo/accuracy", "Preference accuracy", "偏好准确率"),
         ("dpo/kl", "KL from the reference, estimated", "与参考模型的 KL（估计）"),
+        ("grpo/reward", "Mean reward", "平均奖励"),
+        *((name, name, "") for name in sorted({name for run in runs for name in run.curves if name.startswith("reward/")})),
+        ("grpo/length", "Tokens of an answer", "回答的 token 数"),
+        ("grpo/entropy", "Entropy of the policy", "策略熵"),
+        ("grpo/kl", "KL from the start, estimated", "与初始模型的 KL（估计）"),
+        ("grpo/clip_share", "Share of clipped tokens", "被裁剪的 token 占比"),
+        ("grpo/dropped_groups", "Prompts whose answers had equal rewards, a step", "每步奖励全同的提示数"),
+        ("grpo/unrewarded", "Answers without a reward, a step", "每步无奖励的回答数"),
+        ("grpo/seconds_rollout", "Seconds of a rollout", "采样用时（秒）"),
+        ("grpo/seconds_reward", "Seconds waiting for rewards", "等待奖励（秒）"),
+        ("grpo/seconds_update", "Seconds of an update", "更新用时（秒）"),
     ):
         rows.append((f"{label}{average[0]}", f"{chinese}{average[1]}", [_last(run, key, smooth) for run in runs]))
     for key, label, chinese in (
         ("val/margin", "Validation margin, last", "验证奖励差（最后）"),
         ("val/accuracy", "Validation accuracy, last", "验证偏好准确率（最后）"),
+        ("val/reward", "Validation reward, last", "验证奖励（最后）"),
     ):
         rows.append((label, chinese, [_last(run, key, 0) for run in runs]))
     rows += [
@@ -161,7 +173,7 @@ def _loss_at(run: Run, key: str, index: int | None) -> tuple[str, str]:
     if not len(curve):
         return ABSENT, ""
     index = int(np.argmin(curve.values)) if index is None else index
-    if run.learns_preferences:  # a loss per pair is no perplexity
+    if run.learns_preferences or run.learns_from_reward:  # the loss is not one per token: no perplexity
         return f"{curve.values[index]:.4f}", f"at step {curve.steps[index]:,}"
     with np.errstate(over="ignore"):  # inf if the run diverged
         perplexity = np.exp(curve.values[index])

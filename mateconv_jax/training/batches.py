@@ -20,8 +20,12 @@ from mateconv_jax.training.batch_shape import BatchShape, Position
 
 
 class Source(Protocol):
-    def __call__(self, step: int, params: nnx.State) -> dict[str, jax.Array]:
-        """Arrays (A micro-batches, B rows, …) on the devices."""
+    def __call__(self, step: int, params: nnx.State) -> dict[str, jax.Array] | None:
+        """Arrays (A micro-batches, B rows, …) on the devices; None: the run was asked to stop before they were there."""
+        ...
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """What is known of the batch of that step, the last that was asked for, without the model's training step."""
         ...
 
     def rows_before(self, step: int) -> int:
@@ -49,6 +53,9 @@ class RowBatches:
         if self._last is None or self._last[0] != step:
             self._last = step, self._read(step)
         return self._last[1]
+
+    def metrics(self, step: int) -> dict[str, float]:
+        return {}
 
     def _read(self, step: int) -> dict[str, jax.Array]:
         if self._read_ahead is None or step != self._next_step:

@@ -7,7 +7,7 @@ from absl import logging
 from clu import parameter_overview
 from flax import nnx
 
-from mateconv_jax.data.dataset import Rows
+from mateconv_jax.data.rows import Rows
 from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.runtime import distributed

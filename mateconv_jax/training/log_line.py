@@ -6,7 +6,7 @@ from collections.abc import Mapping
 def step_line(step: int, total_steps: int, scalars: Mapping[str, float]) -> str:
     """A step, `step 340/500  loss 0.7301  lr 1.07e-3  grad 0.24  7.0k tok/s  eta 1:02`, or an evaluation,
     `step 340/500  val/loss 0.8127  ema 0.8011  1.204 bits/byte`. Numbers that `scalars` lacks are left out; preferences have
-    `margin  0.214  accuracy  71.9%` behind the loss.
+    `margin  0.214  accuracy  71.9%` behind the loss, answers `reward 0.4120  length 8.1`.
     """
     fields = [f"step {step:{len(str(total_steps))}}/{total_steps}"]
     for name, text in (("train/loss", "loss {}"), ("val/loss", "val/loss {}"), ("val/ema_loss", "ema {}")):
@@ -18,6 +18,11 @@ def step_line(step: int, total_steps: int, scalars: Mapping[str, float]) -> str:
     for name in ("dpo/accuracy", "val/accuracy"):
         if name in scalars:
             fields.append(f"accuracy {scalars[name]:6.1%}")
+    for name in ("grpo/reward", "val/reward"):
+        if name in scalars:
+            fields.append(f"reward {_fixed(scalars[name], 6)}")
+    if "grpo/length" in scalars:
+        fields.append(f"length {_fixed(scalars['grpo/length'], 4)}")
     if "val/bits_per_byte" in scalars:
         fields.append(f"{scalars['val/bits_per_byte']:.3f} bits/byte")
     if "lr" in scalars:

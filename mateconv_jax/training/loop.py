@@ -14,8 +14,9 @@ from mateconv_jax import config as config_lib, run_folder
 from mateconv_jax.data.dataset import Rows, fingerprint
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
+from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.runtime import distributed, sharding
-from mateconv_jax.training import objective as objective_lib, out_of_memory, resume, run_lock, setup
+from mateconv_jax.training import objective as objective_lib, out_of_memory, reinforcement, resume, run_lock, setup
 from mateconv_jax.training.batch_shape import BatchShape
 from mateconv_jax.training.batches import Source
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
@@ -23,7 +24,7 @@ from mateconv_jax.training.evaluator import Evaluation
 from mateconv_jax.training.header import log_header, log_memory
 from mateconv_jax.training.logging_setup import logging_to
 from mateconv_jax.training.metrics import Metrics
-from mateconv_jax.training.open_data import DataOptions, open_data
+from mateconv_jax.training.open_data import DataOptions, open_data, open_prompts
 from mateconv_jax.training.preemption import RESUMABLE, Signals
 from mateconv_jax.training.reference import Reference
 from mateconv_jax.training.samples import Samples
@@ -76,15 +77,12 @@ def _train(config: ConfigDict, signals: Signals) -> int:
     # ---- what: data, model, optimizer, loss -------------------------------------------------------------------------
     objective = objective_lib.of(config)
     objective.check_origin(origin.key)
-    train_rows, val_rows, tokenizer = open_data(
-        config_lib.options(DataOptions, config.data), c.vocab_size, training.document_mask, objective.check
-    )
+    train_rows, val_rows, tokenizer = _open(config, c, objective, origin)
     if training.early_stopping and val_rows is None:
         raise UserError("training.early_stopping: there are no validation rows (expected data.val_data_path)")
     position = resume.position(origin)
     length = Length.of(training, len(train_rows), position)
     programs = setup.build(config, c, mesh, length.total_steps, objective)
-    samples = None if length.samples_interval is None else _samples(programs, tokenizer, training)
 
     # ---- the run folder ---------------------------------------------------------------------------------------------
     folder = Path(training.out_dir)
@@ -113,7 +111,9 @@ def _train(config: ConfigDict, signals: Signals) -> int:
             if joined is None:
                 return RESUMABLE
             train_rows, val_rows = joined
-        source = objective.source(c, mesh, train_rows, tokenizer, read)
+        context = objective_lib.Context(folder, progress, lambda: signals.stop)
+        source = objective.source(c, mesh, train_rows, tokenizer, read, context)
+        samples = None if length.samples_interval is None else _samples(objective, source, programs, tokenizer, training)
         evaluator = None if val_rows is None else objective.evaluator(c, mesh, programs.eval_step, val_rows, tokenizer)
         with _metrics(config, programs, objective.shape, length, int(state.step), progress) as metrics:
             run = Run(
@@ -121,6 +121,15 @@ def _train(config: ConfigDict, signals: Signals) -> int:
                 training.max_bad_steps, training.patience if training.early_stopping else None, training.deterministic,
             )  # fmt: skip
             return run.steps(state, progress)
+
+
+def _open(config: ConfigDict, c: ModelConfig, objective: objective_lib.Objective, origin: resume.Origin):
+    """Training rows, validation rows (None: there are none) and tokenizer."""
+    options = config_lib.options(DataOptions, config.data)
+    if objective.content != "prompts":
+        return open_data(options, c.vocab_size, config.training.document_mask, objective.check)
+    longest, rows_per_prompt = reinforcement.longest_prompt(config), config.rollout.samples * config.rollout.iterations
+    return open_prompts(options, c.vocab_size, longest, rows_per_prompt, origin.tokenizer)
 
 
 def _describe(folder: Path, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -168,15 +177,20 @@ class Run:
         if done:
             logging.info("nothing to do: %s is at step %d of %d", self.folder, step, length.total_steps)
             return 0
-        train_step = compile_step(self.train_step, state, self.source(step, state.params), self.deterministic)
+        if (batch := self.source(step, state.params)) is None:  # asked to stop while it was made
+            return self.stopped(step)
+        train_step = compile_step(self.train_step, state, batch, self.deterministic)
 
         while not (done or self.signals.poll(step)):
             with metrics.waiting_for_input():
                 batch = self.source(step, state.params)
+            if batch is None:
+                break
+            of_batch = self.source.metrics(step)
             step += 1
             progress.rows = self.source.rows_before(step)
             state, step_metrics = train_step(state, batch)  # dispatched, not waited for
-            skipped.check(metrics.push(step, step_metrics), step, save)  # reads the previous step while this one runs
+            skipped.check(metrics.push(step, step_metrics | of_batch), step, save)  # reads the previous one's meanwhile
 
             done = step == length.total_steps
             if self.evaluation_due(step, progress):
@@ -194,7 +208,11 @@ class Run:
             return 0
         skipped.check(metrics.flush(), step, save)
         save()
-        logging.info("stopped at step %d of %d; the same command continues from there", step, length.total_steps)
+        return self.stopped(step)
+
+    def stopped(self, step: int) -> int:
+        """The exit code."""
+        logging.info("stopped at step %d of %d; the same command continues from there", step, self.length.total_steps)
         return RESUMABLE
 
     # ---- what happens every so often --------------------------------------------------------------------------------
@@ -264,7 +282,9 @@ def _reference(config: ConfigDict, programs: setup.Setup, origin: resume.Origin,
     return Reference(folder, origin, training.init_from, n_heads, dtype, score, mesh, training.batch_size)
 
 
-def _samples(programs: setup.Setup, tokenizer, training: ConfigDict) -> Samples:
+def _samples(objective: objective_lib.Objective, source: Source, programs: setup.Setup, tokenizer, training: ConfigDict):
+    if objective.samples is not None:
+        return objective.samples(source)
     prompts, chat = training.sample_prompts, training.sample_chat
     return Samples(programs.graph, programs.abstract_params, tokenizer, prompts, chat, programs.mesh)
 

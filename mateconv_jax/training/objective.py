@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +17,35 @@ from ml_collections import ConfigDict
 from mateconv_jax import config as config_lib
 from mateconv_jax.data.dataset import Dataset, Rows
 from mateconv_jax.errors import UserError
-from mateconv_jax.losses import preference
+from mateconv_jax.losses import policy_gradient, preference
 from mateconv_jax.losses.next_token import next_token_loss
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.runtime import sharding
 from mateconv_jax.training.batch_shape import BatchShape, Position
 from mateconv_jax.training.step import LossFn
 
+if TYPE_CHECKING:  # planning does without Orbax
+    from mateconv_jax.training.checkpoints import Progress
+
 HOW_TO_MAKE = {
     "texts": "python -m mateconv_jax.prepare --input texts.jsonl --output DATASET",
     "pairs": "python -m mateconv_jax.prepare --input preferences.jsonl --output DATASET",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a source of batches may need of its run.
+
+    Attributes:
+      folder: of the run.
+      progress: of the run; a source may note there what its batches depend on.
+      should_stop: whether the run is asked to stop; a source that takes long asks now and then.
+    """
+
+    folder: Path
+    progress: "Progress"
+    should_stop: Callable[[], bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +59,12 @@ class Objective:
       shape: of a step.
       abstract_batch: (mesh, learned) -> a step's batch, shapes with shardings. learned: whether the dataset's rows say what is
         learned of them.
-      source: (c, mesh, rows, tokenizer, start) -> where batches come from, see batches.py. start: a Position.
+      source: (c, mesh, rows, tokenizer, start, context) -> where batches come from, see batches.py. start: a Position;
+        context: a Context.
       evaluator: (c, mesh, eval_step, rows, tokenizer) -> a callable as evaluator.Evaluator.
       expected_loss: (vocab_size, from_scratch) -> the loss of the first step in words; None: not known.
       needs_reference: whether rows need the log-probabilities of a reference, see reference.py.
+      samples: source -> in place of samples.Samples; None: the run writes samples.
     """
 
     kind: str
@@ -52,8 +74,9 @@ class Objective:
     abstract_batch: Callable[[Mesh, bool], dict[str, jax.ShapeDtypeStruct]]
     source: Callable
     evaluator: Callable
-    expected_loss: Callable[[int, bool], str | None]
+    expected_loss: Callable[[int, bool], str | None] = lambda vocab_size, from_scratch: None
     needs_reference: bool = False
+    samples: Callable | None = None
 
     def check_origin(self, key: str | None) -> None:
         """Raises UserError where the loss needs weights to start from. key: see resume.Origin."""
@@ -73,8 +96,14 @@ class Objective:
 
 
 def of(config: ConfigDict) -> Objective:
-    """The objective of a (resolved) config."""
-    return _next_token(config) if config.loss.kind == "next_token" else _preference(config)
+    """The objective of a (resolved) config.
+
+    Raises:
+      UserError: keys do not fit each other.
+    """
+    if config.loss.kind == "next_token":
+        return _next_token(config)
+    return _reward(config) if config.loss.kind in policy_gradient.KINDS else _preference(config)
 
 
 # ---- next_token: texts and dialogues ------------------------------------------------------------------------------
@@ -113,7 +142,7 @@ def _rows(shape: BatchShape, document_mask: bool, mesh: Mesh, learned: bool) -> 
 
 
 def _row_batches(
-    config: ConfigDict, shape: BatchShape, c: ModelConfig, mesh: Mesh, rows: Rows, tokenizer, start: Position
+    config: ConfigDict, shape: BatchShape, c: ModelConfig, mesh: Mesh, rows: Rows, tokenizer, start: Position, context
 ):  # fmt: skip
     from mateconv_jax.training.batches import RowBatches  # imports Grain: not for planning
 
@@ -175,3 +204,29 @@ def _loss_of_equals(options: preference.PreferenceOptions, dropout: float, vocab
         case "ipo":
             return f"1 / (2 beta)² = {1 / (2 * options.beta) ** 2:.6f} (the model is its own reference)"
     return None
+
+
+# ---- grpo, bnpo, dapo, dr_grpo: prompts, and rewards of answers to them -----------------------------------------------
+
+
+def _reward(config: ConfigDict) -> Objective:
+    from mateconv_jax.training import reinforcement
+    from mateconv_jax.training.rollout_batches import AnswersOfRollouts
+
+    reinforcement.check(config)
+    training, loss = config.training, config.loss
+    shape = BatchShape(training.batch_size, training.accumulation_steps, config.data.seq_len)
+    loss_fn = functools.partial(
+        policy_gradient.policy_gradient_loss, epsilon=loss.epsilon, epsilon_high=loss.epsilon_high, beta=loss.beta,
+        temperature=config.rollout.temperature, remat=training.remat,
+    )  # fmt: skip
+    return Objective(
+        kind=loss.kind,
+        content="prompts",
+        loss_fn=loss_fn,
+        shape=shape,
+        abstract_batch=lambda mesh, learned: reinforcement.abstract_batch(config, shape, mesh),
+        source=functools.partial(reinforcement.source, config, shape),
+        evaluator=functools.partial(reinforcement.RewardEvaluator, config),
+        samples=AnswersOfRollouts,
+    )

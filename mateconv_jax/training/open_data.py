@@ -6,6 +6,7 @@ from collections.abc import Callable
 from transformers import PreTrainedTokenizerFast
 
 from mateconv_jax.data.dataset import Dataset, Rows, open_dataset
+from mateconv_jax.data.prompts import Prompts, read_prompts
 from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 
@@ -53,10 +54,7 @@ def open_data(
     for dataset in datasets:
         check(dataset)
         _check(dataset, data.seq_len, tokenizer)
-    if (needed := tokenizer_lib.vocab_size(tokenizer)) > vocab_size:
-        raise UserError(
-            f"model.vocab_size: {vocab_size} is smaller than the tokenizer's vocabulary (expected at least {needed})"
-        )
+    _check_vocabulary(tokenizer, vocab_size)
     document_starts = (tokenizer.bos_token_id, tokenizer.eos_token_id) if document_mask else None
     train_rows = train.rows("train", document_starts)
     if train_rows is None:
@@ -66,6 +64,40 @@ def open_data(
         if dataset is not None and rows is not None:
             dataset.check_tokens(rows, vocab_size, f"model.vocab_size is {vocab_size}")
     return train_rows, val_rows, tokenizer
+
+
+def open_prompts(
+    data: DataOptions, vocab_size: int, max_tokens: int, rows_per_prompt: int, tokenizer: PreTrainedTokenizerFast | None
+) -> tuple[Prompts, Prompts | None, PreTrainedTokenizerFast]:
+    """Training prompts, validation prompts (None: there are none) and tokenizer.
+
+    Args:
+      vocab_size: of the model.
+      max_tokens, rows_per_prompt: see Prompts.
+      tokenizer: of the model that the run starts from or continues; None: it has none.
+
+    Raises:
+      UserError: a file cannot be read, or the tokenizer is missing or does not fit the model.
+    """
+    if data.train_data_path is None:
+        raise UserError('data.train_data_path: missing (expected a JSONL file of prompts, a {"prompt": …} a line)')
+    if data.tokenizer_path is not None:
+        tokenizer = tokenizer_lib.load(data.tokenizer_path, "data.tokenizer_path")
+    if tokenizer is None:
+        raise UserError("data.tokenizer_path: missing (the run starts from no model that has a tokenizer: training.init_from)")
+    _check_vocabulary(tokenizer, vocab_size)
+    train = read_prompts(data.train_data_path, "data.train_data_path", tokenizer, max_tokens, rows_per_prompt)
+    validation = None
+    if data.val_data_path is not None:
+        validation = read_prompts(data.val_data_path, "data.val_data_path", tokenizer, max_tokens)
+    return train, validation, tokenizer
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
+    if (needed := tokenizer_lib.vocab_size(tokenizer)) > vocab_size:
+        raise UserError(
+            f"model.vocab_size: {vocab_size} is smaller than the tokenizer's vocabulary (expected at least {needed})"
+        )
 
 
 def _tokenizer(data: DataOptions, train: Dataset) -> PreTrainedTokenizerFast:

@@ -39,6 +39,14 @@ class Origin:
     checkpoint: Checkpoint | None = None
     model: StoredModel | None = None
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast | None:
+        """Of the run or the model; None: it has none."""
+        if self.checkpoint is None:
+            return None if self.model is None else self.model.tokenizer
+        folder = self.checkpoint.run / "tokenizer"
+        return load(folder, str(self.checkpoint.run)) if folder.is_dir() else None
+
 
 def find_origin(config: ConfigDict) -> Origin:
     """The first that exists: the newest checkpoint in out_dir > resume_from > init_from > scratch.

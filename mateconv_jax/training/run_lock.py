@@ -8,6 +8,8 @@ import errno
 import fcntl
 import json
 import os
+import re
+import signal
 import socket
 import threading
 import time
@@ -112,11 +114,14 @@ def _owner(path: Path) -> dict:
 
 
 def _is_alive(owner: dict) -> bool:
-    """Whether the holder is known to be running. One that is being killed has lost its command line already."""
+    """Whether the holder is known to be running. A killed one has SIGKILL pending, or no command line."""
     if owner.get("host") != socket.gethostname():
         return False
     try:
-        return bool(Path(f"/proc/{owner.get('pid')}/cmdline").read_bytes())
+        process = Path(f"/proc/{owner.get('pid')}")
+        pending = re.findall(r"^(?:SigPnd|ShdPnd):\s*(\w+)", (process / "status").read_text(), re.M)
+        is_killed = any(int(signals, 16) >> signal.SIGKILL - 1 & 1 for signals in pending)
+        return bool((process / "cmdline").read_bytes()) and not is_killed
     except OSError:
         return False
 

@@ -220,10 +220,12 @@ def test_a_model_that_diverged_has_no_figures():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "one of the arguments --data --demo is required"),
+        ([], "one of the arguments --data --prompts --demo is required"),
         (["--demo", "--data=x"], "not allowed with argument"),
-        (["--demo", "--split=train"], "--split: not allowed with argument --demo"),
-        (["--demo", "--max_batches=3"], "--max_batches: not allowed with argument --demo"),
+        (["--demo", "--split=train"], "--split: only allowed with argument --data"),
+        (["--prompts=x"], "--reward: required with --prompts"),
+        (["--demo", "--reward=a:b"], "--reward: only allowed with argument --prompts"),
+        (["--demo", "--max_batches=3"], "--max_batches: only allowed with argument --data"),
     ],
 )  # fmt: skip
 def test_flags_that_do_not_fit(arguments, message, capsys):

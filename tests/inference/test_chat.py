@@ -91,6 +91,14 @@ def test_clear_forgets_but_for_the_system(generator, talk):
     ]
 
 
+def test_what_a_model_writes_cannot_move_the_terminals_cursor(generator, talk, monkeypatch):
+    monkeypatch.setattr(generator, "stream_chat", lambda history, config: (piece for piece in ("\x1b[2J", "熊猫")))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    output, history = talk("你好")
+    assert "助手：\\x1b[2J熊猫\n" in output and "\x1b" not in output
+    assert history == turns("你好", "\x1b[2J熊猫")
+
+
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_written(generator, talk, monkeypatch):
     whole = list(generator.stream_chat(turns("熊猫"), CONFIG))
     real = generator.stream_chat

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def test_greedy_tokens_equal_transformers_generate_with_every_processor(dataset_
     assert len(ids_of) > 3 * len(prompts) - 1  # the options changed something
 
 
-@pytest.mark.parametrize("config", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
+@pytest.mark.parametrize("config", [SAMPLED, pytest.param(GREEDY, marks=pytest.mark.slow)], ids=["sampled", "greedy"])
 def test_a_row_does_not_depend_on_its_batch_nor_on_the_cache(generator, config):
     alone = [generator.generate(prompt, config) for prompt in PROMPTS]
     assert generator.batch_generate(PROMPTS, config) == alone
@@ -96,6 +97,12 @@ def test_each_of_several_end_tokens_ends_an_answer(model, generator):
     assert "".join(several.stream(PROMPTS[1], GREEDY)) == ended[1]
     late = several.generate(PROMPTS[1], dataclasses.replace(GREEDY, min_new_tokens=30))
     assert len(late.token_ids) >= 30 and not set(late.token_ids[:30]) & {2, *ends}
+
+
+def test_a_generation_can_be_pickled(generator):
+    text = generator.generate(PROMPTS[0], GREEDY)
+    back = pickle.loads(pickle.dumps(text))
+    assert back == text and type(back) is type(text) and vars(back) == vars(text)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS[:2])

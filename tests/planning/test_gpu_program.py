@@ -68,6 +68,7 @@ def test_launches(base_step):
     assert base_step.report.launches() <= 420
 
 
+@pytest.mark.slow
 def test_decoding_writes_into_its_cache():
     c = model_config()
     with target.compiling_for(target.GPUS["h100"]):

@@ -187,3 +187,30 @@ def test_a_plan_of_preferences_counts_what_is_scored_before_the_first_step(monke
 
     print_plan(plan, Console(width=200))
     assert "reference: 20 pairs scored once before the first step" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_plan_of_rewards_counts_the_rollout_and_the_reference(monkeypatch, capsys, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "一"}\n' * 50)
+    flags = [*TINY[:-1], f"--config.data.train_data_path={prompts}", "--config.training.epochs=2", "--config.loss.kind=grpo"]
+    flags += ["--config.rollout.samples=4", "--config.rollout.max_new_tokens=32", "--config.rollout.iterations=2"]
+    plans = []
+    for beta in (0.0, 0.1):
+        code, out, _ = run(monkeypatch, capsys, *flags, f"--config.loss.beta={beta}", "--gpu=this", "--quick", "--json")
+        assert code == 0
+        plans.append(json.loads(out))
+    without, plan = plans
+    assert plan["run"]["steps"] == 2 * 50 * 4 * 2 // 8 and plan["run"]["length_from"] == "2 epochs of 50 prompts"
+    parts = plan["rollout"]["memory"]["parts"]
+    assert plan["rollout"]["rows"] == 8 and parts["reference"] == parts["decoding weights"] == parts["parameters"]  # fp32
+    assert plan["training"]["memory"]["parts"]["reference"] == parts["reference"]
+    more = plan["rollout"]["memory"]["peak"] - without["rollout"]["memory"]["peak"]
+    assert more == parts["reference"] and "reference" not in without["rollout"]["memory"]["parts"]
+
+    from rich.console import Console
+
+    from mateconv_jax.planning.tables import print_plan
+
+    print_plan(plan, Console(width=300))
+    assert "rollout: 8 answers at a time per device" in capsys.readouterr().out

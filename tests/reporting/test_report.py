@@ -326,3 +326,27 @@ def test_preferences_have_their_own_curves_and_rows(make_run, tmp_path):
         curves.draw(history.read_runs([make_run(name, some)]), 0, "svg") for name, some in (("a", lines), ("b", LINES))
     )
     assert "Preference accuracy" in with_panels.decode() and "Preference accuracy" not in without.decode()
+
+
+def test_learning_from_reward_has_its_own_curves_and_rows(make_run, tmp_path):
+    lines = [
+        {"step": 1, "train/loss": 0.0, "grpo/reward": 0.25, "reward/number_match": 0.25, "grpo/length": 9.0, "grpo/entropy": 0.2},
+        {"step": 10, "train/loss": 0.0, "grpo/reward": 0.75, "reward/number_match": 0.75, "grpo/length": 8.0, "grpo/entropy": 0.1},
+        {"step": 10, "val/loss": -0.5, "val/reward": 0.5},
+    ]  # fmt: skip
+    page = Page(write_report([make_run("grpo", lines)], str(tmp_path / "report.html"), 0))
+    cells = {row[0]: row[1] for table in page.tables for row in table if len(row) > 1}
+    expected = {
+        "Mean reward": "0.7500",
+        "reward/number_match": "0.7500",
+        "Tokens of an answer": "8.0000",
+        "Validation reward": "0.5",
+    }
+    for label, value in expected.items():
+        [found] = [cell for key, cell in cells.items() if key.startswith(label)]
+        assert found.startswith(value)
+    assert next(cell for key, cell in cells.items() if key.startswith("Validation loss")) == "-0.5000 at step 10"
+    with_panels, without = (
+        curves.draw(history.read_runs([make_run(name, some)]), 0, "svg") for name, some in (("a", lines), ("b", LINES))
+    )
+    assert "Entropy of the policy" in with_panels.decode() and "Entropy of the policy" not in without.decode()

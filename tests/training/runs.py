@@ -50,9 +50,7 @@ def steps_in(folder):
 
 def flags_of(config, out_dir):
     """The command line that trains as `config` does."""
-    values = {
-        f"{section}.{key}": value for section in ("model", "data", "loss", "training") for key, value in config[section].items()
-    }
+    values = {f"{section}.{key}": value for section in config if section != "wandb" for key, value in config[section].items()}
     values["training.out_dir"] = out_dir
     overrides = [f"--config.{key}={value}" for key, value in values.items() if value is not None]
     return [f"--config={ROOT / 'configs' / 'base.py'}", *overrides]

@@ -153,7 +153,7 @@ def test_init_from_brings_the_shape_of_the_model_and_samples_are_answers(
     config.training.update(dict(sample_chat=True, sample_prompts=("你好",)))
     assert train(config_lib.resolve(config)) == 0
     log = (tmp_path / "sft" / "train.log").read_text()
-    assert "the model's shape is that of the weights: dim 32, n_layers 2" in log
+    assert "the model's shape is that of the weights: dim 32, n_layers 1" in log
     assert json.loads((tmp_path / "sft" / "config.json").read_text())["model"]["dim"] == 32
     # The same command goes on, the weights that it began with gone or not.
     (tmp_path / "base").rename(tmp_path / "moved")

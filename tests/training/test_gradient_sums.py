@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from mateconv_jax.training import gradient_sums, norms
 
@@ -36,6 +37,7 @@ for devices, fsdp, dtype in [(1, 1, "float32"), (4, 1, "float32"), (4, 1, "bfloa
 """
 
 
+@pytest.mark.slow  # test_any_loss trains on 8 devices too
 def test_gradients_are_those_of_one_device_and_the_dtype_of_their_sum_matters():
     """Rows of different lengths, two micro-batches, whole and split parameters."""
     env = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}

@@ -224,6 +224,7 @@ def test_log_interval_decides_which_steps_are_written(tiny_config):
     assert [m["step"] for m in metrics_of(tiny_config.training.out_dir) if "train/loss" in m] == [1, 4]
 
 
+@pytest.mark.slow
 def test_wandb_gets_the_numbers_and_a_run_that_goes_on_is_the_same_there(tiny_config, monkeypatch):
     """Into wandb's own offline files, without a network."""
     wandb = pytest.importorskip("wandb")

@@ -3,14 +3,18 @@
 import copy
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mateconv_jax import config as config_lib
+from mateconv_jax.data.dataset import open_dataset
 from mateconv_jax.errors import UserError
+from mateconv_jax.evaluation import held_out
 from mateconv_jax.training import reference, writers
+from mateconv_jax.training.preemption import RESUMABLE
 from tests.data.build.preparing import prepare, write_jsonl
-from tests.training.runs import assert_equal_checkpoints, metrics_of, saved, train
+from tests.training.runs import assert_equal_checkpoints, metrics_of, saved, steps_in, train
 
 N = 44
 
@@ -103,6 +107,15 @@ def test_a_kill_while_the_reference_is_scored_costs_one_batch(
     assert_equal_checkpoints(out, straight, 6)
 
 
+def test_a_signal_while_the_reference_is_scored_is_not_waited_for(preferred, tmp_path, monkeypatch):
+    join, out = reference.Reference.join, tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(reference.Reference, "join", lambda self, *args: join(self, *args[:-1], lambda: True))
+        assert train(preferred, out) == RESUMABLE
+    assert "reference: stopped after" in log_of(out) and not steps_in(out)
+
+
+@pytest.mark.slow
 def test_a_broken_or_lost_reference_is_scored_again_with_the_weights_of_the_start(preferred, straight, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(straight, out)
@@ -125,6 +138,7 @@ def test_a_reference_is_never_that_of_other_weights(preferred, straight, tmp_pat
         train(preferred, out, init_from=None)
 
 
+@pytest.mark.slow
 def test_resume_from_takes_the_reference_along(preferred, straight, tmp_path):
     changes = {"init_from": None, "resume_from": str(straight / "checkpoints" / "4")}
     train(preferred, tmp_path / "out", **changes)
@@ -133,7 +147,8 @@ def test_resume_from_takes_the_reference_along(preferred, straight, tmp_path):
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("kind", ["orpo", "simpo"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["simpo", "orpo"])
 def test_without_a_reference_nothing_is_scored(preferred, tmp_path, kind):
     preferred = copy.deepcopy(preferred)
     preferred.loss.kind = kind
@@ -141,6 +156,31 @@ def test_without_a_reference_nothing_is_scored(preferred, tmp_path, kind):
     assert not (tmp_path / "out" / "reference").exists()
     metrics = metrics_of(tmp_path / "out")
     assert "dpo/margin" in metrics[0] and "dpo/kl" not in metrics[0]
+
+
+def test_the_fingerprints_see_every_pair_and_every_weight(preferred):
+    rows = open_dataset(preferred.data.train_data_path, "", 32).rows("train")
+
+    class Changed:
+        def __len__(self):
+            return len(rows)
+
+        def read(self, indices):
+            batch = rows.read(indices)
+            batch["tokens"][indices == 5, 1, 3] += 1
+            return batch
+
+    assert reference.rows_fingerprint(rows) == reference.rows_fingerprint(rows) != reference.rows_fingerprint(Changed())
+    weights = {"a": jnp.arange(12.0).reshape(3, 4), "b": jnp.ones(5)}
+    found = {reference.weights_fingerprint(w) for w in (
+        weights, {**weights, "b": weights["b"].at[2].set(1 + 1e-7)}, {**weights, "a": weights["a"].at[0, :2].set([1, 0])}
+    )}  # fmt: skip
+    assert len(found) == 3
+
+
+def test_evaluate_does_not_take_pairs_for_texts(preferred):
+    with pytest.raises(UserError, match=r"--data: '.*pairs' holds pairs"):
+        held_out.evaluate_run(preferred.training.init_from, [preferred.data.train_data_path], "train")
 
 
 def test_what_does_not_fit_is_an_error(preferred, base_tiny_config, tmp_path):

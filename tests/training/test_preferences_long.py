@@ -39,8 +39,8 @@ def test_killed_at_random_moments_it_loses_nothing(server, preferred, dataset_fo
     in_reference = 0
     for i in range(20):
         training = Training(flags_of(config, tmp_path / "out"), tmp_path / f"log{i}")
-        training.wait_for(rng.choice(["start: ", "reference: scoring", "train/loss", "loss "]), done_is_fine=True)
-        time.sleep(rng.random() * 0.2)
+        training.wait_for("reference: scoring" if i < 6 else rng.choice(["start: ", "accuracy"]), done_is_fine=i >= 6)
+        time.sleep(rng.random() * (1 if i < 6 else 0.2))
         training.process.kill()
         training.process.join()
         in_reference += bool(list((tmp_path / "out").glob("reference/*.partial")))
@@ -51,7 +51,7 @@ def test_killed_at_random_moments_it_loses_nothing(server, preferred, dataset_fo
     for split in ("train", "validation"):
         a, b = (np.load(tmp_path / run / "reference" / f"{split}.npz")["log_probs"] for run in ("out", "straight"))
         np.testing.assert_array_equal(a, b)
-    assert in_reference
+    assert in_reference >= 3
 
 
 @pytest.mark.parametrize("flags", [("--config.mesh.fsdp=8",), ("--config.mesh.data=2", "--config.mesh.fsdp=4")])
@@ -90,7 +90,7 @@ def test_half_precision_learns_as_float32_does(preferred, tmp_path, kind, dtype)
     for name in ("float32", dtype):
         train(config, tmp_path / name, dtype=name, max_steps=8, eval_interval=8)
         losses[name] = [m["train/loss"] for m in metrics_of(tmp_path / name) if "train/loss" in m]
-    assert losses["float32"][-1] < 0.99 * losses["float32"][0]
+    assert losses["float32"][-1] < 0.995 * losses["float32"][0]
     np.testing.assert_allclose(losses[dtype], losses["float32"], rtol=0.03)
 
 

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mateconv_jax import GenerationConfig, TextGenerator
 from mateconv_jax.errors import UserError
+from mateconv_jax.inference.terminal import escaped
 from mateconv_jax.training import loop
 from mateconv_jax.training.train_state import LossAverage
 from tests.training.runs import losses_of, metrics_of, train
@@ -27,6 +28,11 @@ def test_the_header(tiny_config, tmp_path):
     assert float(total) >= float(state) > 0
 
 
+def first_line(text):
+    """As the log shows it."""
+    return escaped(text).split("\n")[0]
+
+
 def test_samples_are_the_ema_models_and_change_nothing_else(tiny_config, tmp_path):
     options = dict(max_steps=4, use_ema=True, ema_decay=0.5, save_interval=2, keep_latest=9)
     train(tiny_config, tmp_path / "without", **options)
@@ -35,13 +41,13 @@ def test_samples_are_the_ema_models_and_change_nothing_else(tiny_config, tmp_pat
     said = dict(re.findall(r"sample of step (\d+): 熊猫\|(.*)", log))
     assert list(said) == ["2", "4"] and said["2"] != said["4"]
     generator = TextGenerator.from_pretrained(tmp_path / "with")
-    assert generator.generate("熊猫", GenerationConfig(max_new_tokens=64)).splitlines()[0] == said["4"]
+    assert first_line(generator.generate("熊猫", GenerationConfig(max_new_tokens=64))) == said["4"]
     assert losses_of(tmp_path / "with") == losses_of(tmp_path / "without")
     assert "sample of" not in (tmp_path / "without" / "train.log").read_text()
     board = EventAccumulator(str(tmp_path / "with" / "tensorboard"))
     board.Reload()
     texts = [event.tensor_proto.string_val[0].decode() for event in board.Tensors("samples/0")]
-    assert [text.splitlines()[0] for text in texts] == ["熊猫" + said["2"], "熊猫" + said["4"]]
+    assert [first_line(text) for text in texts] == ["熊猫" + said["2"], "熊猫" + said["4"]]
 
 
 def test_a_prompt_that_does_not_fit_is_an_error_before_the_first_step(tiny_config, tmp_path):

@@ -1,0 +1,42 @@
+"""How reward functions score a model's answers to prompts."""
+
+import numpy as np
+
+from mateconv_jax.data.prompts import read_prompts
+from mateconv_jax.generation_config import GenerationConfig
+from mateconv_jax.training.rewards import Rewards, wait_for
+
+
+def score_prompts(generator, path: str, functions: list[str], max_new_tokens: int) -> dict[str, float]:
+    """Mean reward of a TextGenerator's likeliest answers to the prompts of a JSONL file, see data/prompts.py.
+
+    Args:
+      functions: as in the config's reward.functions.
+
+    Returns:
+      prompts, how many; unrewarded, answers that a function gave no reward; and each function's mean, over those it gave one.
+
+    Raises:
+      UserError: the file holds no prompt, or a function is not found.
+    """
+    rewards = Rewards(tuple(functions), (), 8)
+    prompts = read_prompts(path, "--prompts", generator.tokenizer, generator.max_seq_len - max_new_tokens)
+    how = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens)
+    written = iter(generator.batch_generate([prompt for prompt in prompts.prompts if isinstance(prompt, str)], how, 128))
+    said = iter(generator.batch_chat([prompt for prompt in prompts.prompts if not isinstance(prompt, str)], how, 128))
+    answers = [next(written if isinstance(prompt, str) else said) for prompt in prompts.prompts]
+    futures = [
+        rewards.start(prompt, [answer], record)
+        for prompt, answer, record in zip(prompts.prompts, answers, prompts.records, strict=True)
+    ]
+    wait_for([future for of_answer in futures for future in of_answer], lambda: False)
+    reward_FN = np.array([[future.result()[0] for future in of_answer] for of_answer in futures]).T
+    means = {name: float(np.nanmean(reward_N)) for name, reward_N in zip(rewards.names, reward_FN, strict=True)}
+    return {"prompts": prompts.n_prompts, "unrewarded": int(np.isnan(reward_FN).any(axis=0).sum())} | means
+
+
+def print_score(score: dict[str, float]) -> None:
+    unrewarded = f" ({score['unrewarded']} without a reward)" * (score["unrewarded"] > 0)
+    print(f"answers to {score['prompts']:,} prompts{unrewarded}")
+    for name in list(score)[2:]:
+        print(f"{name:16} {score[name]:.4f}")
