@@ -102,7 +102,7 @@ class Rewards:
             rewards = [math.nan if reward is None else float(reward) for reward in function(prompts, completions, records)]
             if len(rewards) != len(completions):
                 raise ValueError(f"{len(rewards)} rewards for {len(completions)} answers")
-        except Exception as error:  # other people's code
+        except (Exception, SystemExit) as error:  # other people's code
             if len(completions) > 1:
                 answers = zip(prompts, completions, records, strict=True)
                 return np.concatenate([self._score(name, function, [p], [c], [r]) for p, c, r in answers])

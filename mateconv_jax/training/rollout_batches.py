@@ -94,11 +94,7 @@ class RolloutBatches:
         """Fields of policy_gradient_loss, (A, B, …) on the devices; None: should_stop() was true before they were there."""
         first = step - step % self._options.iterations
         if self._last is None or self._last[0] != first:
-            # A file of a step that is yet to come may be of a run that went on otherwise: only the past is read.
-            made = self._kept.read(first) if step > first else None
-            if made is None and step > first:
-                logging.warning("the answers of step %d are gone: they are sampled anew, from newer weights", first)
-            made = made or self._roll_out(first, params)
+            made = (self._kept_from_before(first) if step > first else None) or self._roll_out(first, params)
             if made is None:
                 return None
             batch, metrics = made
@@ -106,6 +102,16 @@ class RolloutBatches:
                 self._kept.write(first, batch, metrics)
             self._last = first, sharding.to_devices(batch, self._mesh, rows_axis=1), metrics
         return self._last[1]
+
+    def _kept_from_before(self, first: int) -> tuple[dict[str, np.ndarray], dict[str, float]] | None:
+        """A rollout that a step has learned from already. One whose steps are all to come is made anew: its file may be of a
+        run that went on otherwise.
+        """
+        made = self._kept.read(first)
+        if made is not None and made[0]["length"].shape == (self._shape.accumulation_steps, self._shape.batch_size):
+            return made
+        logging.warning("not an exact continuation: the answers of step %d are gone: newer weights give others", first)
+        return None
 
     def metrics(self, step: int) -> dict[str, float]:
         """Of the rollout that the step's batch is from."""

@@ -75,7 +75,7 @@ class Rollouts:
           should_stop: asked every STOP_CHECK_TOKENS tokens.
 
         Returns:
-          None: should_stop() was true before all were finished.
+          Texts whose token_ids include the end token; None: should_stop() was true before all were finished.
         """
         lengths_P = np.array([len(ids) for ids in prompts], np.int32)
         tokens_PT = np.zeros((len(prompts), self._T), np.int32)

@@ -116,7 +116,7 @@ def test_a_run_stopped_between_two_steps_of_a_rollout_goes_on_to_the_bit(reward_
         (tmp_path / "out" / "checkpoints" / str(step)).rename(tmp_path / str(step))
     train(reward_config, tmp_path / "out")
     assert_equal_checkpoints(tmp_path / "out", run[0], 5)
-    assert "sampled anew" not in (tmp_path / "out" / "train.log").read_text()
+    assert "not an exact continuation" not in (tmp_path / "out" / "train.log").read_text()
 
 
 def killed(config, folder, where, at):

@@ -21,7 +21,7 @@ def length(prompts, completions, records):
 def picky(prompts, completions, records):
     """Fails on answers that begin with f."""
     if any(text.startswith("f") for text in completions):
-        raise RuntimeError("no f please")
+        raise SystemExit("no f please") if "fail" in completions else RuntimeError("no f please")
     return [None if text == "none" else math.inf if text == "inf" else 1.0 for text in completions]
 
 
