@@ -19,6 +19,7 @@ grep '^{"text"' data/demo.jsonl > data/demo_texts.jsonl
 benchmark prepare --input data/demo_texts.jsonl --times 10 --flags "--dedup none" --tokenizer data/demo/tokenizer --repeat 2
 benchmark checkpoint
 benchmark decode --batch_sizes 1 16 --repeat 3
+benchmark serve --repeat 1 --waves 1
 benchmark train
 benchmark time_to_loss
 benchmark growth

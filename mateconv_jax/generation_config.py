@@ -19,6 +19,9 @@ class GenerationConfig:
       top_p: in (0, 1], keep the smallest set of tokens whose probability reaches p; 1 keeps all.
       min_p: in [0, 1], keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
       repetition_penalty: in [1e-6, 1e6], above 1 penalises tokens already in the prompt or the answer; 1 is off.
+      presence_penalty, frequency_penalty: in [-2, 2], subtracted from the logits of the answer's tokens: once, and for each
+        time that the token is there; 0 is off. OpenAI's, not transformers'.
+      logit_bias: pairs (token id, what is added to its logit), each token once; a dict or list is converted to a tuple.
       no_repeat_ngram_size: ban tokens that would repeat an n-gram of this size, prompt included; 0 is off.
       max_new_tokens: at most this many tokens.
       min_new_tokens: no end token before this many; at most max_new_tokens.
@@ -37,6 +40,9 @@ class GenerationConfig:
     top_p: float = 0.9
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     no_repeat_ngram_size: int = 0
     max_new_tokens: int = 100
     min_new_tokens: int = 0
@@ -50,6 +56,9 @@ class GenerationConfig:
             object.__setattr__(self, "stop", (self.stop,))
         elif isinstance(self.stop, list):
             object.__setattr__(self, "stop", tuple(self.stop))
+        if isinstance(self.logit_bias, dict | list):
+            pairs = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias
+            object.__setattr__(self, "logit_bias", tuple(tuple(pair) if isinstance(pair, list) else pair for pair in pairs))
 
         def is_flag(value):
             return isinstance(value, bool)
@@ -60,6 +69,10 @@ class GenerationConfig:
         def is_number(value, low, high):
             return isinstance(value, numbers.Real) and not is_flag(value) and low <= value <= high  # False for NaN
 
+        def is_bias(pair):
+            return isinstance(pair, tuple) and len(pair) == 2 and is_integer(pair[0], 0) and is_number(pair[1], -1e6, 1e6)
+
+        biases = self.logit_bias
         check_values(
             self,
             [
@@ -74,6 +87,13 @@ class GenerationConfig:
                 ("top_p", is_number(self.top_p, 0, 1) and self.top_p > 0, "a number above 0 and at most 1"),
                 ("min_p", is_number(self.min_p, 0, 1), "a number from 0 to 1"),
                 ("repetition_penalty", is_number(self.repetition_penalty, 1e-6, 1e6), "a number from 1e-6 to 1e6; 1 is off"),
+                ("presence_penalty", is_number(self.presence_penalty, -2, 2), "a number from -2 to 2; 0 is off"),
+                ("frequency_penalty", is_number(self.frequency_penalty, -2, 2), "a number from -2 to 2; 0 is off"),
+                (
+                    "logit_bias",
+                    isinstance(biases, tuple) and all(map(is_bias, biases)) and len(dict(biases)) == len(biases),
+                    "pairs of a token id and a number from -1e6 to 1e6, each token once",
+                ),
                 ("no_repeat_ngram_size", is_integer(self.no_repeat_ngram_size, 0), "an integer, at least 0"),
                 ("max_new_tokens", is_integer(self.max_new_tokens, 0), "an integer, at least 0"),
                 ("min_new_tokens", is_integer(self.min_new_tokens, 0), "an integer, at least 0"),

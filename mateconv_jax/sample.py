@@ -177,14 +177,12 @@ def parse_args(argv):
     add("--greedy", action="store_true", help="always take the most likely token")
     add("--temperature", type=float, metavar="T", help=f"higher is more varied (default: {default.temperature})")
     add("--top_k", type=int, metavar="K", help=f"keep the K most likely tokens; 0: all (default: {default.top_k})")
-    add(
-        "--top_p",
-        type=float,
-        metavar="P",
-        help=f"keep the smallest set of tokens that reaches this probability; 1: all (default: {default.top_p})",
-    )
+    add("--top_p", type=float, metavar="P", help="keep the smallest set of tokens that reaches this probability; 1: all "
+        f"(default: {default.top_p})")  # fmt: skip
     add("--min_p", type=float, metavar="P", help="keep tokens at least P times as likely as the likeliest; 0: all (default)")
     add("--repetition_penalty", type=float, metavar="X", help="above 1: penalise tokens already in the text; 1: off (default)")
+    add("--presence_penalty", type=float, metavar="X", help="above 0: penalise tokens already in the answer; 0: off (default)")
+    add("--frequency_penalty", type=float, metavar="X", help="the same for each time that a token is there; 0: off (default)")
     add("--no_repeat_ngram_size", type=int, metavar="N", help="never repeat N tokens in a row; 0: off (default)")
     add("--max_new_tokens", type=int, metavar="N", help=f"at most N new tokens (default: {default.max_new_tokens})")
     add("--min_new_tokens", type=int, metavar="N", help="at least N new tokens before the text may end (default: 0)")

@@ -24,6 +24,7 @@ ROOMS = {
     "interop": "config data errors files generation_config model run_folder",
     "inference": "config data errors files generation_config interop model runtime",
     "training": "config config_keys data errors files inference generation_config interop intervals losses model run_folder runtime",
+    "serving": "data errors generation_config inference",
     "evaluation": "config cores data errors inference generation_config interop losses model runtime training",
     "planning": "config_keys data errors inference generation_config model runtime training",
     "reporting": "errors plotting",

@@ -13,8 +13,10 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,23 @@ def test_every_command_and_all_code_of_the_documentation_run(checkout, monkeypat
             assert printed.getvalue().strip(), code
 
 
+def serve_until_ready(command, checkout):
+    """The server never ends by itself: it is ready, and ends with 0 when it is told to."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = shlex.split(command.replace("--port 8000", f"--port {port}"))
+    process = subprocess.Popen(
+        [sys.executable, *words[1:], "--max_batch=1", "--context=32"], cwd=checkout, stderr=subprocess.PIPE
+    )
+    lines = iter(process.stderr.readline, b"")
+    assert any(b" ready: " in line for line in lines)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models") as answer:
+        assert json.load(answer)["data"][0]["id"] == Path(words[3].partition("=")[2]).name
+    process.terminate()
+    process.stderr.read()
+    assert process.wait(60) == 0
+
+
 def run_commands(commands, checkout, monkeypatch):
     monkeypatch.chdir(checkout)
     monkeypatch.setattr(demo_score, "STORIES", 1)
@@ -139,6 +158,9 @@ def run_commands(commands, checkout, monkeypatch):
         if command.startswith(LEFT_OUT) or not has_gpu_compiler and re.search(r"jax-cuda13-pjrt|mateconv_jax\.plan ", command):
             continue
         shorter = command + "".join(flags for part, flags in SHORTER.items() if part in command)
+        if "mateconv_jax.serve " in command:
+            serve_until_ready(command, checkout)
+            continue
         match = re.fullmatch(r"(?:cat (?P<stdin>\S+) \| )?python -m (?P<module>mateconv_jax[\w.]*) (?P<arguments>.*)", shorter)
         if match is None:
             xla_flags = re.match(r"(?:XLA_FLAGS=(\S+) )?", shorter)  # beside the tests' own, which compile faster

@@ -11,7 +11,8 @@ from tests import llama
 
 HEAVY = (
     "apache_beam clu datasets flax grain jax matplotlib orbax pandas prompt_toolkit scipy sklearn tensorflow tensorflow_datasets "
-    "torch transformers wandb"
+    "torch transformers wandb "
+    "fastapi pydantic uvicorn prometheus_client"
 ).split()
 RUN = """
 import atexit, os, runpy, sys
@@ -33,6 +34,8 @@ BUDGETS = [
     ("sample --help", "", 0),
     ("sample --model_path={model} --temperature=0", "", 2),
     ("sample --model_path={model} --prompt=x --max_new_tokens=2 --dtype=float32", MODEL, 0),
+    ("serve --help", "", 0),
+    ("serve --model_path={model} --host=0.0.0.0", "", 2),
     ("evaluate --help", "", 0),
     ("convert --help", "", 0),
     ("convert --from {model} --to {tmp}/run", MODEL, 0),

@@ -22,6 +22,8 @@ from mateconv_jax.inference.chat import DoesNotFit, fit
 
 PROMPT_KEYS = ("prompt", "history", "messages")
 RESULT_KEYS = ("text", "finish_reason", "n_prompt_tokens", "n_tokens", "token_ids", "seed", "settings")
+# Settings that files written before they existed do not record: they were off.
+LATER_SETTINGS = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": []}
 LOG_SECONDS = 10  # between progress lines when standard error is not a terminal
 
 
@@ -253,6 +255,7 @@ def _complete_lines(output: str, content: bytes, requests: list[Request], settin
         try:
             found = json.loads(line)
             made_with = {name: found.pop(name) for name in RESULT_KEYS}["settings"]
+            made_with = LATER_SETTINGS | made_with
             changes = [name for name in settings if made_with[name] != settings[name]]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"--output: {output}:{number} is not a result line (choose another file)") from error

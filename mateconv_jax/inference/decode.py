@@ -1,7 +1,7 @@
 """Prefill and decoding of token ids. Decoding is a `lax.while_loop` that runs until all rows are finished or, for streaming,
 for a few steps.
 
-Dimensions in names: B rows, S tokens of one prefill, T cache bucket, V vocabulary.
+Dimensions in names: B rows, S tokens of one prefill, T cache bucket, V vocabulary, N recorded tokens, K alternatives.
 """
 
 import dataclasses
@@ -36,6 +36,52 @@ def bucket(length: int, max_seq_len: int, smallest: int) -> int:
 
 
 @flax.struct.dataclass
+class Logprobs:
+    """Natural log-probabilities of new tokens in the model's own distribution, before any filter.
+
+    Attributes:
+      wanted_B: bool; other rows' numbers mean nothing.
+      first_B: int32, the position that column 0 stands for.
+      chosen_BN: fp32, of the tokens that were chosen.
+      token_BNK, logprob_BNK: int32 and fp32, the K most likely tokens at each position, in descending order.
+    """
+
+    wanted_B: jax.Array
+    first_B: jax.Array
+    chosen_BN: jax.Array
+    token_BNK: jax.Array
+    logprob_BNK: jax.Array
+
+    @staticmethod
+    def make(wanted_B: jax.Array, first_B: jax.Array, N: int, K: int) -> "Logprobs":
+        B = len(wanted_B)
+        zeros_BNK = jnp.zeros((B, N, K))
+        return Logprobs(wanted_B, first_B, jnp.zeros((B, N)), zeros_BNK.astype(jnp.int32), zeros_BNK)
+
+    def record(self, logits_BV, token_B, column_B) -> "Logprobs":
+        """Write column column_B of each row; a column out of range is dropped."""
+        K = self.token_BNK.shape[2]
+
+        def compute(logits_BV):
+            logprobs_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32))
+            highest_BK, token_BK = jax.lax.top_k(logprobs_BV, K)
+            return jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=1)[:, 0], token_BK, highest_BK
+
+        def nothing(logits_BV):
+            B = len(token_B)
+            return jnp.zeros(B), jnp.zeros((B, K), jnp.int32), jnp.zeros((B, K))
+
+        chosen_B, token_BK, highest_BK = jax.lax.cond(self.wanted_B.any(), compute, nothing, logits_BV)
+        at = jnp.arange(len(token_B)), column_B
+        return dataclasses.replace(
+            self,
+            chosen_BN=self.chosen_BN.at[at].set(chosen_B, mode="drop"),
+            token_BNK=self.token_BNK.at[at].set(token_BK, mode="drop"),
+            logprob_BNK=self.logprob_BNK.at[at].set(highest_BK, mode="drop"),
+        )
+
+
+@flax.struct.dataclass
 class DecodeState:
     """Everything that decoding updates.
 
@@ -46,6 +92,7 @@ class DecodeState:
       remaining_B: int32, new tokens each row may still get.
       finished_B: bool, an end token was drawn or no tokens remain.
       kv_cache: None: recompute all positions for every token.
+      logprobs: None: not recorded.
     """
 
     tokens_BT: jax.Array
@@ -54,6 +101,7 @@ class DecodeState:
     remaining_B: jax.Array
     finished_B: jax.Array
     kv_cache: KVCache | None
+    logprobs: Logprobs | None = None
 
 
 def _on_each_device(mesh: Mesh | None, function: Callable) -> Callable:
@@ -77,7 +125,9 @@ def _on_each_device(mesh: Mesh | None, function: Callable) -> Callable:
 
 
 class Decoder:
-    """The compiled functions of one model. All but `repeat` and `resize` donate the state they are given."""
+    """The functions of one model: `read`, `choose` and `steps` for other programs to call, and compiled as `prefill`, `append`
+    and `loop`. These donate the state they are given; `repeat` and `resize` do not.
+    """
 
     def __init__(self, graph: nnx.GraphDef, c: ModelConfig, eos_ids: tuple[int, ...], mesh: Mesh | None = None):
         """
@@ -88,10 +138,10 @@ class Decoder:
         self._graph, self._eos_ids, self._max_seq_len = graph, eos_ids, c.max_seq_len
         options = xla_flags.compiler_options(c.platform)
         on_each = functools.partial(_on_each_device, mesh)
-        self.prefill = jax.jit(on_each(self._prefill), static_argnames="S", donate_argnames="state", compiler_options=options)
+        self.prefill = jax.jit(on_each(self.read), static_argnames="S", donate_argnames="state", compiler_options=options)
         self.repeat = jax.jit(on_each(self._repeat), static_argnames="n")
-        self.append = jax.jit(on_each(self._append), donate_argnames="state")
-        self.loop = jax.jit(on_each(self._loop), donate_argnames="state", compiler_options=options)
+        self.append = jax.jit(on_each(self.choose), donate_argnames="state")
+        self.loop = jax.jit(on_each(self.steps), donate_argnames="state", compiler_options=options)
         self.resize = jax.jit(on_each(self._resize), static_argnames="length")
 
     def run(
@@ -125,21 +175,21 @@ class Decoder:
             if length == state.tokens_BT.shape[1]:
                 state = self.grow(state)
 
-    def _prefill(self, params, state: DecodeState, start, S: int):
-        """Read positions start .. start + S - 1 of each row into the cache. Earlier positions must be in the cache already, and
-        each row's last token must be in this range.
+    def read(self, params, state: DecodeState, start, S: int):
+        """Read positions start .. start + S - 1 of each row into the cache. Earlier positions must be in the cache already.
+
+        Args:
+          start: int32, of all rows or (B,); start + S must fit the cache.
 
         Returns:
-          (logits_BV after each row's last token, the state)
+          (logits_BV after each row's last token, which mean nothing for a row whose last token is not in this range; the state)
         """
         if state.kv_cache is None:
             return self._uncached_logits(params, state), state
-        B = len(state.length_B)
-        tokens_BS = jax.lax.dynamic_slice(state.tokens_BT, (0, start), (B, S))
-        start_B = jnp.full(B, start, jnp.int32)
-        logits_BV, kv_cache = nnx.merge(self._graph, params).cached(
-            tokens_BS, start_B, state.length_B - 1 - start_B, state.kv_cache
-        )
+        start_B = jnp.broadcast_to(jnp.asarray(start, jnp.int32), state.length_B.shape)
+        tokens_BS = jnp.take_along_axis(state.tokens_BT, start_B[:, None] + jnp.arange(S), axis=1)
+        last_B = jnp.clip(state.length_B - 1 - start_B, 0, S - 1)
+        logits_BV, kv_cache = nnx.merge(self._graph, params).cached(tokens_BS, start_B, last_B, state.kv_cache)
         return logits_BV, dataclasses.replace(state, kv_cache=kv_cache)
 
     def _uncached_logits(self, params, state: DecodeState):
@@ -151,7 +201,7 @@ class Decoder:
         """Repeat each row n times."""
         return jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), (logits_BV, state))
 
-    def _append(self, logits_BV, state: DecodeState, sampling: Sampling) -> DecodeState:
+    def choose(self, logits_BV, state: DecodeState, sampling: Sampling) -> DecodeState:
         """Choose and append each row's next token. Finished rows do not change."""
         chosen_B = next_tokens(logits_BV, sampling, state.tokens_BT, state.length_B, state.prompt_length_B, self._eos_ids)
         active_B = ~state.finished_B
@@ -160,6 +210,10 @@ class Decoder:
         rows_B = jnp.arange(len(position_B))
         token_B = jnp.where(active_B, chosen_B, state.tokens_BT[rows_B, position_B])
         remaining_B = state.remaining_B - active_B
+        logprobs = state.logprobs
+        if logprobs is not None:
+            column_B = jnp.where(active_B, position_B - logprobs.first_B, logprobs.chosen_BN.shape[1])
+            logprobs = logprobs.record(logits_BV, token_B, column_B)
         ends_B = jnp.isin(token_B, jnp.array(self._eos_ids, jnp.int32))
         return dataclasses.replace(
             state,
@@ -167,18 +221,19 @@ class Decoder:
             length_B=state.length_B + active_B,
             remaining_B=remaining_B,
             finished_B=state.finished_B | ends_B | (remaining_B == 0),
+            logprobs=logprobs,
         )
 
     def _step(self, params, state: DecodeState, sampling: Sampling) -> DecodeState:
         """One decode step: read each row's last token and append the next."""
         if state.kv_cache is None:
-            return self._append(self._uncached_logits(params, state), state, sampling)
+            return self.choose(self._uncached_logits(params, state), state, sampling)
         last_B = state.length_B - 1
         tokens_B1 = jnp.take_along_axis(state.tokens_BT, last_B[:, None], axis=1)
         logits_BV, kv_cache = nnx.merge(self._graph, params).cached(tokens_B1, last_B, jnp.zeros_like(last_B), state.kv_cache)
-        return self._append(logits_BV, dataclasses.replace(state, kv_cache=kv_cache), sampling)
+        return self.choose(logits_BV, dataclasses.replace(state, kv_cache=kv_cache), sampling)
 
-    def _loop(self, params, state: DecodeState, sampling: Sampling, max_steps) -> DecodeState:
+    def steps(self, params, state: DecodeState, sampling: Sampling, max_steps) -> DecodeState:
         """Decode until all rows are finished, an active row needs a longer cache, or max_steps steps are done."""
         T = state.tokens_BT.shape[1]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -52,7 +53,7 @@ class Generation(str):
 
 
 class TextGenerator:
-    """A model and its tokenizer.
+    """A model and its tokenizer. Several threads may use one generator.
 
     generator = TextGenerator.from_pretrained("out")
     generator.generate("中国", GenerationConfig(max_new_tokens=50))
@@ -60,6 +61,7 @@ class TextGenerator:
     Attributes:
       params: the model's parameters in the compute dtype; may be replaced by others of the same shapes.
       tokenizer: pass None to the constructor if only `logits` is needed.
+      graph, model_config: the model's nnx graph definition and configuration.
       max_seq_len: the model's context, in tokens.
       end_ids: the tokens that end an answer.
     """
@@ -68,13 +70,14 @@ class TextGenerator:
         """end_ids: tokens that end an answer besides the tokenizer's eos_token."""
         self._tokenizer = tokenizer
         self.max_seq_len = model.c.max_seq_len
-        self._c = model.c
-        self._graph, self.params = nnx.split(model)
+        self.model_config = model.c
+        self.graph, self.params = nnx.split(model)
         self.end_ids = tuple(sorted({*end_ids, *([tokenizer.eos_token_id] if tokenizer else [])}))
-        self._decoder = Decoder(self._graph, self._c, self.end_ids)
-        self._all_logits = jax.jit(lambda params, tokens_BS: nnx.merge(self._graph, params)(tokens_BS).astype(jnp.float32))
+        self._decoder = Decoder(self.graph, self.model_config, self.end_ids)
+        self._all_logits = jax.jit(lambda params, tokens_BS: nnx.merge(self.graph, params)(tokens_BS).astype(jnp.float32))
         # The last stream's parameters, tokens and state, whose KV cache the next one reuses for a common prefix.
         self._last_stream: tuple[nnx.State, list[int], DecodeState] | None = None
+        self._last_stream_lock = threading.Lock()  # who takes it owns it: a state's arrays are donated when it goes on
 
     @staticmethod
     def from_pretrained(
@@ -189,11 +192,11 @@ class TextGenerator:
         """
         tokens_BS = np.asarray(token_ids_BS, np.int32)
         B, S = tokens_BS.shape
-        if S > self._c.max_seq_len:
-            raise UserError(f"token_ids: {S} tokens do not fit the model's context of {self._c.max_seq_len}")
-        if tokens_BS.size and not 0 <= tokens_BS.min() <= tokens_BS.max() < self._c.vocab_size:
-            raise UserError(f"token_ids: expected ids from 0 to {self._c.vocab_size - 1}")
-        padding = bucket(S, self._c.max_seq_len, SMALLEST_PROMPT) - S
+        if S > self.model_config.max_seq_len:
+            raise UserError(f"token_ids: {S} tokens do not fit the model's context of {self.model_config.max_seq_len}")
+        if tokens_BS.size and not 0 <= tokens_BS.min() <= tokens_BS.max() < self.model_config.vocab_size:
+            raise UserError(f"token_ids: expected ids from 0 to {self.model_config.vocab_size - 1}")
+        padding = bucket(S, self.model_config.max_seq_len, SMALLEST_PROMPT) - S
         return np.asarray(self._all_logits(self.params, np.pad(tokens_BS, ((0, 0), (0, padding)))))[:, :S]
 
     def score(self, text: str) -> tuple[list[int], np.ndarray]:
@@ -202,7 +205,7 @@ class TextGenerator:
         Raises:
           UserError: the text does not fit the model's context.
         """
-        ids = self._document_ids(text)
+        ids = self.document_ids(text)
         logits_SV = self.logits([ids])[0, :-1]
         log_probs_SV = logits_SV - np.logaddexp.reduce(logits_SV, axis=-1, keepdims=True)
         return ids[1:], log_probs_SV[np.arange(len(ids) - 1), ids[1:]]
@@ -213,10 +216,15 @@ class TextGenerator:
         """Raises UserError, in which `name` stands for the prompt, if the prompt leaves no room in the model's context. `chat`:
         it is a question, formatted with the chat template.
         """
-        n_tokens = self.n_chat_tokens([{"role": "user", "content": prompt}]) if chat else len(self._document_ids(prompt))
+        n_tokens = self.n_chat_tokens([{"role": "user", "content": prompt}]) if chat else len(self.document_ids(prompt))
         self._check_length(n_tokens, name)
 
-    def _document_ids(self, text: str) -> list[int]:
+    def document_ids(self, text: str) -> list[int]:
+        """Token ids of a document's beginning: `<s>`, where the model has it, and the text.
+
+        Raises:
+          UserError: no text, and no `<s>`.
+        """
         ids = tokenizer_lib.encode(self.tokenizer, [text])[0]
         if self.tokenizer.bos_token_id is not None:  # imported models may have none, such as Qwen3
             return [self.tokenizer.bos_token_id, *ids]
@@ -225,9 +233,9 @@ class TextGenerator:
         return ids
 
     def _prompt_ids(self, prompt: str, config: GenerationConfig) -> list[int]:
-        ids = self._document_ids(prompt)
+        ids = self.document_ids(prompt)
         if config.truncate_prompt:  # leave room for the answer, but give the prompt at least half of the context
-            room = self._c.max_seq_len - max(1, min(config.max_new_tokens, self._c.max_seq_len // 2))
+            room = self.model_config.max_seq_len - max(1, min(config.max_new_tokens, self.model_config.max_seq_len // 2))
             if len(ids) > room:
                 n_bos = int(self.tokenizer.bos_token_id is not None)
                 ids = ids[:n_bos] + ids[n_bos - room :]
@@ -240,10 +248,10 @@ class TextGenerator:
         return ids
 
     def _check_length(self, n_tokens: int, name: str = "prompt") -> None:
-        if n_tokens >= self._c.max_seq_len:
+        if n_tokens >= self.model_config.max_seq_len:
             raise UserError(
-                f"{name}: {n_tokens} tokens leave no room in the model's context of {self._c.max_seq_len} "
-                f"(expected at most {self._c.max_seq_len - 1})"
+                f"{name}: {n_tokens} tokens leave no room in the model's context of {self.model_config.max_seq_len} "
+                f"(expected at most {self.model_config.max_seq_len - 1})"
             )
 
     # ---- decoding ---------------------------------------------------------------------------------------------------
@@ -252,10 +260,12 @@ class TextGenerator:
         """The state before the prefill: one row per prompt, and finished rows up to n_rows."""
         lengths_B = np.ones(n_rows, np.int32)
         lengths_B[: len(prompts)] = [len(ids) for ids in prompts]
-        tokens_BT = np.zeros((n_rows, bucket(int(lengths_B.max()) + 1, self._c.max_seq_len, SMALLEST_CACHE)), np.int32)
+        tokens_BT = np.zeros(
+            (n_rows, bucket(int(lengths_B.max()) + 1, self.model_config.max_seq_len, SMALLEST_CACHE)), np.int32
+        )
         for tokens_T, ids in zip(tokens_BT, prompts, strict=False):
             tokens_T[: len(ids)] = ids
-        remaining_B = np.minimum(config.max_new_tokens, self._c.max_seq_len - lengths_B)
+        remaining_B = np.minimum(config.max_new_tokens, self.model_config.max_seq_len - lengths_B)
         remaining_B[len(prompts) :] = 0
         return DecodeState(
             tokens_BT=jnp.asarray(tokens_BT),
@@ -263,7 +273,7 @@ class TextGenerator:
             prompt_length_B=jnp.asarray(lengths_B),
             remaining_B=jnp.asarray(remaining_B),
             finished_B=jnp.asarray(remaining_B == 0),
-            kv_cache=make_kv_cache(self._c, *tokens_BT.shape) if config.use_cache else None,
+            kv_cache=make_kv_cache(self.model_config, *tokens_BT.shape) if config.use_cache else None,
         )
 
     def _decode_batches(self, prompts: list[list[int]], config: GenerationConfig, batch_size: int) -> list[Generation]:
@@ -273,9 +283,9 @@ class TextGenerator:
     def _decode_all(self, prompts: list[list[int]], config: GenerationConfig, n_samples: int = 1) -> list[Generation]:
         """n_samples continuations of each prompt, those of one prompt next to each other."""
         n_rows = 1 << (len(prompts) - 1).bit_length()  # a power of two, so that few programs are compiled
-        sampling = Sampling.make(config, np.tile(np.arange(n_samples), n_rows), self._c.vocab_size)
+        sampling = Sampling.make(config, np.tile(np.arange(n_samples), n_rows), self.model_config.vocab_size)
         state = self._start(prompts, n_rows, config)
-        S = bucket(max(map(len, prompts)), self._c.max_seq_len, SMALLEST_PROMPT)
+        S = bucket(max(map(len, prompts)), self.model_config.max_seq_len, SMALLEST_PROMPT)
         detokenizers = [Detokenizer(self.tokenizer, config.stop) for _ in range(len(prompts) * n_samples)]
         prompts = [ids for ids in prompts for _ in range(n_samples)]
         n_checked = [0] * len(prompts)
@@ -310,13 +320,14 @@ class TextGenerator:
         return Generation("".join(pieces), ids[: text.n_tokens], len(prompt), "stop" if text.stopped else reason)
 
     def _stream_ids(self, prompt: list[int], config: GenerationConfig, every: int = 1) -> Iterator[str]:
-        sampling = Sampling.make(config, np.zeros(1), self._c.vocab_size)
+        sampling = Sampling.make(config, np.zeros(1), self.model_config.vocab_size)
         text, ids = Detokenizer(self.tokenizer, config.stop), []
         state: DecodeState | None = None  # stays None if max_new_tokens is 0
+        params = self.params
         try:
             if config.max_new_tokens:
-                state, start, S = self._resume(prompt, config)
-                logits_BV, state = self._decoder.prefill(self.params, state, start, S=S)
+                state, start, S = self._resume(prompt, config, params)
+                logits_BV, state = self._decoder.prefill(params, state, start, S=S)
                 state = self._decoder.append(logits_BV, state, sampling)
             while state is not None:
                 tokens_1T, [length], [finished] = jax.device_get((state.tokens_BT, state.length_B, state.finished_B))
@@ -329,16 +340,17 @@ class TextGenerator:
                     break
                 if length == tokens_1T.shape[1]:
                     state = self._decoder.grow(state)
-                state = self._decoder.loop(self.params, state, sampling, every)
+                state = self._decoder.loop(params, state, sampling, every)
             if piece := text.finish():
                 yield piece
         finally:
             # Without a generated token, the prefill may not have completed.
             if ids and state is not None and state.kv_cache is not None:
-                self._last_stream = self.params, prompt + ids, state
+                with self._last_stream_lock:
+                    self._last_stream = params, prompt + ids, state
         return self._generation(ids, prompt, config)
 
-    def _resume(self, prompt: list[int], config: GenerationConfig) -> tuple[DecodeState, int, int]:
+    def _resume(self, prompt: list[int], config: GenerationConfig, params: nnx.State) -> tuple[DecodeState, int, int]:
         """A state for one prompt that reuses the last stream's KV cache for the tokens they have in common.
 
         Returns:
@@ -346,8 +358,9 @@ class TextGenerator:
         """
         state = self._start([prompt], 1, config)
         T, n_same = state.tokens_BT.shape[1], 0
-        last, self._last_stream = self._last_stream, None
-        if last is not None and config.use_cache and last[0] is self.params and not last[2].length_B.is_deleted():
+        with self._last_stream_lock:
+            last, self._last_stream = self._last_stream, None
+        if last is not None and config.use_cache and last[0] is params and not last[2].length_B.is_deleted():
             _, ids, old = last
             # A state's last token is not in its cache, and at least one token of the prompt must be read to get logits.
             comparable = min(len(ids), len(prompt)) - 1
@@ -355,7 +368,7 @@ class TextGenerator:
             if old.tokens_BT.shape[1] != T:
                 old = self._decoder.resize(old, length=T)
             state = dataclasses.replace(state, kv_cache=old.kv_cache)
-        S = bucket(len(prompt) - n_same, self._c.max_seq_len, SMALLEST_PROMPT)
+        S = bucket(len(prompt) - n_same, self.model_config.max_seq_len, SMALLEST_PROMPT)
         return state, min(n_same, T - S), S  # near the end of the cache, the bucket starts earlier and rereads some tokens
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from mateconv_jax import config as config_lib, run_folder
 from mateconv_jax.data.dataset import Rows, fingerprint
 from mateconv_jax.errors import UserError
+from mateconv_jax.interop.stored_model import write_end_ids
 from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.runtime import distributed, sharding
@@ -99,7 +100,7 @@ def _train(config: ConfigDict, signals: Signals) -> int:
             programs = setup.build(config, c, mesh, length.total_steps, objective)
         differences += progress.reads(*_fingerprints(train_rows, val_rows, training))
         if distributed.is_first():
-            _describe(folder, config, tokenizer)
+            _describe(folder, config, tokenizer, resume.end_ids(origin, c.vocab_size))
         if shape_taken:
             logging.info("%s", shape_taken)
         log_header(c, programs.abstract_params, train_rows, val_rows, objective, length.total_steps, read, start, differences)
@@ -132,10 +133,12 @@ def _open(config: ConfigDict, c: ModelConfig, objective: objective_lib.Objective
     return open_prompts(options, c.vocab_size, longest, rows_per_prompt, origin.tokenizer)
 
 
-def _describe(folder: Path, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> None:
+def _describe(folder: Path, config: ConfigDict, tokenizer: PreTrainedTokenizerFast, end_ids: tuple[int, ...]) -> None:
     """Write into the run folder what makes it usable wherever it is moved."""
     run_folder.write_config(folder, config)
     tokenizer.save_pretrained(folder / "tokenizer")
+    if end_ids:
+        write_end_ids(folder, end_ids)
     run_folder.keep_data_statistics(folder, config.data.train_data_path)
 
 

@@ -188,11 +188,22 @@ def test_results_of_other_prompts_are_an_error_and_stay(write, refused):
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(GenerationConfig)])
 def test_results_with_another_setting_are_an_error_and_stay(write, refused, field):
-    values = dict(do_sample=False, use_cache=False, truncate_prompt=True, stop="。", top_p=0.5, min_p=0.5, top_k=3)
+    values = dict(
+        do_sample=False,
+        use_cache=False,
+        truncate_prompt=True,
+        stop="。",
+        presence_penalty=1.5,
+        frequency_penalty=-1.5,
+        logit_bias=((3, 1.5),),
+        top_p=0.5,
+        min_p=0.5,
+        top_k=3,
+    )
     value = values.get(field, 7)
     first = write("小明\n法").splitlines(keepends=True)[0]
     message = refused(first, "小明\n法", dataclasses.replace(CONFIG, **{field: value}))
-    shown = list(value) if isinstance(value, str) else value
+    shown = json.loads(json.dumps([value] if isinstance(value, str) else value))
     assert f"results.jsonl:1 was written with {{'{field}': " in message and f"not {{'{field}': {shown!r}" in message
 
 

@@ -1,6 +1,7 @@
 """Each filter against transformers' class. An example of hypothesis is a seed, from which numpy draws 20 batches."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from mateconv_jax.inference import logits_processors
 EOS = 2
 
 repetition_penalty = jax.jit(logits_processors.repetition_penalty)
-no_repeat_ngram = jax.jit(logits_processors.no_repeat_ngram, static_argnums=3)
+no_repeat_ngram = jax.jit(logits_processors.no_repeat_ngram)
 min_new_tokens = jax.jit(logits_processors.min_new_tokens, static_argnums=3)
 temperature = jax.jit(logits_processors.temperature)
 top_k = jax.jit(logits_processors.top_k, static_argnums=1)
@@ -202,3 +203,20 @@ def test_inverse_cdf_never_gives_a_token_without_weight(seed):
     u_B = np.concatenate([step_V + i * np.float32(2**-24) for i in range(-3, 4)])
     token_B = np.asarray(inverse_cdf(np.tile(weight_V, (len(u_B), 1)), np.maximum(u_B, 0)))
     assert (weight_V[token_B] > 0).all()
+
+
+def test_presence_and_frequency_penalties_are_openais():
+    """mu[j] -> mu[j] - c[j] * frequency - float(c[j] > 0) * presence, where c counts the answer's tokens alone."""
+    tokens_BT = np.array([[3, 3, 4, 5, 5, 5, 0], [1, 2, 2, 9, 9, 9, 9]], np.int32)
+    ours_BV = logits_processors.count_penalties(
+        jnp.zeros((2, 10)),
+        tokens_BT,
+        np.array([1, 2]),
+        np.array([6, 3]),
+        np.float32(0.5),
+        np.array([[2.0], [-1.0]], np.float32),
+    )
+    expected_BV = np.zeros((2, 10), np.float32)
+    expected_BV[0, [3, 4, 5]] = [-2.5, -2.5, -6.5]
+    expected_BV[1, 2] = 0.5
+    np.testing.assert_array_equal(ours_BV, expected_BV)

@@ -105,6 +105,39 @@ def test_bfloat16_logits_are_filtered_in_fp32(do_sample):
     np.testing.assert_array_equal(ours_BV, filtered_logits(halves.astype(jnp.float32), config, *rows[1:], eos_ids=(EOS,)))
 
 
+def test_rows_with_options_of_their_own_choose_as_they_would_alone():
+    """Every filter on in some rows and off in others, k below and above what a TopK call serves; one program for all."""
+    rng = np.random.default_rng(4)
+    vocab_size, B = 300, 16
+    choices = dict(
+        do_sample=(True, True, False), temperature=(0.3, 1.0, 1.7), top_k=(0, 1, 20, 64, 65, 200, 1000), top_p=(0.3, 0.9, 1.0),
+        min_p=(0.0, 0.0, 0.2), repetition_penalty=(1.0, 1.5), presence_penalty=(0.0, 1.5), frequency_penalty=(0.0, -0.7),
+        no_repeat_ngram_size=(0, 1, 2, 3), min_new_tokens=(0, 0, 9), logit_bias=((), ((3, 5.0), (EOS, -100.0)), ((7, 2.5),)),
+        seed=(1, 2, 3),
+    )  # fmt: skip
+    n_programs = set()
+    for _ in range(2):
+        configs = [
+            GenerationConfig(max_new_tokens=99, **{name: values[rng.integers(len(values))] for name, values in choices.items()})
+            for _ in range(B)
+        ]
+        logits_BV = rng.normal(size=(B, vocab_size), scale=2).astype(np.float32)
+        tokens_BT, length_B = ragged_tokens(rng, B, vocab_size=8)
+        tokens_BT = np.pad(tokens_BT, ((0, 0), (0, 40 - tokens_BT.shape[1])))
+        rows = logits_BV, tokens_BT, length_B, rng.integers(1, length_B + 1).astype(np.int32)
+        samples = rng.integers(0, 3, B).tolist()
+        together = Sampling.for_rows(configs, samples, vocab_size)
+        ours_B = np.asarray(next_tokens(rows[0], together, *rows[1:], eos_ids=(EOS,)))
+        n_programs.add(next_tokens._cache_size())
+        for i in range(B):
+            alone = Sampling.make(configs[i], np.array(samples[i : i + 1]), vocab_size)
+            of_row_i = [x[i : i + 1] for x in rows]
+            with jax.disable_jit():
+                expected = sampling.next_tokens(*map(jnp.asarray, of_row_i[:1]), alone, *of_row_i[1:], eos_ids=(EOS,))
+            assert ours_B[i] == expected[0], configs[i]
+    assert len(n_programs) == 1
+
+
 # ---- draws -------------------------------------------------------------------------------------------------------------
 
 

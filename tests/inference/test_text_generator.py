@@ -349,12 +349,12 @@ def test_a_run_trained_with_cudnn_speaks_on_the_cpu(run):
     text = path.read_text()
     assert '"attention": "auto"' in text
     path.write_text(text.replace('"attention": "auto"', '"attention": "cudnn"'))
-    assert TextGenerator.from_pretrained(run)._c.attention == "blocked"
+    assert TextGenerator.from_pretrained(run).model_config.attention == "blocked"
 
 
 def test_dtype_is_that_of_the_computation(run):
     halves = TextGenerator.from_pretrained(run, dtype="bfloat16")
-    assert halves._c.dtype == jnp.bfloat16
+    assert halves.model_config.dtype == jnp.bfloat16
     assert isinstance(halves.generate("小明", SAMPLED), str)
 
 

@@ -149,7 +149,7 @@ def test_a_document_begins_with_a_control_token_or_not(begin, dataset_folder, tm
     generator = TextGenerator.from_pretrained(path)
     assert generator.tokenizer.bos_token == begin
     ids = [1][: begin is not None] + tokenizer_lib.encode(tokenizer, ["长江"])[0]
-    assert LlamaCpp(path).tokens("长江", add_special=True) == generator._document_ids("长江") == ids
+    assert LlamaCpp(path).tokens("长江", add_special=True) == generator.document_ids("长江") == ids
 
 
 PROMPTS = ["长江是", "1987年，", "It's"]
@@ -163,7 +163,7 @@ def random_model(name: str) -> Transformer:
 
 def log_prob_errors(generator: TextGenerator, llama_cpp: LlamaCpp, prompt: str, answer: list[int]) -> list[float]:
     """Of the 50 likeliest tokens after every fourth of the answer."""
-    ids = generator._document_ids(prompt) + answer
+    ids = generator.document_ids(prompt) + answer
     logits_SV = generator.logits([ids])[0]
     log_probs_SV = logits_SV - np.logaddexp.reduce(logits_SV, axis=-1, keepdims=True)
     errors = []
@@ -397,7 +397,7 @@ def test_a_pretrained_model_writes_what_transformers_writes(smollm2, smollm2_pat
         smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32
     )
     answer = smollm2.generate("The capital of France is", GenerationConfig(do_sample=False, max_new_tokens=24))
-    ids = torch.tensor([smollm2._document_ids("The capital of France is") + answer.token_ids])
+    ids = torch.tensor([smollm2.document_ids("The capital of France is") + answer.token_ids])
     with torch.inference_mode():
         logits_SV = theirs(ids).logits[0].numpy()
     assert logits_SV.argmax(-1)[-25:-1].tolist() == answer.token_ids  # each the likeliest after those before it: greedy

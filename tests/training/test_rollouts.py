@@ -27,8 +27,8 @@ def rollouts(generator):
     """Answers to prompts of at most 12 tokens, four each; and the weights."""
     mesh = sharding.make_mesh()
     graph, _ = nnx.split(llama.peaked_model(128))
-    weights = DecodingWeights(generator._c, mesh)(generator.params)
-    return Rollouts(graph, generator._c, mesh, generator.tokenizer, HOW, 12, 4), weights
+    weights = DecodingWeights(generator.model_config, mesh)(generator.params)
+    return Rollouts(graph, generator.model_config, mesh, generator.tokenizer, HOW, 12, 4), weights
 
 
 @pytest.mark.slow

@@ -73,7 +73,11 @@ class ChatEncoder:
 
 
 def encode_chat(
-    tokenizer: PreTrainedTokenizerFast, messages: list[dict], add_generation_prompt: bool, tools: list[dict] | None = None
+    tokenizer: PreTrainedTokenizerFast,
+    messages: list[dict],
+    add_generation_prompt: bool,
+    tools: list[dict] | None = None,
+    complete: bool = False,
 ) -> list[int]:
     """A dialogue as a prompt: token ids as transformers' `apply_chat_template` gives them.
 
@@ -82,12 +86,16 @@ def encode_chat(
     Args:
       messages: [{"role": …, "content": …}, …].
       add_generation_prompt: end with the header of an assistant's answer.
+      complete: refuse what the template leaves out: roles, tools, calls.
 
     Raises:
       UserError: the tokenizer has no chat template, or it does not take these messages.
     """
     renderer = DialogueRenderer(_template(tokenizer), messages, tools)
-    ids, _ = renderer.token_ids(renderer.whole(add_generation_prompt).text)
+    rendering = renderer.whole(add_generation_prompt)
+    if complete:
+        written.check(renderer, rendering, messages, tools)
+    ids, _ = renderer.token_ids(rendering.text)
     return ids
 
 

@@ -4,6 +4,7 @@ Tokenizers are transformers' fast tokenizers; a folder holds tokenizer.json, tok
 """
 
 import hashlib
+import threading
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -12,6 +13,9 @@ from mateconv_jax.errors import UserError
 
 # Ids 0 to 3, in this order.
 SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+# Whether control tokens are plain text is a setting of the tokenizer, not of a call: one thread at a time may encode.
+_ENCODING = threading.Lock()
 
 
 def load(folder: str | Path, key: str) -> PreTrainedTokenizerFast:
@@ -45,7 +49,8 @@ def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
     """Token ids of plain texts; a literal `</s>` in a text is five ordinary characters."""
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)["input_ids"]
+    with _ENCODING:
+        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)["input_ids"]
 
 
 def encode_with_offsets(tokenizer: PreTrainedTokenizerFast, text: str, plain: bool) -> tuple[list[int], list[tuple[int, int]]]:
@@ -54,9 +59,10 @@ def encode_with_offsets(tokenizer: PreTrainedTokenizerFast, text: str, plain: bo
     Equal to `tokenizer(text, add_special_tokens=False, split_special_tokens=plain)` in three quarters of the time.
     """
     backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = plain
-    if backend.padding or backend.truncation:
-        backend.no_padding()
-        backend.no_truncation()
-    encoding = backend.encode(text, add_special_tokens=False)
+    with _ENCODING:
+        backend.encode_special_tokens = plain
+        if backend.padding or backend.truncation:
+            backend.no_padding()
+            backend.no_truncation()
+        encoding = backend.encode(text, add_special_tokens=False)
     return encoding.ids, encoding.offsets
