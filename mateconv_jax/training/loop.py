@@ -99,8 +99,9 @@ def _train(config: ConfigDict, signals: Signals) -> int:
             length = Length.of(training, len(train_rows), read)
             programs = setup.build(config, c, mesh, length.total_steps, objective)
         differences += progress.reads(*_fingerprints(train_rows, val_rows, training))
+        end_ids = resume.end_ids(origin, c.vocab_size)
         if distributed.is_first():
-            _describe(folder, config, tokenizer, resume.end_ids(origin, c.vocab_size))
+            _describe(folder, config, tokenizer, end_ids)
         if shape_taken:
             logging.info("%s", shape_taken)
         log_header(c, programs.abstract_params, train_rows, val_rows, objective, length.total_steps, read, start, differences)
@@ -112,10 +113,10 @@ def _train(config: ConfigDict, signals: Signals) -> int:
             if joined is None:
                 return RESUMABLE
             train_rows, val_rows = joined
-        context = objective_lib.Context(folder, progress, lambda: signals.stop)
+        context = objective_lib.Context(folder, end_ids, progress, lambda: signals.stop)
         source = objective.source(c, mesh, train_rows, tokenizer, read, context)
         samples = None if length.samples_interval is None else _samples(objective, source, programs, tokenizer, training)
-        evaluator = None if val_rows is None else objective.evaluator(c, mesh, programs.eval_step, val_rows, tokenizer)
+        evaluator = None if val_rows is None else objective.evaluator(c, mesh, programs.eval_step, val_rows, tokenizer, context)
         with _metrics(config, programs, objective.shape, length, int(state.step), progress) as metrics:
             run = Run(
                 folder, length, programs.train_step, source, evaluator, samples, checkpoints, metrics, signals,
