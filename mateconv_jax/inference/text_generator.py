@@ -112,7 +112,9 @@ class TextGenerator:
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Raises UserError if the model has none."""
         if self._tokenizer is None:
-            raise UserError("--tokenizer: required, because the model has none (expected a folder with tokenizer.json)")
+            raise UserError(
+                "--tokenizer: required, because the model has none (expected a folder with tokenizer.json or tokenizer.model)"
+            )
         return self._tokenizer
 
     # ---- text -------------------------------------------------------------------------------------------------------
