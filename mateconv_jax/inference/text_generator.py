@@ -27,6 +27,7 @@ from mateconv_jax.model.kv_cache import make_kv_cache
 from mateconv_jax.model.transformer import Transformer, abstract_model
 
 History = list[dict[str, str]]  # [{"role": "user", "content": ...}, ...]
+Draw = tuple[int, int]  # seed, and index among the samples of a prompt
 
 
 class Generation(str):
@@ -148,11 +149,19 @@ class TextGenerator:
         return self._stream_ids(self._prompt_ids(prompt, config), config, every, continues=True)
 
     def batch_generate(
-        self, prompts: list[str], config: GenerationConfig = GenerationConfig(), batch_size: int = 16
+        self,
+        prompts: list[str],
+        config: GenerationConfig = GenerationConfig(),
+        batch_size: int = 16,
+        draws: list[Draw] | None = None,
     ) -> list[Generation]:
-        """`generate` for several prompts, batch_size at a time. A prompt's text does not depend on the others in its batch."""
+        """`generate` for several prompts, batch_size at a time. A prompt's text does not depend on the others in its batch.
+
+        Args:
+          draws: each prompt's (seed, sample): sample i of a seed is what `generate_samples` gives at i. None: (config.seed, 0).
+        """
         ids = [self._prompt_ids(prompt, config) for prompt in prompts]
-        return self._decode_batches(ids, config, batch_size, continues=True)
+        return self._decode_batches(ids, config, batch_size, draws, continues=True)
 
     def generate_samples(self, prompt: str, n: int, config: GenerationConfig = GenerationConfig()) -> list[Generation]:
         """n samples for one prompt, which is prefilled once; the first is `generate`'s."""
@@ -169,10 +178,14 @@ class TextGenerator:
         return self.batch_chat([history], config)[0]
 
     def batch_chat(
-        self, histories: list[History], config: GenerationConfig = GenerationConfig(), batch_size: int = 16
+        self,
+        histories: list[History],
+        config: GenerationConfig = GenerationConfig(),
+        batch_size: int = 16,
+        draws: list[Draw] | None = None,
     ) -> list[Generation]:
-        """`chat` for several dialogues, batch_size at a time."""
-        return self._decode_batches([self._chat_ids(history, config) for history in histories], config, batch_size)
+        """`chat` for several dialogues, batch_size at a time; `draws` as in `batch_generate`."""
+        return self._decode_batches([self._chat_ids(history, config) for history in histories], config, batch_size, draws)
 
     def stream_chat(self, history: History, config: GenerationConfig = GenerationConfig()) -> Iterator[str]:
         """Like `chat`, but yield the text piece by piece. When a dialogue continues, only its new turn is prefilled."""
@@ -280,19 +293,34 @@ class TextGenerator:
         )
 
     def _decode_batches(
-        self, prompts: list[list[int]], config: GenerationConfig, batch_size: int, continues: bool = False
+        self,
+        prompts: list[list[int]],
+        config: GenerationConfig,
+        batch_size: int,
+        draws: list[Draw] | None = None,
+        continues: bool = False,
     ) -> list[Generation]:
-        batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-        return [text for batch in batches for text in self._decode_all(batch, config, continues=continues)]
+        batches = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
+        decoded = (self._decode_all(prompts[b], config, draws=draws and draws[b], continues=continues) for b in batches)
+        return [text for batch in decoded for text in batch]
 
     def _decode_all(
-        self, prompts: list[list[int]], config: GenerationConfig, n_samples: int = 1, continues: bool = False
+        self,
+        prompts: list[list[int]],
+        config: GenerationConfig,
+        n_samples: int = 1,
+        draws: list[Draw] | None = None,
+        continues: bool = False,
     ) -> list[Generation]:
         """n_samples answers to each prompt, those of one prompt next to each other. `continues`, here and below: an answer
         continues the prompt's text; otherwise it begins a turn.
         """
         n_rows = 1 << (len(prompts) - 1).bit_length()  # a power of two, so that few programs are compiled
         sampling = Sampling.make(config, np.tile(np.arange(n_samples), n_rows), self.model_config.vocab_size)
+        if draws is not None:
+            seed_B, sample_B = np.pad(np.array(draws, np.int64), ((0, n_rows - len(draws)), (0, 0))).T
+            seed_B, sample_B = jnp.asarray(seed_B, jnp.uint32), jnp.asarray(sample_B, jnp.int32)
+            sampling = dataclasses.replace(sampling, seed=seed_B, sample_B=sample_B)
         state = self._start(prompts, n_rows, config)
         S = bucket(max(map(len, prompts)), self.model_config.max_seq_len, SMALLEST_PROMPT)
         prompts = [ids for ids in prompts for _ in range(n_samples)]
