@@ -28,6 +28,19 @@ def write_config(folder: Path, config: ConfigDict) -> None:
     files.write_text(folder / "config.json", json.dumps(config.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
 
+def check_config_is_ours(folder: Path, key: str) -> None:
+    """Raises UserError, with `key`, if the folder's config.json is somebody else's, such as a Hugging Face model's."""
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return
+    except ValueError:
+        values = None
+    if not isinstance(values, dict) or not all(isinstance(values.get(name), dict) for name in ("model", "data", "training")):
+        raise UserError(f"{key}: {str(path)!r} is not a run's and would be replaced (choose another folder)")
+
+
 def read_config(folder: str | Path, key: str) -> ConfigDict:
     """The resolved configuration of a run.
 

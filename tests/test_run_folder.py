@@ -1,10 +1,12 @@
 import os
+from pathlib import Path
 
 import pytest
 
 from mateconv_jax import run_folder
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop.formats import detect_format, open_model
+from mateconv_jax.training import resume
 from tests.training.runs import train
 
 
@@ -67,3 +69,17 @@ def test_a_model_is_opened_from_each_of_a_runs_checkpoints(tiny_config, tmp_path
         train(tiny_config, tmp_path / name, max_steps=5, **options)
     assert "start: step 4 of" in (tmp_path / "b" / "train.log").read_text()
     assert "start: the weights of" in (tmp_path / "c" / "train.log").read_text()
+
+
+@pytest.mark.parametrize(
+    "content", ['{"architectures": ["LlamaForCausalLM"]}', "[]", "{", '{"model": 3, "data": {}, "training": {}}']
+)
+def test_somebody_elses_configuration_is_not_replaced_by_a_run(tiny_config, content):
+    folder = Path(tiny_config.training.out_dir)
+    folder.mkdir()
+    resume.find_origin(tiny_config)
+    (folder / "config.json").write_text(content)
+    with pytest.raises(UserError, match="^training.out_dir: '.*config.json' is not a run's and would be replaced"):
+        resume.find_origin(tiny_config)
+    run_folder.write_config(folder, tiny_config)
+    resume.find_origin(tiny_config)

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mateconv_jax import plotting
 from mateconv_jax.plotting import BLUE, DARK, GREEN, RED, drawable, log_ticks, short
-from mateconv_jax.reporting.history import Curve, Run, smoothed, thinned
+from mateconv_jax.reporting.history import MADE_BY, Curve, Run, smoothed, thinned
 
 PALETTE = [BLUE, RED, GREEN, "#b08a3e", "#8569a8", "#4c9fae", "#c47fa6", "#777777"]
 POINTS = 30  # curves of at most this many points get markers
@@ -70,7 +70,7 @@ def draw(runs: list[Run], smooth: int, file_format: str) -> bytes:
         _token_axis(panels["loss"], runs)
         _draw_names(figure, runs)
         image = io.BytesIO()
-        figure.savefig(image, format=file_format, metadata={"Date": None} if file_format == "svg" else {"Software": None})
+        figure.savefig(image, format=file_format, metadata={"Date": None} if file_format == "svg" else {"Software": MADE_BY})
     return image.getvalue()
 
 

@@ -12,6 +12,8 @@ import numpy as np
 
 from mateconv_jax.errors import UserError
 
+MADE_BY = "mateconv_jax report"  # in the metadata of pages and images: tells a report from what is not to be replaced
+
 
 @dataclasses.dataclass(frozen=True)
 class Curve:

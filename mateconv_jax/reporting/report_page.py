@@ -7,7 +7,7 @@ import jinja2
 import numpy as np
 
 from mateconv_jax.reporting import curves
-from mateconv_jax.reporting.history import Run, smoothed
+from mateconv_jax.reporting.history import MADE_BY, Run, smoothed
 
 ABSENT = "–"
 
@@ -15,6 +15,7 @@ PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="generator" content="{{ made_by }}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Training report: {{ names | join(", ") }}</title>
 <style>
@@ -83,6 +84,7 @@ def html(runs: list[Run], smooth: int) -> str:
         results=results(runs, smooth),
         differences=[(key, "", cells) for key, _, cells in every_setting if len(set(cells)) > 1 and key != "training.out_dir"],
         settings=every_setting,
+        made_by=MADE_BY,
         image=base64.b64encode(curves.draw(runs, smooth, "svg")).decode(),
     )
 

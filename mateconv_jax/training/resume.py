@@ -52,9 +52,11 @@ def find_origin(config: ConfigDict) -> Origin:
     """The first that exists: the newest checkpoint in out_dir > resume_from > init_from > scratch.
 
     Raises:
-      UserError: what a key names cannot be used, or out_dir holds a run and training.resume forbids continuing it.
+      UserError: what a key names cannot be used, out_dir holds a run and training.resume forbids continuing it, or its
+        config.json is not a run's.
     """
     training = config.training
+    run_folder.check_config_is_ours(Path(training.out_dir), "training.out_dir")
     if run_folder.latest_step(training.out_dir) is not None:
         if training.resume == "never":
             raise UserError(

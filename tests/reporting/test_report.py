@@ -248,6 +248,20 @@ def test_the_command_says_where_the_report_is(make_run, tmp_path, capsys):
     assert output.read_bytes().startswith(b"\x89PNG") and [*output.parent.iterdir()] == [output]
 
 
+@pytest.mark.parametrize("suffix", [".html", ".png"])
+def test_only_a_report_is_replaced(make_run, tmp_path, capsys, suffix):
+    run, output = make_run("a"), tmp_path / f"page{suffix}"
+    output.write_bytes(b"<html><title>Mine</title>")
+    code, printed = run_main(capsys, run, "--output", str(output))
+    assert code == 2 and f"--output: {str(output)!r} is not a report and is not replaced" in printed.err
+    assert output.read_bytes() == b"<html><title>Mine</title>"
+    output.unlink()
+    for _ in range(2):
+        assert run_main(capsys, run, "--output", str(output))[0] == 0
+    output.write_bytes(b"<!DOCTYPE html>\n<title>Training report: a</title>")  # of an earlier version
+    assert run_main(capsys, run, "--output", str(output))[0] == 0
+
+
 def test_wrong_input_names_argument_value_and_what_was_expected(make_run, tmp_path, capsys):
     good, no_metrics, empty, torn = (
         make_run("good"),
