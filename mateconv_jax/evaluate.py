@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 
+from mateconv_jax.data.text.lines import TXT_DOCUMENTS
 from mateconv_jax.errors import exit_code, program
 
 
@@ -17,8 +18,10 @@ def main(args):
     if args.data:
         from mateconv_jax.evaluation import held_out
 
+        reading = {name: value for name in held_out.READING if (value := getattr(args, name)) is not None}
         score, print_score = held_out.evaluate_run(
-            args.model_path, args.data, args.split, args.batch_size, args.max_batches, args.use_ema, args.dtype, args.tokenizer
+            args.model_path, args.data, args.split, args.batch_size, args.max_batches, args.use_ema, args.dtype, args.tokenizer,
+            reading,
         ), held_out.print_table  # fmt: skip
     else:
         from mateconv_jax.inference.text_generator import TextGenerator
@@ -73,13 +76,17 @@ def parse_args(argv):
     group.add_argument("--split", help="split of a dataset folder (default: validation)")
     group.add_argument("--batch_size", type=int, help="rows over all devices (default: 8)")
     group.add_argument("--max_batches", type=int, help="stop after this many batches (default: score everything)")
+    group.add_argument("--text_key", metavar="KEY", help="JSON key, or column, that holds a raw file's text (default: text)")
+    group.add_argument("--encoding", help="of raw text without a byte order mark: gb18030, big5, utf-16-le … (default: utf-8)")
+    group.add_argument("--txt_document", choices=TXT_DOCUMENTS, help="what counts as a document in a .txt file (default: line)")
     group = parser.add_argument_group("with --prompts")
     group.add_argument("--reward", nargs="+", metavar="MODULE:FUNCTION", help="functions that score the answers")
     group.add_argument("--max_new_tokens", type=int, help="longest answer (default: 64)")
     args = parser.parse_args(argv)
     if args.prompts and not args.reward:
         parser.error("argument --reward: required with --prompts (for example mateconv_jax.rewards:number_match)")
-    belongs = {"split": "data", "batch_size": "data", "max_batches": "data", "reward": "prompts", "max_new_tokens": "prompts"}
+    belongs = dict.fromkeys(("split", "batch_size", "max_batches", "text_key", "encoding", "txt_document"), "data")
+    belongs |= {"reward": "prompts", "max_new_tokens": "prompts"}
     for flag, goes_with in belongs.items():
         if getattr(args, flag) is not None and getattr(args, goes_with) is None:
             parser.error(f"argument --{flag}: only allowed with argument --{goes_with}")

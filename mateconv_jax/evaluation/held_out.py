@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -32,6 +33,7 @@ from mateconv_jax.training.evaluator import Evaluator
 from mateconv_jax.training.step import make_eval_step
 
 BATCH_SIZE = 8
+READING = ("encoding", "text_key", "txt_document")
 NO_SPLITS = "--split: {!r} has no splits (only dataset folders from python -m mateconv_jax.prepare do)"
 
 
@@ -44,12 +46,12 @@ def evaluate_run(
     use_ema: bool | None = None,
     dtype: str = "auto",
     tokenizer: str | Path | None = None,
+    reading: dict[str, Any] | None = None,
 ) -> dict:
     """Score a model on text, on all devices.
 
     Args:
-      model_path: a run folder (its newest checkpoint) or one of its checkpoints, a Hugging Face folder, or a .pth or .gguf
-      file.
+      model_path: a run folder (its newest checkpoint), one of its checkpoints, a Hugging Face folder, a .pth or .gguf file.
       data: a dataset folder; a flat .bin file; or raw files, as in `sources.find`, which are tokenised with the model's
         tokenizer into a temporary folder ($TMPDIR), with the run's seq_len or, for other models, their context up to 512.
       split: of a dataset folder; None: validation.
@@ -58,12 +60,12 @@ def evaluate_run(
       use_ema: score the EMA weights (True) or the raw ones (False); None: both, if the model has both.
       dtype: compute dtype: auto, float32 or bfloat16.
       tokenizer: a folder with the tokenizer to use; None: the model's own.
+      reading: how to read raw files, any of READING as in PrepareOptions.
 
     Returns:
       A dict: model_path; step (None if unknown); data; split (None: all of the data); seq_len; the numbers of rows, tokens
       (targets) and bytes scored; rejected, {rule: raw documents rejected}; and scores, {"raw" and/or "ema": {loss in
       nats/token, perplexity, bits_per_byte}}.
-
       Bits per byte is the total loss of all targets, control tokens included, in bits, divided by the UTF-8 bytes of the text
       they encode; None if that is 0.
 
@@ -76,7 +78,7 @@ def evaluate_run(
         raise UserError(f"--tokenizer: missing ({str(model_path)!r} has none; expected a tokenizer's folder)")
     mesh = sharding.make_mesh()
     batch_size = _check_sizes(batch_size, max_batches, mesh)
-    with opened(data, split, config, own_tokenizer) as (rows, described):
+    with opened(data, split, config, own_tokenizer, reading or {}) as (rows, described):
         # The training backends may be unavailable here. Dropout is not used, and the faster backends do not support it.
         config.model.update(dict(attention="auto", experts="auto", dropout=0.0))
         options = config_lib.options(ModelOptions, config.model)
@@ -135,7 +137,7 @@ def _check_sizes(batch_size: int | None, max_batches: int | None, mesh: Mesh) ->
 
 @contextlib.contextmanager
 def opened(
-    data: list[str], split: str | None, config: ConfigDict, tokenizer: PreTrainedTokenizerFast
+    data: list[str], split: str | None, config: ConfigDict, tokenizer: PreTrainedTokenizerFast, reading: dict[str, Any]
 ) -> Iterator[tuple[Rows, dict]]:
     """Open a dataset folder, a flat .bin file or raw text: (rows, the result's data, split, seq_len and rejected).
 
@@ -148,6 +150,8 @@ def opened(
     described = {"data": data, "split": None, "seq_len": seq_len, "rejected": {}}
     document_starts = (tokenizer.bos_token_id, tokenizer.eos_token_id) if config.training.document_mask else None
     if len(data) == 1 and is_dataset(data[0]) and not _holds_raw_files(Path(data[0])):
+        if reading:
+            raise UserError(f"--{next(iter(reading))}: {data[0]!r} is prepared already (expected only with raw text)")
         dataset = open_dataset(data[0], "--data", seq_len)
         if split is not None and dataset.splits is None:
             raise UserError(NO_SPLITS.format(data[0]))
@@ -164,7 +168,7 @@ def opened(
         raise UserError(NO_SPLITS.format(" ".join(data)))
     with tempfile.TemporaryDirectory(prefix="mateconv-") as temporary:
         folder = Path(temporary) / "dataset"
-        rejected = _prepare(data, folder, tokenizer, seq_len)
+        rejected = _prepare(data, folder, tokenizer, seq_len, reading)
         dataset = open_dataset(folder, "--data", seq_len)
         _check_content(dataset, " ".join(data))
         rows = dataset.rows("train", document_starts)
@@ -198,11 +202,13 @@ def _check_content(dataset: Dataset, path: str) -> None:
         )
 
 
-def _prepare(data: list[str], folder: Path, tokenizer: PreTrainedTokenizerFast, seq_len: int) -> dict[str, int]:
+def _prepare(
+    data: list[str], folder: Path, tokenizer: PreTrainedTokenizerFast, seq_len: int, reading: dict[str, Any]
+) -> dict[str, int]:
     """Prepare raw text as a dataset folder with a single split; returns {rule: documents rejected}."""
     tokenizer_folder = folder.with_name("tokenizer")
     tokenizer.save_pretrained(tokenizer_folder)
-    options = PrepareOptions(seq_len=seq_len, val_fraction=0.0, dedup="none")
+    options = PrepareOptions(seq_len=seq_len, val_fraction=0.0, dedup="none", **reading)
     try:
         found = sources.find(data)
         n_chunks = 1 + sum(source.size or 0 for source in found) // options.sizes.bytes

@@ -87,6 +87,22 @@ def test_losses_equal_transformers_on_the_same_weights(run, dataset_folder):
     assert result["scores"]["ema"]["loss"] > result["scores"]["raw"]["loss"] + 0.1
 
 
+def test_raw_text_is_read_as_prepare_reads_it(run, dataset_folder, tmp_path, capsys):
+    """The same documents in another column, another encoding, and a .txt file: the same loss."""
+    other = "".join(json.dumps({"body": text}, ensure_ascii=False) + "\n" for text in DOCUMENTS)
+    (tmp_path / "other.jsonl").write_text(other, encoding="gb18030")
+    (tmp_path / "text.txt").write_text("\n\n".join(DOCUMENTS), encoding="utf-16-le")
+
+    def loss(*arguments):
+        evaluate.main(evaluate.parse_args(["--model_path", str(run), "--no-use_ema", "--json", "--data", *map(str, arguments)]))
+        return json.loads(capsys.readouterr().out.splitlines()[-1])["scores"]["raw"]["loss"]
+
+    expected = loss(tmp_path / "text.txt", "--encoding", "utf-16-le", "--txt_document", "blank_line")
+    assert loss(tmp_path / "other.jsonl", "--encoding", "gb18030", "--text_key", "body") == expected
+    with pytest.raises(UserError, match="^--encoding: '.*' is prepared already"):
+        held_out.evaluate_run(run, [str(dataset_folder)], reading={"encoding": "gb18030"})
+
+
 def test_bits_per_byte_of_raw_text_by_hand(run, tokenizer, tmp_path):
     # Enough of them to notice a validation split, and one that is there twice.
     documents = [*DOCUMENTS, *(f"第{i}个🐼" for i in range(300)), DOCUMENTS[0]]
