@@ -1,4 +1,4 @@
-"""The chat page: static files under a Content-Security-Policy that lets nothing in from elsewhere, and what the page must know."""
+"""The chat page: static files under a Content-Security-Policy that lets nothing in from elsewhere."""
 
 from pathlib import Path
 

@@ -13,6 +13,7 @@ const server = { context: null, presets: {}, model: null };
 const running = new Map(); // conversation id → {controller, conversation, message, growing}
 let key = store.loadKey();
 let conversation = store.newConversation(settings.system);
+let leaving = false; // the browser closes the page, and its connections with it
 let sticks = true; // the view follows the answer, until the reader scrolls up
 
 // ---- showing -----------------------------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ async function answer(before = null) {
   try {
     await receive(one, run);
   } catch (error) {
-    explain(error, message);
+    if (!leaving) explain(error, message);
   } finally {
     running.delete(one.id);
     run.growing?.end();
@@ -123,7 +124,7 @@ async function receive(one, run) {
   let start = firstThatFits(items, one.system, server.context ?? Infinity, limit, settings.tokensPerCharacter);
   for (;;) {
     const sent = [...(one.system ? [{ role: "system", content: one.system }] : []), ...items.slice(start)];
-    noteLeftOut(run.message, items, start);
+    noteLeftOut(one, run.message, items, start);
     try {
       return await stream(one, run, sent.map(({ role, content }) => ({ role, content })));
     } catch (error) {
@@ -136,10 +137,11 @@ async function receive(one, run) {
   }
 }
 
-function noteLeftOut(message, items, start) {
-  const index = start ? items[start].index : 0;
-  if (index && index !== message.leftOut) toast(t("leftOutToast", index));
-  message.leftOut = index;
+/** Where the line is drawn above which the model reads nothing; said aloud the first time. */
+function noteLeftOut(one, message, items, start) {
+  message.leftOut = start ? items[start].index : 0;
+  const isFirst = !one.messages.some((other) => other !== message && other.leftOut);
+  if (message.leftOut && isFirst) toast(t("leftOutToast", message.leftOut));
 }
 
 function learn(sent, nTokens) {
@@ -457,7 +459,11 @@ window.addEventListener("storage", (event) => {
   if (event.key?.endsWith(conversation.id) && !running.has(conversation.id)) open(conversation.id);
   else showList();
 });
-window.addEventListener("pagehide", () => running.forEach((run) => keep(run.conversation)));
+window.addEventListener("pagehide", () => {
+  leaving = true;
+  running.forEach((run) => keep(run.conversation));
+});
+window.addEventListener("pageshow", () => (leaving = false));
 
 conversation = store.listConversations()[0] ?? conversation;
 speak();

@@ -76,7 +76,7 @@ function fillAnswer(node, message, isRunning) {
   // What a reload finds half finished was being written when its page closed.
   const problem = !isRunning && message.ended === "interrupted" ? { text: "interrupted", values: [] } : message.problem;
   if (problem) node.append(problemElement(problem));
-  node.append(element("div", { className: "row" }, buttonsOf(message, isRunning), statsElement(message)));
+  node.append(element("div", { className: "row" }, statsElement(message), buttonsOf(message, isRunning)));
 }
 
 function reasoningElement(message, isRunning) {
