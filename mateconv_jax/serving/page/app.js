@@ -1,7 +1,7 @@
 // The page: what is shown, what the buttons do, and how an answer arrives.
 
 import * as api from "./api.js";
-import { answered, estimateTokens, firstThatFits, learnedRatio, nextTurn } from "./context.js";
+import { answered, firstThatFits, nextTurn, ratioOfAnswer, ratioOfPrompt } from "./context.js";
 import { SAMPLING, setUpSettings } from "./settings.js";
 import * as store from "./store.js";
 import { setLanguage, t, translate } from "./texts.js";
@@ -14,6 +14,9 @@ const running = new Map(); // conversation id → {controller, conversation, mes
 let key = store.loadKey();
 let conversation = store.newConversation(settings.system);
 let leaving = false; // the browser closes the page, and its connections with it
+let isWatching = false; // the server, until it is ready
+let toastTimer = null;
+const hasKeyboard = matchMedia("(hover: hover)").matches; // on a phone Enter is a new line: there is no Shift+Enter
 let sticks = true; // the view follows the answer, until the reader scrolls up
 
 // ---- showing -----------------------------------------------------------------------------------------------------------
@@ -81,8 +84,8 @@ function toast(text, action = null, act = null) {
     act();
   };
   $("toast").hidden = false;
-  clearTimeout(toast.timer);
-  toast.timer = setTimeout(() => ($("toast").hidden = true), action ? 8000 : 3000);
+  clearTimeout(toastTimer);
+  toastTimer = setTimeout(() => ($("toast").hidden = true), action ? 8000 : 3000);
 }
 
 function keep(one) {
@@ -111,7 +114,7 @@ async function answer(before = null) {
   } finally {
     running.delete(one.id);
     run.growing?.end();
-    keep(one);
+    if (!run.isRemoved) keep(one);
     if (one === conversation) show();
     else showList();
   }
@@ -129,7 +132,7 @@ async function receive(one, run) {
       return await stream(one, run, sent.map(({ role, content }) => ({ role, content })));
     } catch (error) {
       if (error.code !== "context_length_exceeded") throw error;
-      learn(sent, Number(error.message.match(/\d+/)?.[0]));
+      learn(ratioOfPrompt(sent, Number(error.message.match(/\d+/)?.[0])));
       const next = nextTurn(items, start);
       if (next === null) throw error;
       start = Math.max(next, firstThatFits(items, one.system, server.context ?? Infinity, limit, settings.tokensPerCharacter));
@@ -144,9 +147,9 @@ function noteLeftOut(one, message, items, start) {
   if (message.leftOut && isFirst) toast(t("leftOutToast", message.leftOut));
 }
 
-function learn(sent, nTokens) {
-  if (!nTokens) return;
-  settings.tokensPerCharacter = learnedRatio(sent, nTokens);
+function learn(ratio) {
+  if (!ratio) return;
+  settings.tokensPerCharacter = ratio;
   store.saveSettings(settings);
 }
 
@@ -186,7 +189,7 @@ async function stream(one, run, messages) {
 function finish(message, sent, usage, seconds) {
   const first = message.stats?.first ?? seconds;
   message.stats = { tokens: usage.completion_tokens, exact: true, seconds, first, total: usage.total_tokens };
-  learn(sent, usage.prompt_tokens);
+  learn(ratioOfAnswer(message.content + message.reasoning, usage.completion_tokens) ?? ratioOfPrompt(sent, usage.prompt_tokens));
 }
 
 /** The server's model; asked for once. */
@@ -226,8 +229,8 @@ function explain(error, message) {
 
 /** Says above the dialogue that the server is away or loading, and looks again until it is ready. */
 async function watch() {
-  if (watch.busy) return;
-  watch.busy = true;
+  if (isWatching) return;
+  isWatching = true;
   for (;;) {
     const status = await api.health();
     $("banner").hidden = status === "ready";
@@ -235,7 +238,7 @@ async function watch() {
     $("banner").textContent = t(status === null ? "unreachable" : "loading");
     await new Promise((resolve) => setTimeout(resolve, 1500));
   }
-  watch.busy = false;
+  isWatching = false;
   try {
     Object.assign(server, await api.pageSettings());
     fillSettings();
@@ -289,23 +292,25 @@ function startNew() {
   fillSettings();
   show();
   document.body.classList.remove("list-open");
-  $("input").focus();
+  if (hasKeyboard) $("input").focus();
 }
 
 function remove(id) {
-  const removed = id === conversation.id ? conversation : store.loadConversation(id);
-  running.get(id)?.controller.abort();
+  const run = running.get(id);
   const wasShown = id === conversation.id;
-  setTimeout(() => { // after an aborted answer has been kept for the last time
-    store.deleteConversation(id);
-    if (wasShown) startNew();
+  const removed = run?.conversation ?? (wasShown ? conversation : store.loadConversation(id));
+  if (run) {
+    run.isRemoved = true;
+    run.controller.abort();
+  }
+  store.deleteConversation(id);
+  if (wasShown) startNew();
+  else showList();
+  toast(t("removed", titleOf(removed)), t("undo"), () => {
+    store.saveConversation(removed);
+    if (wasShown) open(id);
     else showList();
-    toast(t("removed", titleOf(removed)), t("undo"), () => {
-      store.saveConversation(removed);
-      if (wasShown) open(id);
-      else showList();
-    });
-  }, 50);
+  });
 }
 
 async function copy(text) {
@@ -401,7 +406,7 @@ document.addEventListener("keydown", (event) => {
   // Enter that chooses a word in an input method belongs to it. Safari has ended the composition by then: 229 tells.
   if (event.isComposing || event.keyCode === 229) return;
   const inEditor = event.target.closest?.(".editor");
-  if (event.key === "Enter" && !event.shiftKey && (event.target === $("input") || (inEditor && event.target.matches("textarea")))) {
+  if (event.key === "Enter" && !event.shiftKey && hasKeyboard && (event.target === $("input") || (inEditor && event.target.matches("textarea")))) {
     event.preventDefault();
     if (inEditor) inEditor.querySelector("[data-action=save-edit]").click();
     else send();
@@ -468,4 +473,4 @@ window.addEventListener("pageshow", () => (leaving = false));
 conversation = store.listConversations()[0] ?? conversation;
 speak();
 watch();
-$("input").focus();
+if (hasKeyboard) $("input").focus();

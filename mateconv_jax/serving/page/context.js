@@ -3,6 +3,7 @@
 
 const TOKENS_PER_MESSAGE = 6; // role and control tokens of the usual templates
 const ANSWER_SHARE = 0.25; // of the context, kept free for the answer unless max_tokens is smaller
+const FEWEST_CHARACTERS = 20; // to learn from
 
 const characters = (messages) => messages.reduce((sum, message) => sum + message.content.length, 0);
 
@@ -10,10 +11,15 @@ export function estimateTokens(messages, tokensPerCharacter) {
   return Math.ceil(characters(messages) * tokensPerCharacter + messages.length * TOKENS_PER_MESSAGE);
 }
 
-/** Tokens per character, given how many tokens the server counted in these messages. */
-export function learnedRatio(messages, nTokens) {
-  const ratio = (nTokens - messages.length * TOKENS_PER_MESSAGE) / Math.max(1, characters(messages));
-  return Math.min(4, Math.max(0.1, ratio));
+/** Tokens per character, given how many tokens the server counted in these messages; null of too little text. */
+export function ratioOfPrompt(messages, nTokens) {
+  const n = characters(messages);
+  return n < FEWEST_CHARACTERS ? null : Math.max(0.1, (nTokens - messages.length * TOKENS_PER_MESSAGE) / n);
+}
+
+/** The same of an answer, which no template surrounds. */
+export function ratioOfAnswer(text, nTokens) {
+  return text.length < FEWEST_CHARACTERS ? null : nTokens / text.length;
 }
 
 /** The messages without questions that got no answer at all, but for the last. Items: {role, content, index}. */
