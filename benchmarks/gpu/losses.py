@@ -32,7 +32,7 @@ def main(args) -> None:
     )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     run = setup.build(config, setup.model_config(config), mesh, args.steps, objective)
-    batches = objective.source(run.c, mesh, rows, tokenizer, START)
+    batches = objective.source(run.c, mesh, rows, tokenizer, START, None)
     state, losses = run.fresh_state(), []
     if args.round_weights:
         rounded = jax.tree.map(lambda p: p.astype(args.round_weights).astype(p.dtype), state.params)

@@ -24,6 +24,8 @@ class Detokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: tuple[str, ...] = ()):
         self._tokenizer, self._stop = tokenizer, stop
+        # A control token has no text, so a stop string that is one is found by its id.
+        self._stop_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content in stop} if stop else set()
         # The last released piece's ids and those after it: a token's text may depend on what precedes it.
         self._ids: list[int] = []
         self._n_written = 0  # how many of _ids have been released
@@ -35,6 +37,10 @@ class Detokenizer:
         """Add a token and return the text it completes, often none."""
         if self.stopped:
             return ""
+        if token in self._stop_ids:
+            piece = self.finish()
+            self.stopped = True
+            return piece
         self.n_tokens += 1
         self._ids.append(token)
         text = decode(self._tokenizer, self._ids)

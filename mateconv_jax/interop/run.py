@@ -1,13 +1,12 @@
 """Run folders as a model format; see run_folder.py."""
 
-import json
 from pathlib import Path
 
 from flax import nnx
 
-from mateconv_jax import files, run_folder
+from mateconv_jax import run_folder
 from mateconv_jax.interop import hugging_face
-from mateconv_jax.interop.stored_model import StoredModel, all_end_ids, load_tokenizer, read_end_ids
+from mateconv_jax.interop.stored_model import StoredModel, all_end_ids, load_tokenizer, read_end_ids, write_end_ids
 
 
 def is_run(path: Path) -> bool:
@@ -43,5 +42,5 @@ def write_run(path: Path, model: StoredModel, params: nnx.State) -> None:
     assert model.tokenizer is not None  # checked by `formats.convert`
     model.tokenizer.save_pretrained(path / "tokenizer")
     if len(end_ids := all_end_ids(model)) > 1:
-        files.write_text(path / "generation_config.json", json.dumps({"eos_token_id": end_ids}) + "\n")
+        write_end_ids(path, end_ids)
     run_folder.write_params(path, model.step or 0, params)

@@ -9,6 +9,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
+from mateconv_jax import files
 from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
 
@@ -66,6 +67,11 @@ def all_end_ids(model: StoredModel) -> tuple[int, ...]:
     """The tokens that end an answer, the tokenizer's eos_token first. `model` has a tokenizer."""
     assert model.tokenizer is not None
     return tuple(dict.fromkeys((model.tokenizer.eos_token_id, *model.end_ids)))
+
+
+def write_end_ids(folder: Path, end_ids: tuple[int, ...]) -> None:
+    """Into a run folder, for `read_end_ids`."""
+    files.write_text(folder / "generation_config.json", json.dumps({"eos_token_id": list(end_ids)}) + "\n")
 
 
 def read_end_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from mateconv_jax import config as config_lib, run_folder
 from mateconv_jax.data.dataset import Rows, fingerprint
 from mateconv_jax.errors import UserError
+from mateconv_jax.interop.stored_model import write_end_ids
 from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.runtime import distributed, sharding
@@ -98,8 +99,9 @@ def _train(config: ConfigDict, signals: Signals) -> int:
             length = Length.of(training, len(train_rows), read)
             programs = setup.build(config, c, mesh, length.total_steps, objective)
         differences += progress.reads(*_fingerprints(train_rows, val_rows, training))
+        end_ids = resume.end_ids(origin, c.vocab_size)
         if distributed.is_first():
-            _describe(folder, config, tokenizer)
+            _describe(folder, config, tokenizer, end_ids)
         if shape_taken:
             logging.info("%s", shape_taken)
         log_header(c, programs.abstract_params, train_rows, val_rows, objective, length.total_steps, read, start, differences)
@@ -111,10 +113,10 @@ def _train(config: ConfigDict, signals: Signals) -> int:
             if joined is None:
                 return RESUMABLE
             train_rows, val_rows = joined
-        context = objective_lib.Context(folder, progress, lambda: signals.stop)
+        context = objective_lib.Context(folder, end_ids, progress, lambda: signals.stop)
         source = objective.source(c, mesh, train_rows, tokenizer, read, context)
         samples = None if length.samples_interval is None else _samples(objective, source, programs, tokenizer, training)
-        evaluator = None if val_rows is None else objective.evaluator(c, mesh, programs.eval_step, val_rows, tokenizer)
+        evaluator = None if val_rows is None else objective.evaluator(c, mesh, programs.eval_step, val_rows, tokenizer, context)
         with _metrics(config, programs, objective.shape, length, int(state.step), progress) as metrics:
             run = Run(
                 folder, length, programs.train_step, source, evaluator, samples, checkpoints, metrics, signals,
@@ -132,10 +134,12 @@ def _open(config: ConfigDict, c: ModelConfig, objective: objective_lib.Objective
     return open_prompts(options, c.vocab_size, longest, rows_per_prompt, origin.tokenizer)
 
 
-def _describe(folder: Path, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> None:
+def _describe(folder: Path, config: ConfigDict, tokenizer: PreTrainedTokenizerFast, end_ids: tuple[int, ...]) -> None:
     """Write into the run folder what makes it usable wherever it is moved."""
     run_folder.write_config(folder, config)
     tokenizer.save_pretrained(folder / "tokenizer")
+    if end_ids:
+        write_end_ids(folder, end_ids)
     run_folder.keep_data_statistics(folder, config.data.train_data_path)
 
 

@@ -35,15 +35,17 @@ HOW_TO_MAKE = {
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a source of batches may need of its run.
+    """What a source of batches or an evaluator may need of its run.
 
     Attributes:
       folder: of the run.
+      end_ids: tokens that end an answer besides the tokenizer's, of the model that the run starts from.
       progress: of the run; a source may note there what its batches depend on.
       should_stop: whether the run is asked to stop; a source that takes long asks now and then.
     """
 
     folder: Path
+    end_ids: tuple[int, ...]
     progress: "Progress"
     should_stop: Callable[[], bool]
 
@@ -61,7 +63,7 @@ class Objective:
         learned of them.
       source: (c, mesh, rows, tokenizer, start, context) -> where batches come from, see batches.py. start: a Position;
         context: a Context.
-      evaluator: (c, mesh, eval_step, rows, tokenizer) -> a callable as evaluator.Evaluator.
+      evaluator: (c, mesh, eval_step, rows, tokenizer, context) -> a callable as evaluator.Evaluator.
       expected_loss: (vocab_size, from_scratch) -> the loss of the first step in words; None: not known.
       needs_reference: whether rows need the log-probabilities of a reference, see reference.py.
       samples: source -> in place of samples.Samples; None: the run writes samples.
@@ -150,7 +152,7 @@ def _row_batches(
 
 
 def _loss_on_rows(
-    training: ConfigDict, c: ModelConfig, mesh: Mesh, eval_step: Callable, rows: Rows, tokenizer
+    training: ConfigDict, c: ModelConfig, mesh: Mesh, eval_step: Callable, rows: Rows, tokenizer, context
 ):  # fmt: skip
     from mateconv_jax.data.tokenizer.token_bytes import bytes_per_token
     from mateconv_jax.training.evaluator import Evaluator  # Grain, too
@@ -188,7 +190,7 @@ def _pairs(shape: BatchShape, with_reference: bool, mesh: Mesh, learned: bool) -
     return batch | ({"reference": spread(pairs, jnp.float32)} if with_reference else {})
 
 
-def _loss_on_pairs(training: ConfigDict, c: ModelConfig, mesh: Mesh, eval_step: Callable, rows: Rows, tokenizer):
+def _loss_on_pairs(training: ConfigDict, c: ModelConfig, mesh: Mesh, eval_step: Callable, rows: Rows, tokenizer, context):
     from mateconv_jax.training.evaluator import Evaluator
 
     return Evaluator(eval_step, rows, None, training.batch_size, training.eval_iters, mesh)

@@ -92,7 +92,7 @@ def source(
     reference = _reference(config, c, mesh, context.progress) if config.loss.beta else None
     return RolloutBatches(
         prompts, shape, options, DecodingWeights(c, mesh),
-        Rollouts(graph, c, mesh, tokenizer, how, longest_prompt(config), rollout.samples), _rewards(config),
+        Rollouts(graph, c, mesh, tokenizer, how, longest_prompt(config), rollout.samples, context.end_ids), _rewards(config),
         LogProbs.make(graph, rollout.temperature, reference), KeptRollouts(context.folder), mesh, start, context.should_stop,
     )  # fmt: skip
 
@@ -120,13 +120,13 @@ class RewardEvaluator:
 
     def __init__(
         self, config: ConfigDict, c: ModelConfig, mesh: Mesh, eval_step: Callable, prompts: Prompts,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: PreTrainedTokenizerFast, context,
     ):  # fmt: skip
-        """eval_step: not used."""
+        """eval_step: not used. context: see objective.Context."""
         how = GenerationConfig(do_sample=False, max_new_tokens=config.rollout.max_new_tokens)
         graph, _ = abstract_model(c)
         self._weights = DecodingWeights(c, mesh)
-        self._rollouts = Rollouts(graph, c, mesh, tokenizer, how, longest_prompt(config), 1)
+        self._rollouts = Rollouts(graph, c, mesh, tokenizer, how, longest_prompt(config), 1, context.end_ids)
         self._rewards, self._prompts = _rewards(config), prompts
         self._batch_size = config.training.batch_size
         self._n = min(prompts.n_prompts, config.training.eval_iters * self._batch_size)

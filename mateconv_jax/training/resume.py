@@ -14,7 +14,7 @@ from mateconv_jax.config_keys import KEYS, OnResume
 from mateconv_jax.data.tokenizer.tokenizer import fingerprint, load
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop.formats import open_model
-from mateconv_jax.interop.stored_model import StoredModel
+from mateconv_jax.interop.stored_model import StoredModel, read_end_ids
 from mateconv_jax.run_folder import Checkpoint
 from mateconv_jax.runtime import distributed
 from mateconv_jax.training import checkpoints as checkpoints_lib, initial_weights
@@ -157,6 +157,13 @@ def bring_best(origin: Origin, folder: Path) -> None:
             shutil.copytree(source, written)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("best checkpoint copied")
+
+
+def end_ids(origin: Origin, vocab_size: int) -> tuple[int, ...]:
+    """The tokens that end an answer of the model that the run starts from, where that says more than its tokenizer does."""
+    if origin.model is not None:
+        return origin.model.end_ids
+    return () if origin.checkpoint is None else read_end_ids(origin.checkpoint.run, vocab_size)
 
 
 def position(origin: Origin) -> Position:

@@ -49,16 +49,18 @@ class Rollouts:
 
     def __init__(
         self, graph: nnx.GraphDef, c: ModelConfig, mesh: Mesh, tokenizer: PreTrainedTokenizerFast, how: GenerationConfig,
-        longest_prompt: int, n_samples: int,
+        longest_prompt: int, n_samples: int, end_ids: tuple[int, ...] = (),
     ):  # fmt: skip
         """
         Args:
           how: but for its seed.
           longest_prompt: in tokens, of all prompts there will be.
           n_samples: answers to each prompt.
+          end_ids: tokens that end an answer besides the tokenizer's eos_token.
         """
         self._c, self._mesh, self._tokenizer, self._how, self._n_samples = c, mesh, tokenizer, how, n_samples
-        self._decoder = Decoder(graph, c, (tokenizer.eos_token_id,), mesh)
+        self._end_ids = tuple(sorted({tokenizer.eos_token_id, *end_ids}))
+        self._decoder = Decoder(graph, c, self._end_ids, mesh)
         self._S = bucket(longest_prompt, c.max_seq_len, SMALLEST_PROMPT)
         self._T = bucket(longest_prompt + 1, c.max_seq_len, SMALLEST_CACHE)
         self._start = jax.jit(self._first_state, out_shardings=sharding.batch(mesh))
@@ -116,6 +118,6 @@ class Rollouts:
         )
 
     def _generation(self, ids: list[int], n_prompt_tokens: int) -> Generation:
-        is_ended = ids[-1] == self._tokenizer.eos_token_id
+        is_ended = ids[-1] in self._end_ids
         text = detokenizer.decode(self._tokenizer, ids[:-1] if is_ended else ids)
         return Generation(text, ids, n_prompt_tokens, "eos" if is_ended else "length")

@@ -54,3 +54,11 @@ def test_what_could_begin_a_stop_text_is_held(tokenizer):
     ids = tokenizer_lib.encode(tokenizer, ["鑫鑫，鑫鑫"])[0]
     pieces = pieces_of(tokenizer, ids, ("鑫，，",))[0]
     assert [piece for piece in pieces if piece] == ["鑫", "鑫，", "鑫", "鑫"]
+
+
+def test_a_stop_text_may_be_a_control_token(tokenizer):
+    [control] = [i for i, token in tokenizer.added_tokens_decoder.items() if token.content == "<s>"]
+    ids = [*tokenizer_lib.encode(tokenizer, ["长江"])[0], control, *tokenizer_lib.encode(tokenizer, ["黄河"])[0]]
+    pieces, text = pieces_of(tokenizer, ids, ("<s>",))
+    assert "".join(pieces) == "长江" and text.stopped and text.n_tokens == ids.index(control)
+    assert "".join(pieces_of(tokenizer, ids, ("</s>",))[0]) == "长江黄河"

@@ -144,6 +144,7 @@ def test_init_from_brings_the_shape_of_the_model_and_samples_are_answers(
     config = base_tiny_config.copy_and_resolve_references()
     config.training.update(dict(out_dir=str(tmp_path / "base"), max_steps=2))
     assert train(config_lib.resolve(config)) == 0
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
 
     config = config_lib.default_config()
     config.data.update(dict(train_data_path=str(dialogues_folder), seq_len=64))
@@ -159,6 +160,7 @@ def test_init_from_brings_the_shape_of_the_model_and_samples_are_answers(
     (tmp_path / "base").rename(tmp_path / "moved")
     config.training.max_steps = 3
     assert train(config_lib.resolve(config)) == 0
+    assert json.loads((tmp_path / "sft" / "generation_config.json").read_text()) == {"eos_token_id": [2, 7]}
     config.model.n_layers = 3
     with pytest.raises(Exception, match="model.n_layers: 3, but the run in"):
         train(config_lib.resolve(config))
