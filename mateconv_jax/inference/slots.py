@@ -29,7 +29,7 @@ from mateconv_jax.runtime import xla_flags
 MAX_STEPS = 16  # decode steps of one dispatch, at most
 TOP_LOGPROBS = 20  # alternatives recorded for each token: OpenAI's limit
 # Few sizes, so that few programs serve all. Prefills (P, C): four short prompts together take 0.7 of the time of four, but four
-# of 256 tokens twice as long (2 cores); 16 are for many short questions that come at once. Batches: B grows by a factor of 4 and
+# of 256 tokens twice as long (2 cores); 16 are for short questions that come at once. Batches: B grows by a factor of 4 and
 # T of 2, 3 x 3 programs for 16 slots and a context of 512.
 PREFILL_TOKENS = {1: (16, 64, 256), 4: (16, 64), 16: (16,)}
 BATCH_ROWS, SMALLEST_LENGTH = 4, 128
