@@ -110,7 +110,7 @@ def test_the_package_brings_the_page_along():
 # ---- a scripted server ------------------------------------------------------------------------------------------------
 
 CONTEXT = 200
-LONG_LINE = "长" * 20_000
+LONG_LINE = "a" * 20_000
 HOSTILE = (
     "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>\n\n"
     "[link](javascript:window.hacked=3) ![picture](http://example.invalid/leak.png) <b onclick='window.hacked = 4'>bold</b>\n\n"
@@ -160,7 +160,14 @@ class Script:
             choices = [] if usage else [{"index": 0, "delta": delta, "finish_reason": reason}]
             return f"data: {json.dumps({'choices': choices, 'usage': usage})}\n\n"
 
-        answers = {"脚本": HOSTILE, "长行": LONG_LINE, "格式": MARKDOWN, "慢": "一二三四五六", "断": "一二三四五六"}
+        answers = {
+            "脚本": HOSTILE,
+            "长行": LONG_LINE,
+            "格式": MARKDOWN,
+            "慢": "一二三四五六",
+            "断": "一二三四五六",
+            "半": "一二三",
+        }
         text = answers.get(question, f"回答：{question}")
         size = 1000 if len(text) > 1000 else 3
         try:
@@ -175,6 +182,8 @@ class Script:
                 if question == "断" and self.breaks:
                     await asyncio.sleep(0.3)  # what the browser has not handed out yet is lost with the connection
                     raise ConnectionAbortedError
+            if question == "半" and self.breaks:
+                return
             yield event({}, "stop")
             yield event({}, usage={"prompt_tokens": n, "completion_tokens": len(text), "total_tokens": n + len(text)})
             yield "data: [DONE]\n\n"
@@ -317,6 +326,18 @@ def test_deleting_a_conversation_can_be_undone(page):
 
 
 @pytest.mark.slow
+def test_a_conversation_deleted_while_it_is_answered_stays_deleted(page, script):
+    page.ask("慢", wait=False)
+    page.wait_for("一二三")
+    page.tab.hover("#list .item")
+    page.tab.click("#list [data-action=remove]")
+    page.tab.wait_for_timeout(200)
+    page.tab.reload()
+    page.tab.wait_for_selector(".welcome")
+    assert not page.tab.query_selector("#list .item")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["button", "escape"])
 def test_stop_keeps_what_is_there_and_tells_the_server(page, script, how):
     page.ask("慢", wait=False)
@@ -434,6 +455,13 @@ def test_a_lost_connection_keeps_the_answer_and_the_retry_goes_on_from_it(page, 
 
 
 @pytest.mark.slow
+def test_a_stream_that_ends_without_its_last_event_was_cut_off(page):
+    page.ask("半")
+    page.wait_for("连接中断")
+    assert page.answers == ["一二三"]
+
+
+@pytest.mark.slow
 def test_a_server_that_goes_away_and_comes_back(browser, script):
     server = InThread(Starlette(routes=script.routes()))
     page = Page(browser, server.url)
@@ -451,11 +479,12 @@ def test_a_server_that_goes_away_and_comes_back(browser, script):
 
 
 @pytest.mark.slow
-def test_a_busy_server_says_when_to_try_again(page):
+def test_a_busy_server_says_when_to_try_again(page, script):
     page.ask("忙")
     page.wait_for("服务器正忙，请 7 秒后重试")
     page.ask("你好")  # the question without an answer is not sent again
     assert page.answers[-1] == "回答：你好"
+    assert script.requests[-1]["messages"] == [{"role": "user", "content": "你好"}]
 
 
 @pytest.mark.slow
@@ -562,5 +591,8 @@ def test_the_real_server_with_a_key(browser, generator, engine):
     assert len(page.answers) == 4 and not page.tab.query_selector(".problem")
     assert page.tab.query_selector(".left-out")
     assert re.fullmatch(r"上下文 \d+ / 96", page.tab.inner_text("#context"))
+    page.tab.reload()  # the key is kept
+    page.until("document.querySelector('#model').textContent === 'tiny'")
+    assert not page.tab.query_selector("#ask-key[open]")
     page.context.close()
     server.stop()

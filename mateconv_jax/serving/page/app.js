@@ -31,7 +31,8 @@ function show() {
   if (run) run.growing = growing(run);
   $("stop").hidden = !run;
   $("send").hidden = Boolean(run);
-  document.title = messages.length ? `${titleOf(conversation)} · ${server.model ?? "mateconv_jax"}` : (server.model ?? "mateconv_jax");
+  const name = server.model ?? "mateconv_jax";
+  document.title = messages.length ? `${titleOf(conversation)} · ${name}` : name;
   showContext();
   showList();
   follow();
@@ -42,7 +43,8 @@ function growing(run) {
 }
 
 function welcome() {
-  return element("div", { className: "welcome" }, element("h2", { textContent: t("welcome") }), element("p", { className: "quiet", textContent: t("welcomeHint") }));
+  const hint = element("p", { className: "quiet", textContent: t("welcomeHint") });
+  return element("div", { className: "welcome" }, element("h2", { textContent: t("welcome") }), hint);
 }
 
 function follow() {
@@ -406,7 +408,8 @@ document.addEventListener("keydown", (event) => {
   // Enter that chooses a word in an input method belongs to it. Safari has ended the composition by then: 229 tells.
   if (event.isComposing || event.keyCode === 229) return;
   const inEditor = event.target.closest?.(".editor");
-  if (event.key === "Enter" && !event.shiftKey && hasKeyboard && (event.target === $("input") || (inEditor && event.target.matches("textarea")))) {
+  const isWriting = event.target === $("input") || (inEditor && event.target.matches("textarea"));
+  if (event.key === "Enter" && !event.shiftKey && hasKeyboard && isWriting) {
     event.preventDefault();
     if (inEditor) inEditor.querySelector("[data-action=save-edit]").click();
     else send();
