@@ -141,7 +141,7 @@ def parse_args(argv):
     command = commands.add_parser("inspect", help="show a tokenizer's contents and how well it compresses")
     command.set_defaults(run=inspect)
     add = command.add_argument
-    add("folder", metavar="DIR", help="a folder with tokenizer.json")
+    add("folder", metavar="DIR", help="a folder with tokenizer.json or tokenizer.model")
     add("--compare", metavar="DIR", help="show another tokenizer beside it")
     add("--input", nargs="+", default=[], help=f"also compress a sample of {INSPECT_MB} MB of each of these files, and check "
         "that it decodes to the same text")  # fmt: skip

@@ -73,7 +73,7 @@ def evaluate_run(
     model = open_model(model_path, "--model_path", tokenizer)
     config, own_tokenizer = model.config, model.tokenizer
     if own_tokenizer is None:
-        raise UserError(f"--tokenizer: missing ({str(model_path)!r} has none; expected a folder with tokenizer.json)")
+        raise UserError(f"--tokenizer: missing ({str(model_path)!r} has none; expected a tokenizer's folder)")
     mesh = sharding.make_mesh()
     batch_size = _check_sizes(batch_size, max_batches, mesh)
     with opened(data, split, config, own_tokenizer) as (rows, described):

@@ -24,6 +24,7 @@ PROMPT_KEYS = ("prompt", "history", "messages")
 RESULT_KEYS = ("text", "finish_reason", "n_prompt_tokens", "n_tokens", "token_ids", "seed", "settings")
 # Settings that files written before they existed do not record: they were off.
 LATER_SETTINGS = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": []}
+MAX_SAMPLES = 100_000  # of one line: each is a request in memory
 LOG_SECONDS = 10  # between progress lines when standard error is not a terminal
 
 
@@ -35,11 +36,20 @@ class Request:
       location: FILE:LINE, for error messages.
       document: the prompt, or the dialogue to answer.
       record: the line's fields, copied to the front of its result.
+      sample: index among the line's samples.
     """
 
     location: str
     document: str | list[dict]
     record: dict
+    sample: int = 0
+
+    def fields(self) -> dict:
+        """What its result begins with: with `num_samples` also which of them it is."""
+        return self.record | ({"sample": self.sample} if "num_samples" in self.record else {})
+
+    def seed(self, config: GenerationConfig) -> int:
+        return self.record.get("seed", config.seed)
 
 
 def result(generation, seed: int) -> dict:
@@ -59,8 +69,8 @@ def result(generation, seed: int) -> dict:
 
 def read_requests(path: str, chat: bool = False) -> list[Request]:
     """Read a batch file. Each line of a text file is a prompt. Each line of a .jsonl file is {"prompt": text} or a dialogue to
-    answer, {"messages": [{"role": …, "content": …}, …]} or {"history": …}, plus any other fields. Blank lines are skipped; an
-    empty prompt is {"prompt": ""}.
+    answer, {"messages": [{"role": …, "content": …}, …]} or {"history": …}, plus any other fields. `seed` is the line's own, and
+    `num_samples` makes it as many requests. Blank lines are skipped; an empty prompt is {"prompt": ""}.
 
     Args:
       chat: treat each prompt as a user turn.
@@ -81,7 +91,8 @@ def read_requests(path: str, chat: bool = False) -> list[Request]:
                     raise UserError(f"--batch_file: {location} is {error}") from error
                 if text.strip():
                     record = _record(location, text) if path.endswith(".jsonl") else {"prompt": text}
-                    requests.append(Request(location, _document(record, chat), record))
+                    document = _document(record, chat)
+                    requests += [Request(location, document, record, i) for i in range(record.get("num_samples", 1))]
     except OSError as error:
         raise UserError(f"--batch_file: cannot read {path!r} ({error.strerror})") from error
     if not requests:
@@ -109,7 +120,9 @@ def _record(location: str, text: str) -> dict:
         raise UserError(
             f"--batch_file: {location} holds {keys or 'no prompt'} (expected an object with exactly one of {PROMPT_KEYS})"
         )
-    if reserved := [key for key in RESULT_KEYS if key in record]:
+    _check_draws(location, record)
+    results = [key for key in RESULT_KEYS if key != "seed"] + ["sample"] * ("num_samples" in record)
+    if reserved := [key for key in results if key in record]:
         raise UserError(f"--batch_file: {location} uses {reserved[0]!r}, a field of the results (rename it)")
     [key] = keys
     if key == "prompt":
@@ -124,6 +137,13 @@ def _record(location: str, text: str) -> dict:
     return record
 
 
+def _check_draws(location: str, record: dict) -> None:
+    for key, lowest, highest in (("seed", 0, 2**32 - 1), ("num_samples", 1, MAX_SAMPLES)):
+        value = record.get(key, lowest)
+        if type(value) is not int or not lowest <= value <= highest:
+            raise UserError(f"--batch_file: {location}: {key!r} is {value!r} (expected an integer from {lowest} to {highest})")
+
+
 # ---- generation -------------------------------------------------------------------------------------------------------
 
 
@@ -135,7 +155,8 @@ def run(
     batch_size: int = 16,
     chat: bool = False,
 ) -> None:
-    """Write one result per request, in order: the request's fields, those of `result`, and the generation settings.
+    """Write one result per request, in order: the request's fields, those of `result`, and the generation settings, in which
+    the seed is the request's.
 
     Args:
       generator: a TextGenerator.
@@ -161,7 +182,9 @@ def run(
             while n_done < len(requests):
                 batch = requests[n_done : n_done + batch_size]
                 for request, generation in zip(batch, _generate(generator, batch, config, batch_size), strict=True):
-                    file.write(_line({**request.record, **result(generation, config.seed), "settings": settings}))
+                    seed = request.seed(config)
+                    made_with = {"settings": settings | {"seed": seed}}
+                    file.write(_line({**request.fields(), **result(generation, seed), **made_with}))
                 file.flush()
                 n_done += len(batch)
                 bar.update(len(batch))
@@ -201,10 +224,15 @@ def _fit_context(generator, request: Request, config: GenerationConfig) -> Reque
 
 def _generate(generator, batch: list[Request], config: GenerationConfig, batch_size: int) -> Iterator:
     """One Generation per request, in order; prompts and dialogues may be mixed."""
-    documents = [request.document for request in batch]
-    texts = iter(generator.batch_generate([d for d in documents if isinstance(d, str)], config, batch_size))
-    answers = iter(generator.batch_chat([d for d in documents if not isinstance(d, str)], config, batch_size))
-    return (next(texts if isinstance(document, str) else answers) for document in documents)
+
+    def generate(how, requests: list[Request]) -> Iterator:
+        draws = [(request.seed(config), request.sample) for request in requests]
+        own = draws if any(draw != (config.seed, 0) for draw in draws) else None  # rows of their own cost another program
+        return iter(how([request.document for request in requests], config, batch_size, own))
+
+    texts = generate(generator.batch_generate, [request for request in batch if isinstance(request.document, str)])
+    answers = generate(generator.batch_chat, [request for request in batch if not isinstance(request.document, str)])
+    return (next(texts if isinstance(request.document, str) else answers) for request in batch)
 
 
 # ---- resuming ---------------------------------------------------------------------------------------------------------
@@ -256,22 +284,24 @@ def _complete_lines(output: str, content: bytes, requests: list[Request], settin
             found = json.loads(line)
             made_with = {name: found.pop(name) for name in RESULT_KEYS}["settings"]
             made_with = LATER_SETTINGS | made_with
-            changes = [name for name in settings if made_with[name] != settings[name]]
+            expected = request.fields()
+            wanted = settings | {"seed": expected.pop("seed", settings["seed"])}
+            changes = [name for name in wanted if made_with[name] != wanted[name]]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"--output: {output}:{number} is not a result line (choose another file)") from error
-        if found != request.record:
+        if found != expected:
             raise UserError(f"--output: {output}:{number} is not the result of {request.location} (choose another file)")
         if "model" in changes:
             raise UserError(
                 f"--output: {output}:{number} was written by another model or in another dtype (choose another file)"
             )
         if changes:
-            before, now = ({name: values[name] for name in changes} for values in (made_with, settings))
+            before, now = ({name: values[name] for name in changes} for values in (made_with, wanted))
             raise UserError(f"--output: {output}:{number} was written with {before}, not {now} (choose another file)")
     if len(lines) + bool(partial) > len(requests):
         raise UserError(f"--output: {output!r} has more lines than there are prompts ({len(requests)}; choose another file)")
     if partial:
-        prefix = _line(requests[len(lines)].record)[:-2]  # without "}\n": the result's own fields follow
+        prefix = _line(requests[len(lines)].fields())[:-2]  # without "}\n": the result's own fields follow
         n = min(len(partial), len(prefix))
         if partial[:n] != prefix[:n]:
             raise UserError(f"--output: {output}:{len(lines) + 1} is not a result line (choose another file)")

@@ -1,5 +1,7 @@
 """Incremental detokenization with stop strings."""
 
+import json
+
 from transformers import PreTrainedTokenizerFast
 
 
@@ -8,6 +10,29 @@ def decode(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)  # for the type checker: a batch of ids would give a list
     return text
+
+
+def continuation(tokenizer: PreTrainedTokenizerFast, before: list[int], ids: list[int]) -> str:
+    """Decode ids that continue a text whose last token is `before`; empty: they begin a text.
+
+    Decoders such as Llama 2's strip the space that every text begins with, also where it separates a prompt from its answer.
+    """
+    return " " * _loses_space(tokenizer, before, ids) + decode(tokenizer, ids)
+
+
+def _loses_space(tokenizer: PreTrainedTokenizerFast, before: list[int], ids: list[int]) -> bool:
+    if not (before and strips_space(tokenizer)):
+        return False
+    return decode(tokenizer, before + ids) == f"{decode(tokenizer, before)} {decode(tokenizer, ids)}"
+
+
+def strips_space(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether decoding removes a space at the beginning, as SentencePiece does."""
+    decoder = tokenizer.backend_tokenizer.decoder
+    if decoder is None:
+        return False
+    written = json.loads(decoder.__getstate__())
+    return any(one["type"] in ("Strip", "Metaspace") for one in written.get("decoders", [written]))
 
 
 class Detokenizer:
@@ -22,10 +47,13 @@ class Detokenizer:
       stopped: a stop string was found; later tokens give no text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: tuple[str, ...] = ()):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: tuple[str, ...] = (), before: list[int] | None = None):
+        """before: the last token of the text that the answer continues; None: the answer is a text of its own."""
         self._tokenizer, self._stop = tokenizer, stop
         # A control token has no text, so a stop string that is one is found by its id.
         self._stop_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content in stop} if stop else set()
+        self._special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._before = before or []  # emptied once it is known whether a space belongs between it and the answer
         # The last released piece's ids and those after it: a token's text may depend on what precedes it.
         self._ids: list[int] = []
         self._n_written = 0  # how many of _ids have been released
@@ -42,6 +70,8 @@ class Detokenizer:
             self.stopped = True
             return piece
         self.n_tokens += 1
+        if token in self._special:  # no text, and as what precedes a token no reason to keep its space either
+            return ""
         self._ids.append(token)
         text = decode(self._tokenizer, self._ids)
         if text.endswith("\ufffd"):  # almost always an incomplete character
@@ -60,6 +90,10 @@ class Detokenizer:
 
     def _release(self, text: str) -> str:
         new = text[len(decode(self._tokenizer, self._ids[: self._n_written])) :]
+        if _loses_space(self._tokenizer, self._before, self._ids):
+            new = " " + new
+        if new:
+            self._before = []
         self._ids = self._ids[self._n_written :]
         self._n_written = len(self._ids)
         self._held += new

@@ -184,6 +184,7 @@ class Engine:
         listener: Callable[[Event], None],
         sample: int = 0,
         top_logprobs: int | None = None,
+        continues: bool = False,
     ) -> Request:
         """Queue a request.
 
@@ -194,6 +195,7 @@ class Engine:
             must return quickly and raise nothing.
           sample: the request's index among the samples of its prompt.
           top_logprobs: None: no log-probabilities; otherwise the number of alternatives for each token, at most 20.
+          continues: the answer continues the prompt's text; otherwise it begins a turn.
 
         Raises:
           QueueFull: max_queue requests wait.
@@ -207,7 +209,8 @@ class Engine:
             raise UserError(f"logit_bias: {len(config.logit_bias)} tokens (expected at most {MAX_LOGIT_BIAS})")
         if not 0 <= (top_logprobs or 0) <= TOP_LOGPROBS:
             raise UserError(f"top_logprobs: {top_logprobs} is invalid (expected 0 to {TOP_LOGPROBS})")
-        request = Request(ids, config, sample, top_logprobs, listener, Detokenizer(self._tokenizer, config.stop))
+        detokenizer = Detokenizer(self._tokenizer, config.stop, ids[-1:] if continues else None)
+        request = Request(ids, config, sample, top_logprobs, listener, detokenizer)
         with self._wake:
             if len(self._waiting) >= self._max_queue:
                 raise QueueFull

@@ -27,6 +27,7 @@ from mateconv_jax.model.kv_cache import make_kv_cache
 from mateconv_jax.model.transformer import Transformer, abstract_model
 
 History = list[dict[str, str]]  # [{"role": "user", "content": ...}, ...]
+Draw = tuple[int, int]  # seed, and index among the samples of a prompt
 
 
 class Generation(str):
@@ -112,7 +113,9 @@ class TextGenerator:
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Raises UserError if the model has none."""
         if self._tokenizer is None:
-            raise UserError("--tokenizer: required, because the model has none (expected a folder with tokenizer.json)")
+            raise UserError(
+                "--tokenizer: required, because the model has none (expected a folder with tokenizer.json or tokenizer.model)"
+            )
         return self._tokenizer
 
     # ---- text -------------------------------------------------------------------------------------------------------
@@ -143,17 +146,26 @@ class TextGenerator:
         Args:
           every: tokens decoded between two reads from the device.
         """
-        return self._stream_ids(self._prompt_ids(prompt, config), config, every)
+        return self._stream_ids(self._prompt_ids(prompt, config), config, every, continues=True)
 
     def batch_generate(
-        self, prompts: list[str], config: GenerationConfig = GenerationConfig(), batch_size: int = 16
+        self,
+        prompts: list[str],
+        config: GenerationConfig = GenerationConfig(),
+        batch_size: int = 16,
+        draws: list[Draw] | None = None,
     ) -> list[Generation]:
-        """`generate` for several prompts, batch_size at a time. A prompt's text does not depend on the others in its batch."""
-        return self._decode_batches([self._prompt_ids(prompt, config) for prompt in prompts], config, batch_size)
+        """`generate` for several prompts, batch_size at a time. A prompt's text does not depend on the others in its batch.
+
+        Args:
+          draws: each prompt's (seed, sample): sample i of a seed is what `generate_samples` gives at i. None: (config.seed, 0).
+        """
+        ids = [self._prompt_ids(prompt, config) for prompt in prompts]
+        return self._decode_batches(ids, config, batch_size, draws, continues=True)
 
     def generate_samples(self, prompt: str, n: int, config: GenerationConfig = GenerationConfig()) -> list[Generation]:
         """n samples for one prompt, which is prefilled once; the first is `generate`'s."""
-        return self._decode_all([self._prompt_ids(prompt, config)], config, n)
+        return self._decode_all([self._prompt_ids(prompt, config)], config, n, continues=True)
 
     # ---- dialogues --------------------------------------------------------------------------------------------------
 
@@ -166,10 +178,14 @@ class TextGenerator:
         return self.batch_chat([history], config)[0]
 
     def batch_chat(
-        self, histories: list[History], config: GenerationConfig = GenerationConfig(), batch_size: int = 16
+        self,
+        histories: list[History],
+        config: GenerationConfig = GenerationConfig(),
+        batch_size: int = 16,
+        draws: list[Draw] | None = None,
     ) -> list[Generation]:
-        """`chat` for several dialogues, batch_size at a time."""
-        return self._decode_batches([self._chat_ids(history, config) for history in histories], config, batch_size)
+        """`chat` for several dialogues, batch_size at a time; `draws` as in `batch_generate`."""
+        return self._decode_batches([self._chat_ids(history, config) for history in histories], config, batch_size, draws)
 
     def stream_chat(self, history: History, config: GenerationConfig = GenerationConfig()) -> Iterator[str]:
         """Like `chat`, but yield the text piece by piece. When a dialogue continues, only its new turn is prefilled."""
@@ -276,18 +292,39 @@ class TextGenerator:
             kv_cache=make_kv_cache(self.model_config, *tokens_BT.shape) if config.use_cache else None,
         )
 
-    def _decode_batches(self, prompts: list[list[int]], config: GenerationConfig, batch_size: int) -> list[Generation]:
-        starts = range(0, len(prompts), batch_size)
-        return [text for start in starts for text in self._decode_all(prompts[start : start + batch_size], config)]
+    def _decode_batches(
+        self,
+        prompts: list[list[int]],
+        config: GenerationConfig,
+        batch_size: int,
+        draws: list[Draw] | None = None,
+        continues: bool = False,
+    ) -> list[Generation]:
+        batches = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
+        decoded = (self._decode_all(prompts[b], config, draws=draws and draws[b], continues=continues) for b in batches)
+        return [text for batch in decoded for text in batch]
 
-    def _decode_all(self, prompts: list[list[int]], config: GenerationConfig, n_samples: int = 1) -> list[Generation]:
-        """n_samples continuations of each prompt, those of one prompt next to each other."""
+    def _decode_all(
+        self,
+        prompts: list[list[int]],
+        config: GenerationConfig,
+        n_samples: int = 1,
+        draws: list[Draw] | None = None,
+        continues: bool = False,
+    ) -> list[Generation]:
+        """n_samples answers to each prompt, those of one prompt next to each other. `continues`, here and below: an answer
+        continues the prompt's text; otherwise it begins a turn.
+        """
         n_rows = 1 << (len(prompts) - 1).bit_length()  # a power of two, so that few programs are compiled
         sampling = Sampling.make(config, np.tile(np.arange(n_samples), n_rows), self.model_config.vocab_size)
+        if draws is not None:
+            seed_B, sample_B = np.pad(np.array(draws, np.int64), ((0, n_rows - len(draws)), (0, 0))).T
+            seed_B, sample_B = jnp.asarray(seed_B, jnp.uint32), jnp.asarray(sample_B, jnp.int32)
+            sampling = dataclasses.replace(sampling, seed=seed_B, sample_B=sample_B)
         state = self._start(prompts, n_rows, config)
         S = bucket(max(map(len, prompts)), self.model_config.max_seq_len, SMALLEST_PROMPT)
-        detokenizers = [Detokenizer(self.tokenizer, config.stop) for _ in range(len(prompts) * n_samples)]
         prompts = [ids for ids in prompts for _ in range(n_samples)]
+        detokenizers = [Detokenizer(self.tokenizer, config.stop, ids[-1:] if continues else None) for ids in prompts]
         n_checked = [0] * len(prompts)
 
         def answers(state: DecodeState) -> list[list[int]]:
@@ -305,23 +342,26 @@ class TextGenerator:
             return jnp.asarray(finished_B)
 
         state = self._decoder.run(self.params, state, sampling, S, n_samples, check_stops if config.stop else None)
-        return [self._generation(ids, prompt, config) for ids, prompt in zip(answers(state), prompts, strict=True)]
+        return [self._generation(ids, prompt, config, continues) for ids, prompt in zip(answers(state), prompts, strict=True)]
 
-    def _generation(self, ids: list[int], prompt: list[int], config: GenerationConfig) -> Generation:
+    def _generation(self, ids: list[int], prompt: list[int], config: GenerationConfig, continues: bool) -> Generation:
         """The result for `ids`, all tokens decoded after `prompt`; cut at an end token or a stop string."""
         reason = "length" if len(ids) == config.max_new_tokens else "context"
         if ids and ids[-1] in self.end_ids:
             ids, reason = ids[:-1], "eos"
+        before = prompt[-1:] if continues else []
         if not config.stop:
-            return Generation(detokenizer.decode(self.tokenizer, ids), ids, len(prompt), reason)
-        text = Detokenizer(self.tokenizer, config.stop)
+            return Generation(detokenizer.continuation(self.tokenizer, before, ids), ids, len(prompt), reason)
+        text = Detokenizer(self.tokenizer, config.stop, before)
         pieces = [text.push(token) for token in ids]
         pieces.append(text.finish())
         return Generation("".join(pieces), ids[: text.n_tokens], len(prompt), "stop" if text.stopped else reason)
 
-    def _stream_ids(self, prompt: list[int], config: GenerationConfig, every: int = 1) -> Iterator[str]:
+    def _stream_ids(
+        self, prompt: list[int], config: GenerationConfig, every: int = 1, continues: bool = False
+    ) -> Iterator[str]:
         sampling = Sampling.make(config, np.zeros(1), self.model_config.vocab_size)
-        text, ids = Detokenizer(self.tokenizer, config.stop), []
+        text, ids = Detokenizer(self.tokenizer, config.stop, prompt[-1:] if continues else None), []
         state: DecodeState | None = None  # stays None if max_new_tokens is 0
         params = self.params
         try:
@@ -348,7 +388,7 @@ class TextGenerator:
             if ids and state is not None and state.kv_cache is not None:
                 with self._last_stream_lock:
                     self._last_stream = params, prompt + ids, state
-        return self._generation(ids, prompt, config)
+        return self._generation(ids, prompt, config, continues)
 
     def _resume(self, prompt: list[int], config: GenerationConfig, params: nnx.State) -> tuple[DecodeState, int, int]:
         """A state for one prompt that reuses the last stream's KV cache for the tokens they have in common.

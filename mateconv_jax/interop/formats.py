@@ -127,7 +127,7 @@ def convert(
     if use_ema and not model.has_ema:
         raise UserError(f"--ema: {str(source)!r} has no EMA weights (a run has them with training.use_ema)")
     if model.tokenizer is None and to_format != "pth":
-        raise UserError(f"--tokenizer: missing ({str(source)!r} has none; expected a folder with tokenizer.json)")
+        raise UserError(f"--tokenizer: missing ({str(source)!r} has none; expected a tokenizer's folder)")
 
     model_config = model.config.model.copy_and_resolve_references()
     model_config.attention = "auto"  # the backend used in training may be unavailable on this machine

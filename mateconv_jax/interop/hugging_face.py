@@ -19,6 +19,7 @@ import safetensors.numpy
 from flax import nnx
 
 from mateconv_jax import files
+from mateconv_jax.data.tokenizer.folder import has_tokenizer
 from mateconv_jax.errors import UserError
 from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.interop import hf_config, model_card, pytorch, weight_mapping
@@ -52,7 +53,7 @@ def open_folder(path: Path, key: str, tokenizer: str | Path | None, n_heads: int
     return StoredModel(
         path=path,
         config=config,
-        tokenizer=load_tokenizer(tokenizer, path if (path / "tokenizer.json").is_file() else None, key),
+        tokenizer=load_tokenizer(tokenizer, path if has_tokenizer(path) else None, key),
         has_ema=False,
         step=None,
         read=lambda abstract_params, _: weight_mapping.from_hf(tensors, config.model, abstract_params, str(path)),

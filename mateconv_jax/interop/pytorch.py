@@ -25,6 +25,12 @@ PIECES = {
     "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj", "ffn_norm": "post_attention_layernorm",
     "feed_forward": "mlp", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj", "shared_experts": "shared_expert",
 }  # fmt: skip
+# Where trainers keep the weights and their moving average, in the order of trust.
+WEIGHTS = ("model_state_dict", "state_dict", "model_state", "model", "module", "net", "network", "params", "weights", "shadow")
+EMA = ("ema_shadow", "ema", "ema_state_dict", "model_ema", "ema_model", "params_ema")
+EMBEDDING = re.compile(r"(.*\.)?(tok_embeddings|model\.embed_tokens)\.weight")  # group 1: what a wrapper puts before every name
+# Put by DistributedDataParallel, torch.compile, FSDP and activation checkpointing, the last three around any part of a model.
+WRAPPERS = re.compile(r"^(module\.)+|(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Settings that a file does not hold: for MateConv and MiniMind 1, and for MiniMinds with Hugging Face's names.
 MATECONV = dict(n_heads=16, rope_theta=1e4, norm_eps=1e-5, max_seq_len=512)
 MINIMIND = dict(n_heads=8, rope_theta=1e6, norm_eps=1e-5, max_seq_len=32768)
@@ -46,7 +52,7 @@ def is_pth(path: Path) -> bool:
 
 
 def open_pth(path: Path, key: str, tokenizer: str | Path | None, n_heads: int | None) -> StoredModel:
-    """Open a state dict, or a training checkpoint with one as `model_state_dict` and optionally an `ema_shadow`.
+    """Open a state dict, or a training checkpoint that has one under a key of WEIGHTS and perhaps another under one of EMA.
 
     Args:
       n_heads: number of query heads, which tensor shapes alone do not determine; None: derived from the QK norms if there are
@@ -56,10 +62,17 @@ def open_pth(path: Path, key: str, tokenizer: str | Path | None, n_heads: int | 
       UserError: PyTorch is not installed, the file holds anything but tensors and plain values, or it holds no model.
     """
     checkpoint = _load(path, key)
-    state, has_hf_names = _state(checkpoint, path, key)
+    raw, ema = _weights(checkpoint), _weights(checkpoint, EMA)
+    if (found := raw or ema) is None:
+        keys = ", ".join(map(str, list(checkpoint)[:3])) or "nothing"
+        raise UserError(
+            f"{key}: {path} holds {keys} … (expected a model's tensors, such as tok_embeddings.weight or "
+            f"model.embed_tokens.weight, or a dict with them under {', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]})"
+        )
+    state, has_hf_names = _state(found)
     weights = {False: state}
-    if isinstance(checkpoint.get("ema_shadow"), dict):
-        weights[True] = _state(checkpoint["ema_shadow"], path, key)[0]
+    if raw and ema:
+        weights[True] = _state(ema)[0]
     config = _configuration(state, has_hf_names, n_heads, path)
     model = config.model
     for tensors in weights.values():
@@ -143,17 +156,21 @@ def _load(path: Path, key: str) -> dict:
     return checkpoint
 
 
-def _state(checkpoint: dict, path: Path, key: str) -> tuple[dict[str, Tensor], bool]:
+def _weights(checkpoint: dict, keys: tuple[str, ...] | None = None, depth: int = 0) -> dict | None:
+    """The state dict at most three levels below a checkpoint: under one of `keys`; None: the checkpoint itself, or WEIGHTS."""
+    if keys is None and any(isinstance(name, str) and EMBEDDING.fullmatch(name) for name in checkpoint):
+        return checkpoint
+    below = [value for name in keys or WEIGHTS if isinstance(value := checkpoint.get(name), dict)]
+    found = (_weights(value, None, depth + 1) for value in below if depth < 3)
+    return next((state for state in found if state is not None), None)
+
+
+def _state(found: dict) -> tuple[dict[str, Tensor], bool]:
     """The tensors by Hugging Face name, with rotary pairs as in the file, and whether the file uses those names."""
-    state = checkpoint["model_state_dict"] if isinstance(checkpoint.get("model_state_dict"), dict) else checkpoint
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in _lazy(state).items()}
+    state = {WRAPPERS.sub("", name): tensor for name, tensor in _lazy(found).items()}
+    prefix = next((match[1] or "" for name in state if (match := EMBEDDING.fullmatch(name))), "")
+    state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     has_hf_names = "model.embed_tokens.weight" in state
-    if not has_hf_names and "tok_embeddings.weight" not in state:
-        keys = ", ".join(map(str, list(checkpoint)[:3])) or "nothing"
-        raise UserError(
-            f"{key}: {path} holds {keys} … (expected a model's tensors, such as tok_embeddings.weight or "
-            "model.embed_tokens.weight, or a model_state_dict with them)"
-        )
     if not has_hf_names:
         state = {_hf_name(name): tensor for name, tensor in state.items()}
     return state, has_hf_names

@@ -167,9 +167,8 @@ def _add_completions(app: FastAPI, service: Service, metrics: Metrics) -> None:
         top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         texts = token_texts if body.logprobs else None
         completion = ChatCompletion(service.model_id, len(ids), [copy.copy(parts) for _ in range(n)], texts, bool(body.stream))
-        answers = Answers(
-            service.engine, service.limits, metrics, _samples(service, [ids], n), config, top_logprobs
-        )  # fmt: skip
+        samples = _samples(service, [ids], n)
+        answers = Answers(service.engine, service.limits, metrics, samples, config, top_logprobs, continues=False)
         return await _answer(service, body, request, completion, answers, config)
 
     @app.post("/v1/completions", response_model=None)
@@ -188,7 +187,7 @@ def _add_completions(app: FastAPI, service: Service, metrics: Metrics) -> None:
             None if body.logprobs is None else token_texts,
             bool(body.stream),
         )
-        answers = Answers(service.engine, service.limits, metrics, samples, config, body.logprobs)
+        answers = Answers(service.engine, service.limits, metrics, samples, config, body.logprobs, continues=True)
         return await _answer(service, body, request, completion, answers, config)
 
 

@@ -28,10 +28,15 @@ class Answers:
         prompts: list[tuple[list[int], int]],
         config: GenerationConfig,
         top_logprobs: int | None,
+        continues: bool,
     ):
-        """prompts: (token ids, index among the samples of this prompt) of each answer."""
+        """
+        Args:
+          prompts: (token ids, index among the samples of this prompt) of each answer.
+          continues: as for Engine.submit.
+        """
         self._engine, self._limits, self._metrics = engine, limits, metrics
-        self._prompts, self._config, self._top_logprobs = prompts, config, top_logprobs
+        self._prompts, self._config, self._top_logprobs, self._continues = prompts, config, top_logprobs, continues
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._early: list[tuple[int, Event]] = []
         self._requests: list[Request] = []
@@ -49,7 +54,8 @@ class Answers:
                     with contextlib.suppress(RuntimeError):  # the loop is closed: the server ends
                         loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
-                self._requests.append(self._engine.submit(ids, self._config, listen, sample, self._top_logprobs))
+                request = self._engine.submit(ids, self._config, listen, sample, self._top_logprobs, self._continues)
+                self._requests.append(request)
         except QueueFull:
             self._cancel()
             raise Refusal(

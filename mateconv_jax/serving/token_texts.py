@@ -1,6 +1,7 @@
 """Tokens as OpenAI's log-probabilities show them: as text, and as the bytes of UTF-8 that they write."""
 
 import codecs
+import re
 
 from transformers import PreTrainedTokenizerFast
 
@@ -20,7 +21,10 @@ class TokenTexts:
         piece = self._tokenizer.convert_ids_to_tokens(token)
         if self._is_byte_level and piece and all(character in BYTES for character in piece):
             return bytes(BYTES[character] for character in piece)
-        return (detokenizer.decode(self._tokenizer, [token]) or str(piece)).encode()
+        text = detokenizer.continuation(self._tokenizer, [token], [token])  # as behind another token: with its space
+        if text == "\ufffd" and (byte := re.fullmatch("<0x([0-9A-F]{2})>", str(piece))):
+            return bytes.fromhex(byte[1])
+        return (text or str(piece)).encode()
 
     def text(self, token: int) -> str:
         return self.bytes(token).decode(errors="replace")

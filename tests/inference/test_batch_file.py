@@ -86,6 +86,41 @@ def test_objects_may_be_prompts_or_dialogues_and_keep_their_other_fields(generat
     assert parsed(write(jsonl({"prompt": "熊猫"}), name="chat.jsonl", output="chat", chat=True))[0]["text"] == texts[1]
 
 
+def test_a_line_has_its_own_seed_and_number_of_samples_and_goes_on_after_any_of_them(generator, write, tmp_path):
+    """Killed within a line's samples too; sample i of a seed is what generate_samples gives."""
+    lines = jsonl({"prompt": "小明", "seed": 9, "num_samples": 3, "id": 1}, {"prompt": "法"})
+    whole = write(lines, name="own.jsonl", batch_size=4)
+    results = parsed(whole)
+    expected = [*generator.generate_samples("小明", 3, dataclasses.replace(CONFIG, seed=9)), generator.generate("法", CONFIG)]
+    assert [result["text"] for result in results] == expected and len(set(expected)) == 4
+    assert [(result.get("sample"), result["seed"], result["settings"]["seed"]) for result in results] == [
+        (0, 9, 9), (1, 9, 9), (2, 9, 9), (None, 3, 3),
+    ]  # fmt: skip
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in (5, ends[0], ends[1] + 60, ends[2] - 1):
+        (tmp_path / "results.jsonl").write_bytes(whole[:cut])
+        assert write(lines, name="own.jsonl", batch_size=4) == whole
+    with pytest.raises(UserError, match=r"results.jsonl:1 was written with {'seed': 9}, not {'seed': 8}"):
+        write(lines.replace('"seed": 9', '"seed": 8'), name="own.jsonl")
+    with pytest.raises(UserError, match="results.jsonl:4 was written with {'seed': 3}, not {'seed': 4}"):  # 1 to 3: their own
+        write(lines, dataclasses.replace(CONFIG, seed=4), name="own.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"seed": -1}, r"'seed' is -1 \(expected an integer from 0 to 4294967295\)"),
+        ({"seed": "7"}, "'seed' is '7'"),
+        ({"num_samples": 0}, r"'num_samples' is 0 \(expected an integer from 1 to 100000\)"),
+        ({"num_samples": True}, "'num_samples' is True"),
+        ({"num_samples": 2, "sample": 1}, "uses 'sample', a field of the results"),
+    ],
+)
+def test_a_seed_or_number_of_samples_that_is_none_is_an_error(write, fields, problem):
+    with pytest.raises(UserError, match=f"^--batch_file: .*own.jsonl:1:? {problem}"):
+        write(jsonl({"prompt": "小明"} | fields), name="own.jsonl")
+
+
 def test_without_an_output_results_go_to_standard_output(generator, write, capfdbinary, tmp_path):
     expected = write("\n".join(PROMPTS))
     capfdbinary.readouterr()
@@ -309,7 +344,7 @@ def test_a_dialogue_that_does_not_fit_loses_its_oldest_turns_when_told(generator
         (b'{"messages": []}', "'messages' is not a dialogue"),
         (b'{"history": [{"role": "user"}]}', "'history' is not a dialogue"),
         (b'{"messages": [{"role": "assistant", "content": "x"}]}', "ends with an assistant turn"),
-        (b'{"prompt": "x", "seed": 3}', "uses 'seed', a field of the results"),
+        (b'{"prompt": "x", "token_ids": 3}', "uses 'token_ids', a field of the results"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, line, message):

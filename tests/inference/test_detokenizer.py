@@ -6,7 +6,10 @@ import pytest
 from hypothesis import given, strategies as st
 
 from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
-from mateconv_jax.inference.detokenizer import Detokenizer, decode
+from mateconv_jax.inference.detokenizer import Detokenizer, continuation, decode
+from tests import llama2_tokenizer
+
+SPACED = llama2_tokenizer.make()
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +65,27 @@ def test_a_stop_text_may_be_a_control_token(tokenizer):
     pieces, text = pieces_of(tokenizer, ids, ("<s>",))
     assert "".join(pieces) == "长江" and text.stopped and text.n_tokens == ids.index(control)
     assert "".join(pieces_of(tokenizer, ids, ("</s>",))[0]) == "长江黄河"
+
+
+# Without single bytes, of which a prompt and its answer could hold a half each.
+@given(
+    prompt=st.lists(st.integers(259, 399), min_size=1, max_size=5), ids=st.lists(st.integers(259, 399) | st.just(2), max_size=9)
+)
+def test_an_answer_keeps_the_space_between_a_prompt_and_itself(prompt, ids):
+    text = Detokenizer(SPACED, before=prompt[-1:])
+    pieces = [*(text.push(token) for token in ids), text.finish()]
+    assert decode(SPACED, [1, *prompt]) + "".join(pieces) == decode(SPACED, [1, *prompt, *ids])
+    assert continuation(SPACED, prompt[-1:], ids) == "".join(pieces)
+    assert "".join(pieces_of(SPACED, ids)[0]) == decode(SPACED, ids)  # the answer to a question begins a text
+
+
+@given(ids=st.lists(st.integers(0, 399), min_size=1, max_size=9))
+def test_other_tokenizers_lose_nothing_and_get_nothing(tokenizer, ids):
+    assert continuation(tokenizer, ids[:1], ids[1:]) == decode(tokenizer, ids[1:])
+
+
+def test_a_character_made_of_bytes_keeps_the_space_before_it():
+    prompt, ids = [SPACED(text)["input_ids"] for text in ("a", "中 中")]
+    text = Detokenizer(SPACED, before=prompt)
+    assert [*(text.push(token) for token in ids), text.finish()] == [" ", "", "", "中", " ", "", "", "中", ""]
+    assert continuation(SPACED, prompt, ids) == " 中 中"

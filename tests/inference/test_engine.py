@@ -1,5 +1,6 @@
 """Continuous batching: every request gets the text that it would get alone, and what runs is bounded."""
 
+import copy
 import random
 import threading
 import time
@@ -12,6 +13,7 @@ from mateconv_jax import GenerationConfig, TextGenerator
 from mateconv_jax.errors import UserError
 from mateconv_jax.inference import engine as engine_lib
 from mateconv_jax.inference.engine import Engine, Failed, Finished, Piece, QueueFull, Started
+from tests import llama2_tokenizer
 
 PROMPTS = ["小明", "今天早上，老王去公园", "法", "熊猫最爱吃竹子。法国的首都是巴黎。", ""]
 COMPILED = []
@@ -117,6 +119,24 @@ def test_samples_of_a_prompt_are_generate_samples(engine, generator):
     listeners = [ask(engine, generator.document_ids("小明"), config, sample=i) for i in range(3)]
     for listener, text in zip(listeners, expected, strict=True):
         assert_equal(listener, text)
+
+
+def test_a_completion_keeps_the_space_after_its_prompt_and_a_dialogues_answer_begins_a_text(engine, generator, monkeypatch):
+    """All ways to an answer with a tokenizer as Llama 2's agree with transformers' text of prompt and answer together."""
+    spaced = copy.copy(generator)  # with its programs
+    spaced._tokenizer = llama2_tokenizer.make()
+    monkeypatch.setattr(engine, "_tokenizer", spaced._tokenizer)
+    # One that begins with a space, which a peaked model's first token may not do.
+    config = GenerationConfig(max_new_tokens=8, logit_bias=dict.fromkeys(range(286, 400), 60.0))
+    prompt, ids = "a man is", spaced.document_ids("a man is")
+    expected = spaced.generate(prompt, config)
+    whole = spaced.tokenizer.decode([*ids, *expected.token_ids], skip_special_tokens=True)
+    assert whole == prompt + expected and expected.startswith(" ")
+    streamed = "".join(spaced.stream(prompt, config))
+    assert streamed == spaced.batch_generate([prompt], config)[0] == spaced.generate_samples(prompt, 1, config)[0] == expected
+    assert spaced.generate(prompt, GenerationConfig(**vars(config) | {"stop": ("zzzz",)})) == expected
+    assert_equal(ask(engine, ids, config, continues=True), expected)
+    assert ask(engine, ids, config).end().generation == expected[1:]
 
 
 def test_logprobs_come_with_each_token(engine, generator):

@@ -9,7 +9,7 @@ import transformers
 
 from mateconv_jax import TextGenerator
 from mateconv_jax.errors import UserError
-from mateconv_jax.interop import formats, weight_mapping
+from mateconv_jax.interop import formats, pytorch, weight_mapping
 from mateconv_jax.interop.weight_mapping import Tensor
 from tests import mateconv_torch
 
@@ -62,6 +62,34 @@ def test_of_a_training_checkpoint_the_ema_counts_unless_the_raw_weights_are_aske
     path = saved(checkpoint, tmp_path)
     assert_same_logits(path, ema)
     assert_same_logits(path, theirs, use_ema=False)
+
+
+PLACES = {
+    "Lightning": lambda state: {"state_dict": {f"model.{name}": w for name, w in state.items()}, "loops": {}},
+    "DeepSpeed": lambda state: {"module": state, "optimizer": None},
+    "a trainer class": lambda state: {"epoch": 1, "model": {"state_dict": state}},
+    "DDP around a wrapper": lambda state: {"net": {f"module.net.{name}": w for name, w in state.items()}},
+    "layers compiled one by one": lambda state: {name.replace(".attention", "._orig_mod.attention"): w for name, w in state.items()},
+    "only a moving average": lambda state: {"ema": {"shadow": state, "decay": 0.999}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_weights_are_found_where_other_trainers_keep_them(theirs, tmp_path, place):
+    state = theirs.state_dict()
+    found = formats.open_model(saved(PLACES[place](state), tmp_path), "x")
+    assert found.config == formats.open_model(saved(state, tmp_path), "x").config and not found.has_ema
+    tensors, _ = pytorch._state(pytorch._weights(PLACES[place](state)) or pytorch._weights(PLACES[place](state), pytorch.EMA))
+    assert sorted(tensors) == sorted(pytorch._state(state)[0])
+
+
+def test_a_moving_average_beside_the_weights_is_told_apart(theirs, tmp_path):
+    ema = mateconv_torch.random_model(seed=1)
+    path = saved({"model": theirs.state_dict(), "model_ema": {"module": ema.state_dict()}}, tmp_path)
+    assert formats.open_model(path, "x").has_ema
+    state = pytorch._weights(pytorch._load(path, "x"), pytorch.EMA)
+    assert torch.equal(state["norm.weight"], ema.state_dict()["norm.weight"])
+    assert torch.equal(state["layers.0.attention.wq.weight"], ema.state_dict()["layers.0.attention.wq.weight"])
 
 
 def test_half_precision_is_read_as_it_is(theirs, tmp_path):

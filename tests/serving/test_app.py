@@ -12,6 +12,8 @@ from mateconv_jax.inference.engine import QueueFull
 from mateconv_jax.serving.app import Service, make_app
 from mateconv_jax.serving.guard import Access, Status
 from mateconv_jax.serving.limits import Limits
+from mateconv_jax.serving.token_texts import TokenTexts
+from tests import llama2_tokenizer
 
 QUESTION = [{"role": "user", "content": "小明"}]
 OPENAI = GenerationConfig(temperature=1.0, top_k=0, top_p=1.0, seed=3, max_new_tokens=12)
@@ -133,6 +135,22 @@ def test_logprobs_are_the_models_own(client, generator):
     assert text == content["message"]["content"] and all(len(entry["top_logprobs"]) == 2 for entry in entries)
     streamed = [c["choices"][0]["logprobs"] for c in chunks(client, "/v1/chat/completions", chat)]
     assert [entry for logprobs in streamed if logprobs for entry in logprobs["content"]] == entries
+
+
+def test_a_completion_keeps_the_space_after_its_prompt(client, engine, generator, monkeypatch):
+    tokenizer = llama2_tokenizer.make()
+    monkeypatch.setattr(engine, "_tokenizer", tokenizer)
+    ids = tokenizer("a man is")["input_ids"]
+    bias = {"logit_bias": {str(token): 60 for token in range(286, 400)}}
+    text = client.post("/v1/completions", json=TEXT | bias | {"prompt": ids}).json()["choices"][0]["text"]
+    assert text.startswith(" ") and tokenizer("a man is" + text)["input_ids"][: len(ids)] == ids
+    answer = client.post("/v1/chat/completions", json=CHAT | bias).json()["choices"][0]["message"]["content"]
+    assert answer.strip() and not answer.startswith(" ")
+
+
+def test_logprobs_show_tokens_with_their_spaces_and_bytes():
+    texts = TokenTexts(llama2_tokenizer.make())
+    assert [texts.bytes(token) for token in (286, 260, 3 + 0xE4)] == [b" a", b"a", b"\xe4"]
 
 
 def test_control_tokens_in_roles_and_contents_are_plain_characters(client, generator):

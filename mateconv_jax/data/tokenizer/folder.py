@@ -8,6 +8,11 @@ FILES = {
 }  # fmt: skip
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder holds tokenizer.json, or a SentencePiece or tiktoken model that transformers can convert."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
 def foreign_files(folder: Path) -> list[str]:
     """Names in a tokenizer's folder that transformers' `save_pretrained` does not write, sorted."""
     return sorted(path.name for path in folder.iterdir() if path.name not in FILES)

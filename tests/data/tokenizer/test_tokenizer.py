@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import random
@@ -207,3 +208,32 @@ def test_tokenizers_that_users_have(name):
     assert tokenizer.decode(tokenizer_lib.encode(tokenizer, ["你好</s>"])[0]) == "你好</s>"
     chat = encode_chat(tokenizer, DIALOGUE[:1], add_generation_prompt=True)
     assert chat == tokenizer.apply_chat_template(DIALOGUE[:1], add_generation_prompt=True)["input_ids"]
+
+
+# ---- tokenizer.model ------------------------------------------------------------------------------------------------
+
+
+def test_a_sentencepiece_model_gives_its_own_ids_and_is_kept_as_tokenizer_json(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip(tokenizer_lib.PROTOBUF, exc_type=Exception)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*TEXTS, "the capital of france is paris"] * 20), model_writer=model, vocab_size=330,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    loaded = tokenizer_lib.load(tmp_path, "--tokenizer")
+    texts = [*TEXTS, "the  capital", " of", "鑫🐼"]
+    expected = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).encode(texts)
+    assert tokenizer_lib.encode(loaded, texts) == expected
+    loaded.save_pretrained(tmp_path / "saved")
+    assert tokenizer_lib.encode(tokenizer_lib.load(tmp_path / "saved", "--tokenizer"), texts) == expected
+
+
+@pytest.mark.parametrize(("package", "content"), [("sentencepiece", b"\n\x0e\n\x05<unk>"), ("tiktoken", b"IQ== 0\nIg== 1\n")])
+def test_the_package_that_a_tokenizer_model_needs_is_named(tmp_path, monkeypatch, package, content):
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    for module in (package, tokenizer_lib.PROTOBUF):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"^--tokenizer: '.*tokenizer.model' needs the package {package} \(pip install "):
+        tokenizer_lib.load(tmp_path, "--tokenizer")
