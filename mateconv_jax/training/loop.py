@@ -84,6 +84,9 @@ def _train(config: ConfigDict, signals: Signals) -> int:
     position = resume.position(origin)
     length = Length.of(training, len(train_rows), position)
     programs = setup.build(config, c, mesh, length.total_steps, objective)
+    samples = None
+    if length.samples_interval is not None and objective.samples is None:
+        samples = _samples(programs, tokenizer, training)
 
     # ---- the run folder ---------------------------------------------------------------------------------------------
     folder = Path(training.out_dir)
@@ -115,7 +118,8 @@ def _train(config: ConfigDict, signals: Signals) -> int:
             train_rows, val_rows = joined
         context = objective_lib.Context(folder, end_ids, progress, lambda: signals.stop)
         source = objective.source(c, mesh, train_rows, tokenizer, read, context)
-        samples = None if length.samples_interval is None else _samples(objective, source, programs, tokenizer, training)
+        if length.samples_interval is not None and objective.samples is not None:
+            samples = objective.samples(source)
         evaluator = None if val_rows is None else objective.evaluator(c, mesh, programs.eval_step, val_rows, tokenizer, context)
         with _metrics(config, programs, objective.shape, length, int(state.step), progress) as metrics:
             run = Run(
@@ -286,9 +290,7 @@ def _reference(config: ConfigDict, programs: setup.Setup, origin: resume.Origin,
     return Reference(folder, origin, training.init_from, n_heads, dtype, score, mesh, training.batch_size)
 
 
-def _samples(objective: objective_lib.Objective, source: Source, programs: setup.Setup, tokenizer, training: ConfigDict):
-    if objective.samples is not None:
-        return objective.samples(source)
+def _samples(programs: setup.Setup, tokenizer, training: ConfigDict) -> Samples:
     prompts, chat = training.sample_prompts, training.sample_chat
     return Samples(programs.graph, programs.abstract_params, tokenizer, prompts, chat, programs.mesh)
 
