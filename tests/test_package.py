@@ -94,5 +94,8 @@ def test_pip_installs_it_and_it_works_in_another_folder(tmp_path):
     assert where.stdout.strip() == str(tmp_path / "site" / "mateconv_jax" / "__init__.py")
     train = run(tmp_path / "site" / "bin" / "mateconv-train", "--config=configs/base.py")
     assert train.returncode == 2 and "error: data.train_data_path: missing" in train.stderr
+    page = Path("mateconv_jax/serving/page")
+    files = {path.relative_to(ROOT) for path in (ROOT / page).rglob("*") if path.is_file()}
+    assert files == {path.relative_to(tmp_path / "site") for path in (tmp_path / "site" / page).rglob("*") if path.is_file()}
     assert set(PROJECT["scripts"]) == {path.name for path in (tmp_path / "site" / "bin").iterdir()}
     assert re.search(r"^License-Expression: MIT$", next((tmp_path / "site").glob("mateconv_jax-*/METADATA")).read_text(), re.M)

@@ -29,9 +29,9 @@ from mateconv_jax.runtime import xla_flags
 MAX_STEPS = 16  # decode steps of one dispatch, at most
 TOP_LOGPROBS = 20  # alternatives recorded for each token: OpenAI's limit
 # Few sizes, so that few programs serve all. Prefills (P, C): four short prompts together take 0.7 of the time of four, but four
-# of 256 tokens twice as long (2 cores). Batches: B grows by a factor of 4 and T of 2, 3 x 3 programs for 16 slots and a context
-# of 512.
-PREFILL_TOKENS = {1: (16, 64, 256), 4: (16, 64)}
+# of 256 tokens twice as long (2 cores); 16 are for short questions that come at once. Batches: B grows by a factor of 4 and
+# T of 2, 3 x 3 programs for 16 slots and a context of 512.
+PREFILL_TOKENS = {1: (16, 64, 256), 4: (16, 64), 16: (16,)}
 BATCH_ROWS, SMALLEST_LENGTH = 4, 128
 
 
@@ -158,15 +158,17 @@ class SlotPrograms:
         return max(size for size in chunks if size <= n_tokens)
 
     def prefill_groups(self, n_tokens: list[int]) -> list[tuple[int, list[int]]]:
-        """How to prefill prompts of n_tokens: (P, indices of at most P prompts) of each prefill. One of several rows may have a
-        row to spare.
+        """How to prefill prompts of n_tokens: (P, indices of at most P prompts) of each prefill. Of P rows at most a quarter is
+        not used.
         """
-        P = max(self._chunks)
-        short = [i for i, n in enumerate(n_tokens) if n <= self._chunks[P][-1]] if P > 1 else []
-        groups = [short[start : start + P] for start in range(0, len(short), P)]
-        together = [group for group in groups if len(group) >= P - 1]
-        alone = sorted(set(range(len(n_tokens))) - {i for group in together for i in group})
-        return [*((P, group) for group in together), *((1, [i]) for i in alone)]
+        groups, left = [], list(range(len(n_tokens)))
+        for P, chunks in sorted(self._chunks.items(), reverse=True):
+            short = [i for i in left if P == 1 or n_tokens[i] <= chunks[-1]]
+            while len(short) >= P - P // 4 and short:
+                groups.append((P, short[:P]))
+                left = [i for i in left if i not in short[:P]]
+                short = short[P:]
+        return groups
 
     # ---- programs -----------------------------------------------------------------------------------------------------
 

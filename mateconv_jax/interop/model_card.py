@@ -19,7 +19,7 @@ A language model with {n_parameters:,} parameters, exported by MateConv-JAX.
 
 ## Architecture
 
-A LLaMA-style decoder (`{architecture}` in transformers): {n_layers} layers of width {dim} with {feed_forward} {hidden_dim};
+A LLaMA-style decoder (`{architecture}` in transformers): {layers} of width {dim} with {feed_forward} {hidden_dim};
 {n_heads} query and {n_kv_heads} key/value heads of size {head_dim}{qk_norm}; rotary position embedding
 with base {rope_theta:g}{scaling}; a vocabulary of {vocab_size:,} tokens, output layer {tied} to the embedding; a context of
 {max_seq_len:,} tokens.
@@ -73,6 +73,7 @@ def text(model: StoredModel, architecture: str, folder: str) -> str:
     about = ABOUT.format(
         **{key: value for key, value in c.items() if key not in ("qk_norm",)},
         name=folder,
+        layers=f"{c.n_layers} layer" + "s" * (c.n_layers > 1),
         architecture=architecture,
         n_parameters=weight_mapping.n_parameters(c),
         feed_forward=experts if c.use_moe else "a SwiGLU of size",

@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.inference.engine import Engine
 from mateconv_jax.inference.text_generator import TextGenerator
-from mateconv_jax.serving import openai_schema
+from mateconv_jax.serving import chat_page, openai_schema
 from mateconv_jax.serving.answer_parts import AnswerParts
 from mateconv_jax.serving.completions import ChatCompletion, Completion, TextCompletion, server_sent
 from mateconv_jax.serving.guard import Access, Guard, Refusal, Status
@@ -33,7 +33,6 @@ from mateconv_jax.serving.prompts import OPENAI, Prompts
 from mateconv_jax.serving.scheduler import Answers
 from mateconv_jax.serving.token_texts import TokenTexts
 
-PAGE = Path(__file__).parent / "page"  # served at /: index.html and what it needs
 SWAGGER = next(Path(swagger_ui_bundle.__file__).parent.glob("vendor/swagger-ui-*"))
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -66,8 +65,7 @@ def make_app(service: Service) -> FastAPI:
     _add_errors(app)
     _add_information(app, service, metrics)
     _add_completions(app, service, metrics)
-    if (PAGE / "index.html").is_file():
-        app.mount("/", StaticFiles(directory=PAGE, html=True))
+    app.router.routes.extend(chat_page.routes(service.engine.context, bool(service.access.keys)))
     app.add_middleware(
         Guard, access=service.access, limits=service.limits, status=service.status, metrics=metrics
     )  # fmt: skip

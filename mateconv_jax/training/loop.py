@@ -79,11 +79,10 @@ def _train(config: ConfigDict, signals: Signals) -> int:
     objective = objective_lib.of(config)
     objective.check_origin(origin.key)
     train_rows, val_rows, tokenizer = _open(config, c, objective, origin)
-    if training.early_stopping and val_rows is None:
-        raise UserError("training.early_stopping: there are no validation rows (expected data.val_data_path)")
     position = resume.position(origin)
     length = Length.of(training, len(train_rows), position)
     programs = setup.build(config, c, mesh, length.total_steps, objective)
+    samples = _samples(objective, length, programs, tokenizer, training)
 
     # ---- the run folder ---------------------------------------------------------------------------------------------
     folder = Path(training.out_dir)
@@ -115,7 +114,8 @@ def _train(config: ConfigDict, signals: Signals) -> int:
             train_rows, val_rows = joined
         context = objective_lib.Context(folder, end_ids, progress, lambda: signals.stop)
         source = objective.source(c, mesh, train_rows, tokenizer, read, context)
-        samples = None if length.samples_interval is None else _samples(objective, source, programs, tokenizer, training)
+        if length.samples_interval is not None and objective.samples is not None:
+            samples = objective.samples(source)
         evaluator = None if val_rows is None else objective.evaluator(c, mesh, programs.eval_step, val_rows, tokenizer, context)
         with _metrics(config, programs, objective.shape, length, int(state.step), progress) as metrics:
             run = Run(
@@ -128,10 +128,14 @@ def _train(config: ConfigDict, signals: Signals) -> int:
 def _open(config: ConfigDict, c: ModelConfig, objective: objective_lib.Objective, origin: resume.Origin):
     """Training rows, validation rows (None: there are none) and tokenizer."""
     options = config_lib.options(DataOptions, config.data)
-    if objective.content != "prompts":
-        return open_data(options, c.vocab_size, config.training.document_mask, objective.check)
-    longest, rows_per_prompt = reinforcement.longest_prompt(config), config.rollout.samples * config.rollout.iterations
-    return open_prompts(options, c.vocab_size, longest, rows_per_prompt, origin.tokenizer)
+    if objective.content == "prompts":
+        longest, rows_per_prompt = reinforcement.longest_prompt(config), config.rollout.samples * config.rollout.iterations
+        opened = open_prompts(options, c.vocab_size, longest, rows_per_prompt, origin.tokenizer)
+    else:
+        opened = open_data(options, c.vocab_size, config.training.document_mask, objective.check)
+    if config.training.early_stopping and opened[1] is None:
+        raise UserError("training.early_stopping: there are no validation rows (expected data.val_data_path)")
+    return opened
 
 
 def _describe(folder: Path, config: ConfigDict, tokenizer: PreTrainedTokenizerFast, end_ids: tuple[int, ...]) -> None:
@@ -286,9 +290,12 @@ def _reference(config: ConfigDict, programs: setup.Setup, origin: resume.Origin,
     return Reference(folder, origin, training.init_from, n_heads, dtype, score, mesh, training.batch_size)
 
 
-def _samples(objective: objective_lib.Objective, source: Source, programs: setup.Setup, tokenizer, training: ConfigDict):
-    if objective.samples is not None:
-        return objective.samples(source)
+def _samples(
+    objective: objective_lib.Objective, length: Length, programs: setup.Setup, tokenizer, training: ConfigDict
+) -> Samples | None:
+    """None where the run writes none, or those of its objective."""
+    if length.samples_interval is None or objective.samples is not None:
+        return None
     prompts, chat = training.sample_prompts, training.sample_chat
     return Samples(programs.graph, programs.abstract_params, tokenizer, prompts, chat, programs.mesh)
 

@@ -218,6 +218,7 @@ def test_prompts_are_read_in_chunks_that_waste_at_most_half(engine):
     assert [chunk(1, n) for n in (1, 16, 20, 33, 64, 100, 130, 256, 400)] == [16, 16, 16, 64, 64, 64, 256, 256, 256]
     groups = engine._programs.prefill_groups([9, 90, 9, 9, 9, 9, 9])
     assert groups == [(4, [0, 2, 3, 4]), (1, [1]), (1, [5]), (1, [6])]
+    assert engine._programs.prefill_groups([20, 9, 9, 9]) == [(4, [0, 1, 2, 3])]
 
 
 def test_a_generator_may_be_used_by_several_threads(model, dataset_folder):

@@ -118,7 +118,7 @@ def test_the_model_card_says_what_the_run_knows(run, exported, dataset_folder):
     bits = [metrics["val/bits_per_byte"] for metrics in metrics_of(run) if "val/bits_per_byte" in metrics]
     statistics = json.loads((dataset_folder / "stats.json").read_text())
     for said in (
-        "LlamaForCausalLM", "2 layers of width 32", "4 query and 2 key/value heads of size 8", "base 50000", "400 tokens",
+        "LlamaForCausalLM", "1 layer of width 32", "4 query and 2 key/value heads of size 8", "base 50000", "400 tokens",
         f"{6 * 8 * 32:,} tokens: 6 steps of 8 rows of 32 tokens", f"{bits[-1]:.4f} bits per byte",
         f"{statistics['documents']:,} documents", "apply_chat_template", "vllm serve model", "sglang.launch_server",
     ):  # fmt: skip

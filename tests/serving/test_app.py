@@ -320,3 +320,14 @@ def test_limits_name_what_is_wrong():
     for field in dataclasses.fields(Limits):
         with pytest.raises(Exception, match=f"^{field.name}: -1 is invalid"):
             Limits(**{field.name: -1})
+
+
+def test_the_page_is_at_the_root_open_to_all_and_hides_no_route(serve):
+    client = serve(access=Access(keys=("secret",)), status=Status("loading"))
+    page = client.get("/")
+    assert page.status_code == 200 and "script-src 'self'" in page.headers["content-security-policy"]
+    assert client.get("/page/settings.json").json()["context"] == 96 and client.get("/page/app.js").status_code == 200
+    client = serve()
+    error_of(client.get("/v1/chat/completions"), 405)
+    for path in ("/nothing", "/page/nothing.js", "/page/%2e%2e/app.py"):
+        error_of(client.get(path), 404)
