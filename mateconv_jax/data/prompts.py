@@ -132,8 +132,7 @@ def _parse(line: str) -> tuple[dict, str | list[dict]]:
 
 def _encode(tokenizer: PreTrainedTokenizerFast, prompt: str | list[dict]) -> list[int]:
     if isinstance(prompt, str):
-        begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        ids = begin + tokenizer_lib.encode(tokenizer, [prompt])[0]
+        ids = tokenizer_lib.encode_beginning(tokenizer, prompt)
         if not ids:
             raise _Unusable("empty")
         return ids

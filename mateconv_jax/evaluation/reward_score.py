@@ -4,7 +4,7 @@ import numpy as np
 
 from mateconv_jax.data.prompts import read_prompts
 from mateconv_jax.generation_config import GenerationConfig
-from mateconv_jax.training.rewards import Rewards, wait_for
+from mateconv_jax.training.rewards import Rewards, collect
 
 
 def score_prompts(generator, path: str, functions: list[str], max_new_tokens: int) -> dict[str, float]:
@@ -22,15 +22,13 @@ def score_prompts(generator, path: str, functions: list[str], max_new_tokens: in
     rewards = Rewards(tuple(functions), (), 8)
     prompts = read_prompts(path, "--prompts", generator.tokenizer, generator.max_seq_len - max_new_tokens)
     how = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens)
-    written = iter(generator.batch_generate([prompt for prompt in prompts.prompts if isinstance(prompt, str)], how, 128))
-    said = iter(generator.batch_chat([prompt for prompt in prompts.prompts if not isinstance(prompt, str)], how, 128))
-    answers = [next(written if isinstance(prompt, str) else said) for prompt in prompts.prompts]
+    answers = generator.batch_answer(prompts.prompts, how, 128)
     futures = [
         rewards.start(prompt, [answer], record)
         for prompt, answer, record in zip(prompts.prompts, answers, prompts.records, strict=True)
     ]
-    wait_for([future for of_answer in futures for future in of_answer], lambda: False)
-    reward_FN = np.array([[future.result()[0] for future in of_answer] for of_answer in futures]).T
+    reward_FN = collect(futures)
+    assert reward_FN is not None  # nobody asks it to stop
     means = {name: float(np.nanmean(reward_N)) for name, reward_N in zip(rewards.names, reward_FN, strict=True)}
     return {"prompts": prompts.n_prompts, "unrewarded": int(np.isnan(reward_FN).any(axis=0).sum())} | means
 

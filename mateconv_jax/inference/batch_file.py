@@ -222,17 +222,11 @@ def _fit_context(generator, request: Request, config: GenerationConfig) -> Reque
     return request
 
 
-def _generate(generator, batch: list[Request], config: GenerationConfig, batch_size: int) -> Iterator:
+def _generate(generator, batch: list[Request], config: GenerationConfig, batch_size: int) -> list:
     """One Generation per request, in order; prompts and dialogues may be mixed."""
-
-    def generate(how, requests: list[Request]) -> Iterator:
-        draws = [(request.seed(config), request.sample) for request in requests]
-        own = draws if any(draw != (config.seed, 0) for draw in draws) else None  # rows of their own cost another program
-        return iter(how([request.document for request in requests], config, batch_size, own))
-
-    texts = generate(generator.batch_generate, [request for request in batch if isinstance(request.document, str)])
-    answers = generate(generator.batch_chat, [request for request in batch if not isinstance(request.document, str)])
-    return (next(texts if isinstance(request.document, str) else answers) for request in batch)
+    draws = [(request.seed(config), request.sample) for request in batch]
+    own = draws if any(draw != (config.seed, 0) for draw in draws) else None  # rows of their own cost another program
+    return generator.batch_answer([request.document for request in batch], config, batch_size, own)
 
 
 # ---- resuming ---------------------------------------------------------------------------------------------------------

@@ -271,12 +271,14 @@ class Engine:
         self._sampling = None
 
     def _fail_active(self, reason: str) -> None:
-        failed = self._active()
-        for slot in failed:
+        self._fail(self._active(), reason)
+        self._forget_everything()
+
+    def _fail(self, slots: list[Slot], reason: str) -> None:
+        for slot in slots:
             request, slot.request = slot.request, None
             assert request is not None
             request.listener(Failed(reason))
-        self._forget_everything()
 
     def _drop_cancelled(self) -> None:
         with self._wake:
@@ -287,10 +289,7 @@ class Engine:
                 request.listener(Failed("cancelled"))
         cancelled = [slot for slot in self._active() if slot.request is not None and slot.request.is_cancelled]
         self._release(cancelled)
-        for slot in cancelled:
-            request, slot.request = slot.request, None
-            assert request is not None
-            request.listener(Failed("cancelled"))
+        self._fail(cancelled, "cancelled")
 
     # ---- joining ------------------------------------------------------------------------------------------------------
 
@@ -473,9 +472,7 @@ class Engine:
         request, slot.request = slot.request, None
         assert request is not None
         ids, text = request.answer, request.detokenizer
-        reason = "length" if len(ids) == request.config.max_new_tokens else "context"
-        if ids and ids[-1] in self._generator.end_ids:
-            ids, reason = ids[:-1], "eos"
+        ids, reason = self._generator.ended(ids, request.config)
         if rest := text.finish():
             request.pieces.append(rest)
             request.listener(Piece(rest, [], []))

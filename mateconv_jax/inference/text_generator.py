@@ -177,6 +177,23 @@ class TextGenerator:
         """
         return self.batch_chat([history], config)[0]
 
+    def batch_answer(
+        self,
+        documents: list[str | History],
+        config: GenerationConfig = GenerationConfig(),
+        batch_size: int = 16,
+        draws: list[Draw] | None = None,
+    ) -> list[Generation]:
+        """`batch_generate` of the texts and `batch_chat` of the dialogues among `documents`, in their order."""
+
+        def of(generate, is_text: bool) -> Iterator[Generation]:
+            chosen = [i for i, document in enumerate(documents) if isinstance(document, str) == is_text]
+            of_chosen = None if draws is None else [draws[i] for i in chosen]
+            return iter(generate([documents[i] for i in chosen], config, batch_size, of_chosen))
+
+        texts, dialogues = of(self.batch_generate, True), of(self.batch_chat, False)
+        return [next(texts if isinstance(document, str) else dialogues) for document in documents]
+
     def batch_chat(
         self,
         histories: list[History],
@@ -241,9 +258,7 @@ class TextGenerator:
         Raises:
           UserError: no text, and no `<s>`.
         """
-        ids = tokenizer_lib.encode(self.tokenizer, [text])[0]
-        if self.tokenizer.bos_token_id is not None:  # imported models may have none, such as Qwen3
-            return [self.tokenizer.bos_token_id, *ids]
+        ids = tokenizer_lib.encode_beginning(self.tokenizer, text)
         if not ids:
             raise UserError("prompt: empty, and this model has no begin-of-document token to start from (expected some text)")
         return ids
@@ -344,11 +359,15 @@ class TextGenerator:
         state = self._decoder.run(self.params, state, sampling, S, n_samples, check_stops if config.stop else None)
         return [self._generation(ids, prompt, config, continues) for ids, prompt in zip(answers(state), prompts, strict=True)]
 
+    def ended(self, ids: list[int], config: GenerationConfig) -> tuple[list[int], str]:
+        """All tokens of an answer without the end token, and why it ended where no stop string did; see Generation."""
+        if ids and ids[-1] in self.end_ids:
+            return ids[:-1], "eos"
+        return ids, "length" if len(ids) == config.max_new_tokens else "context"
+
     def _generation(self, ids: list[int], prompt: list[int], config: GenerationConfig, continues: bool) -> Generation:
         """The result for `ids`, all tokens decoded after `prompt`; cut at an end token or a stop string."""
-        reason = "length" if len(ids) == config.max_new_tokens else "context"
-        if ids and ids[-1] in self.end_ids:
-            ids, reason = ids[:-1], "eos"
+        ids, reason = self.ended(ids, config)
         before = prompt[-1:] if continues else []
         if not config.stop:
             return Generation(detokenizer.continuation(self.tokenizer, before, ids), ids, len(prompt), reason)

@@ -52,14 +52,14 @@ ONLY = {
 # Read here, in one of the functions below.
 READ = {
     "rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings", "num_local_experts", "layer_types",
-    "sliding_window", "decoder_sparse_step", "mlp_only_layers", "shared_expert_intermediate_size", "qkv_bias",
+    "sliding_window", "decoder_sparse_step", "mlp_only_layers", "shared_expert_intermediate_size",
     *KEYS.values(), *MOE_KEYS.values(), *ONLY,
 }  # fmt: skip
 # Without influence on the logits: token ids, settings of training and sampling, notes of transformers and other tools, settings
 # of features that are off, such as those of the mixture of experts in every config.json of MiniMind.
 HARMLESS = set(
     """architectures model_type auto_map transformers_version torch_dtype dtype use_bfloat16 use_cache initializer_range
-    attention_dropout hidden_dropout dropout flash_attn pretraining_tp is_llama_config is_decoder max_window_layers
+    attention_dropout hidden_dropout dropout flash_attn is_llama_config is_decoder max_window_layers
     bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id tokenizer_class
     output_router_logits output_attentions output_hidden_states return_dict return_dict_in_generate torchscript
     id2label label2id problem_type finetuning_task task_specific_params chunk_size_feed_forward pruned_heads name_or_path

@@ -1,5 +1,6 @@
 """The answers of /v1/chat/completions and /v1/completions, whole or streamed."""
 
+import abc
 import dataclasses
 import json
 import uuid
@@ -30,7 +31,7 @@ class Delta:
     reason: str | None = None
 
 
-class Completion:
+class Completion(abc.ABC):
     """One request's answers as OpenAI's JSON; subclasses know the two shapes.
 
     Attributes:
@@ -96,11 +97,13 @@ class Completion:
     def _first(self) -> list[dict]:
         return []
 
+    @abc.abstractmethod
     def _choice(self, index: int, deltas: list[Delta]) -> dict:
-        raise NotImplementedError
+        """A whole answer as an entry of `choices`."""
 
+    @abc.abstractmethod
     def _chunk_choices(self, delta: Delta) -> Iterator[dict]:
-        raise NotImplementedError
+        """What is new in an answer as entries of `choices`."""
 
 
 class ChatCompletion(Completion):

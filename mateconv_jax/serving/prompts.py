@@ -15,7 +15,11 @@ from mateconv_jax.serving.openai_schema import ChatRequest, CompletionRequest, S
 
 OPENAI = GenerationConfig(temperature=1.0, top_k=0, top_p=1.0)
 # {in GenerationConfig: in requests}, where they differ.
-NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "no_repeat_ngram_size": "no_repeat_ngram_size"}
+NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+# Options that have the same name in both, and nothing more to them.
+SAME_NAMES = (
+    "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram_size",
+)  # fmt: skip
 
 
 class Prompts:
@@ -33,12 +37,7 @@ class Prompts:
         Raises:
           Refusal: 400.
         """
-        given = {
-            name: value
-            for name in ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-            + ("no_repeat_ngram_size",)
-            if (value := getattr(request, name)) is not None
-        }
+        given = {name: value for name in SAME_NAMES if (value := getattr(request, name)) is not None}
         temperature = self._defaults.temperature if request.temperature is None else request.temperature
         if temperature < 1e-6:
             given |= {"do_sample": False}

@@ -24,7 +24,7 @@ from mateconv_jax.training.checkpoints import Progress
 from mateconv_jax.training.evaluator import Evaluation
 from mateconv_jax.training.kept_rollouts import KeptRollouts
 from mateconv_jax.training.reference import weights_fingerprint
-from mateconv_jax.training.rewards import Rewards, wait_for
+from mateconv_jax.training.rewards import Rewards, collect
 from mateconv_jax.training.rollout_batches import LogProbs, RolloutBatches, RolloutOptions
 from mateconv_jax.training.rollouts import DecodingWeights, Rollouts
 
@@ -154,6 +154,4 @@ class RewardEvaluator:
                 return None
             for i, answer in zip(range(first, min(first + self._batch_size, self._n)), answers, strict=False):
                 futures.append(self._rewards.start(self._prompts.prompts[i], [answer], self._prompts.records[i]))
-        if not wait_for([future for of_answer in futures for future in of_answer], should_stop):
-            return None
-        return np.array([[future.result()[0] for future in of_answer] for of_answer in futures]).T
+        return collect(futures, should_stop)

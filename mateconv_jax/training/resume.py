@@ -117,7 +117,7 @@ def check_compatible(origin: Origin, config: ConfigDict, tokenizer: PreTrainedTo
     if origin.checkpoint is None or origin.key is None:
         return []
     theirs = run_folder.read_config(origin.checkpoint.run, origin.key)
-    _check_tokenizer(origin.checkpoint.run, tokenizer)
+    _check_tokenizer(origin, tokenizer)
     differences = []
     for key in KEYS:
         section, name = key.path.split(".")
@@ -137,13 +137,13 @@ def check_compatible(origin: Origin, config: ConfigDict, tokenizer: PreTrainedTo
     return differences
 
 
-def _check_tokenizer(run: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    if not (run / "tokenizer").is_dir():
-        return
-    if fingerprint(load(run / "tokenizer", str(run))) != fingerprint(tokenizer):
+def _check_tokenizer(origin: Origin, tokenizer: PreTrainedTokenizerFast) -> None:
+    theirs = origin.tokenizer
+    if theirs is not None and fingerprint(theirs) != fingerprint(tokenizer):
+        assert origin.checkpoint is not None
         raise UserError(
-            f"data.tokenizer_path: the run in {str(run)!r} has another tokenizer than the data (expected the same; "
-            "training.init_from takes its weights for a new run)"
+            f"data.tokenizer_path: the run in {str(origin.checkpoint.run)!r} has another tokenizer than the data (expected the "
+            "same; training.init_from takes its weights for a new run)"
         )
 
 

@@ -114,6 +114,15 @@ class Rewards:
         return np.array([reward if math.isfinite(reward) else math.nan for reward in rewards])
 
 
+def collect(futures: list[list[Future]], should_stop: Callable[[], bool] = lambda: False) -> np.ndarray | None:
+    """The rewards (F, N) of all answers, in order; None: should_stop() was true before. futures: as `start` gave them, for each
+    prompt.
+    """
+    if not wait_for([future for of_prompt in futures for future in of_prompt], should_stop):
+        return None
+    return np.concatenate([np.stack([future.result() for future in of_prompt]) for of_prompt in futures], axis=1)
+
+
 def wait_for(futures: list[Future], should_stop: Callable[[], bool]) -> bool:
     """Until all are done; False: should_stop() was true before."""
     pending = set(futures)

@@ -21,7 +21,7 @@ from mateconv_jax.losses.policy_gradient import advantages, log_probs, token_wei
 from mateconv_jax.runtime import sharding
 from mateconv_jax.training.batch_shape import BatchShape, Position
 from mateconv_jax.training.kept_rollouts import KeptRollouts
-from mateconv_jax.training.rewards import Rewards, wait_for
+from mateconv_jax.training.rewards import Rewards, collect
 from mateconv_jax.training.rollouts import DecodingWeights, Rollouts
 
 Params = nnx.State
@@ -156,14 +156,16 @@ class RolloutBatches:
 
         batch = self._rows(numbers, answers)
         device_log_probs = self._device_log_probs(params, batch)  # dispatched, not waited for
-        if not wait_for([future for group in futures for future in group], self._should_stop):
+        reward_FN = collect(futures, self._should_stop)
+        if reward_FN is None:
             return None
-        reward_FN = np.concatenate([np.stack([future.result() for future in group]) for group in futures], axis=1)
-        batch |= self._learned_from(reward_FN, batch["learned"].sum(axis=2))
+        reward_N = self._rewards.total(reward_FN)
+        advantage_N, teaches_N = advantages(reward_N, self._options.samples, self._options.scale_rewards)
+        batch |= self._learned_from(advantage_N, teaches_N, batch["learned"].sum(axis=2))
         batch |= jax.device_get(device_log_probs)
         seconds["reward"] = time.perf_counter() - begin
-        self.answers = self._shown(numbers, answers, reward_FN)
-        return batch, self._metrics(answers, reward_FN, seconds)
+        self.answers = self._shown(numbers, answers, reward_N)
+        return batch, self._metrics(answers, reward_FN, reward_N, teaches_N, seconds)
 
     def _rows(self, numbers: np.ndarray, answers: list[Generation]) -> dict[str, np.ndarray]:
         """tokens, length and learned, see data/rows.py; (A, B, …)."""
@@ -177,10 +179,9 @@ class RolloutBatches:
             learned[row, len(prompt) : length[row]] = True
         return loader.micro_batches({"tokens": tokens, "length": length, "learned": learned}, A)
 
-    def _learned_from(self, reward_FN: np.ndarray, n_tokens_AB: np.ndarray) -> dict[str, np.ndarray]:
-        options, A = self._options, self._shape.accumulation_steps
-        advantage_N, teaches_N = advantages(self._rewards.total(reward_FN), options.samples, options.scale_rewards)
-        weight_AB = token_weights(options.kind, n_tokens_AB, options.max_new_tokens)
+    def _learned_from(self, advantage_N: np.ndarray, teaches_N: np.ndarray, n_tokens_AB: np.ndarray) -> dict[str, np.ndarray]:
+        A = self._shape.accumulation_steps
+        weight_AB = token_weights(self._options.kind, n_tokens_AB, self._options.max_new_tokens)
         return {"advantage": advantage_N.reshape(A, -1), "token_weight": weight_AB * teaches_N.reshape(A, -1)}
 
     def _device_log_probs(self, params: Params, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -193,13 +194,14 @@ class RolloutBatches:
         on_devices = sharding.to_devices(batch, self._mesh, rows_axis=1) if of else {}
         return {name: self._log_probs.compute(weights, on_devices) for name, weights in of.items()}
 
-    def _metrics(self, answers: list[Generation], reward_FN: np.ndarray, seconds: dict[str, float]) -> dict[str, float]:
-        reward_N = self._rewards.total(reward_FN)
-        _, teaches_N = advantages(reward_N, self._options.samples)
+    def _metrics(
+        self, answers: list[Generation], reward_FN: np.ndarray, reward_N: np.ndarray, teaches_N: np.ndarray,
+        seconds: dict[str, float],
+    ) -> dict[str, float]:  # fmt: skip
         n_tokens = sum(len(answer.token_ids) for answer in answers)
         return {
             "grpo/reward": _mean(reward_N),
-            **{f"reward/{name}": _mean(reward_N) for name, reward_N in zip(self._rewards.names, reward_FN, strict=True)},
+            **{f"reward/{name}": _mean(of_one_N) for name, of_one_N in zip(self._rewards.names, reward_FN, strict=True)},
             "grpo/length": n_tokens / len(answers),
             "grpo/ended": float(np.mean([answer.finish_reason == "eos" for answer in answers])),
             "grpo/dropped_groups": float(np.sum(~teaches_N.reshape(-1, self._options.samples).any(axis=1))),
@@ -208,9 +210,8 @@ class RolloutBatches:
             **{f"grpo/seconds_{name}": value for name, value in seconds.items()},
         }
 
-    def _shown(self, numbers: np.ndarray, answers: list[Generation], reward_FN: np.ndarray) -> list[tuple[str, str]]:
-        samples, reward_N = self._options.samples, self._rewards.total(reward_FN)
-        texts = []
+    def _shown(self, numbers: np.ndarray, answers: list[Generation], reward_N: np.ndarray) -> list[tuple[str, str]]:
+        samples, texts = self._options.samples, []
         for place, i in enumerate(numbers[:3]):
             prompt = self._prompts.prompts[i]
             text = prompt if isinstance(prompt, str) else prompt[-1]["content"]

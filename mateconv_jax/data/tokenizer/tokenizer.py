@@ -75,6 +75,12 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[in
         return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)["input_ids"]
 
 
+def encode_beginning(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Token ids of a document's beginning: `<s>`, which imported models may not have, such as Qwen3, and the plain text."""
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return begin + encode(tokenizer, [text])[0]
+
+
 def encode_with_offsets(tokenizer: PreTrainedTokenizerFast, text: str, plain: bool) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids of a text, and the characters (start, end) that each token stands for.
 
