@@ -202,6 +202,8 @@ KEYS = [
         "wsd: share of all steps, at the end, in which the learning rate falls.", FRACTION),
     Key("training.beta1", 0.9, DIVERGES, "Decay of the first moment (adamw, adam, lion; muon's adamw).", BELOW_ONE),
     Key("training.beta2", 0.95, DIVERGES, "Decay of the second moment (adamw, adam, lion; muon's adamw).", BELOW_ONE),
+    Key("training.adam_eps", 1e-8, DIVERGES,
+        "Added to the root of the second moment, which divides the update (adamw, adam; muon's adamw).", POSITIVE),
     Key("training.muon_momentum", 0.95, DIVERGES, "Momentum of muon.", BELOW_ONE),
     Key("training.weight_decay", 0.1, DIVERGES, "Weight decay, of matrices only.", NOT_NEGATIVE),
     Key("training.grad_clip", 1.0, DIVERGES, "Largest global norm of the gradient. 0: no clipping.", NOT_NEGATIVE),

@@ -131,7 +131,7 @@ def test_the_keys_change_only_with_thought():
         "reward": ["functions", "num_threads", "weights"],
         "wandb": ["enable", "project", "run_name"],
         "training": [
-            "accumulation_steps", "batch_size", "beta1", "beta2", "compilation_cache_dir", "decay_ratio", "deterministic",
+            "accumulation_steps", "adam_eps", "batch_size", "beta1", "beta2", "compilation_cache_dir", "decay_ratio", "deterministic",
             "document_mask", "dtype",
             "early_stopping", "ema_decay", "ema_warmup", "epochs", "eval_interval", "eval_iters", "grad_allreduce_dtype", "grad_clip",
             "init_from", "keep_best", "keep_every", "keep_latest", "learning_rate", "log_interval", "lr_power",
