@@ -184,6 +184,9 @@ KEYS = [
     Key("training.seed", 1337, DIVERGES, "Seed of initial weights, order of rows and dropout.", NOT_NEGATIVE),
     Key("training.epochs", 15, DIVERGES, "Passes over the training rows.", POSITIVE),
     Key("training.max_steps", None, DIVERGES, "Optimizer steps; overrides epochs.", POSITIVE, int),
+    Key("training.max_hours", None, FREE,
+        "Hours after which the run saves and exits with 75, as if it were sent SIGTERM: counted from the start of the "
+        "process, and early enough for the checkpoint to be written.", POSITIVE, float),
     Key("training.batch_size", 32, DIVERGES,
         "GLOBAL batch: rows of a micro-batch over all devices. (PyTorch MateConv's is per GPU.)", POSITIVE),
     Key("training.accumulation_steps", 1, DIVERGES, "Micro-batches per optimizer step.", POSITIVE),
@@ -236,6 +239,7 @@ KEYS = [
     Key("training.early_stopping", False, FREE, "Stop after `patience` evaluations without a lower loss (of the EMA, if on)."),
     Key("training.patience", 5, FREE, "See early_stopping.", POSITIVE),
     Key("training.save_interval", 1000, FREE, "Between two checkpoints.", INTERVAL, object),
+    Key("training.save_minutes", None, FREE, "Also save when the last checkpoint is this old.", POSITIVE, float),
     Key("training.keep_latest", 3, FREE, "Newest checkpoints that are kept.", POSITIVE),
     Key("training.keep_every", None, FREE, "Also keep checkpoints whose step is a multiple of this.", POSITIVE, int),
     Key("training.keep_best", True, FREE, "Keep the checkpoint with the lowest validation loss in RUN/best."),

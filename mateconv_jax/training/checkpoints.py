@@ -9,6 +9,8 @@ import errno
 import math
 import os
 import shutil
+import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
@@ -81,13 +83,23 @@ class Checkpoints:
     45 to 115 ms of the 0.45 to 0.8 s that writing 430 MB takes, most of it in Python.
     """
 
-    def __init__(self, run: Path, keep_latest: int, keep_every: int | None, keep_best: bool):
+    def __init__(
+        self,
+        run: Path,
+        keep_latest: int,
+        keep_every: int | None,
+        keep_best: bool,
+        on_written: Callable[[float], None] = lambda seconds: None,
+    ):
+        """on_written: called, in another thread, with the seconds that a checkpoint took to reach the disk."""
         self._folder = Path(os.path.abspath(run))
         self._thread = ThreadPoolExecutor(1, "checkpoints")  # one: all processes reach Orbax's barriers in the same order
-        self._latest = _Saves(self._thread, run_folder.checkpoints(run), max_to_keep=keep_latest, keep_period=keep_every)
+        self._latest = _Saves(
+            self._thread, run_folder.checkpoints(run), on_written, max_to_keep=keep_latest, keep_period=keep_every
+        )
         self._best = None
         if keep_best:
-            self._best = _Saves(self._thread, run_folder.best(run), max_to_keep=1)
+            self._best = _Saves(self._thread, run_folder.best(run), on_written, max_to_keep=1)
             self._best.last_step = None  # the run may return to an earlier step, and do that one again
 
     def __enter__(self):
@@ -150,7 +162,7 @@ class Checkpoints:
 class _Saves:
     """Orbax's manager of one folder, called by `thread`."""
 
-    def __init__(self, thread: ThreadPoolExecutor, folder: Path, **keep):
+    def __init__(self, thread: ThreadPoolExecutor, folder: Path, on_written: Callable[[float], None], **keep):
         # Active processes: barriers that do not go through the devices, where another thread trains. Key prefix: saves of one
         # step into two folders would share a barrier.
         processes = ocp.options.MultiprocessingOptions(
@@ -158,10 +170,11 @@ class _Saves:
         )
         folder.mkdir(parents=True, exist_ok=True)  # Orbax does not with `active_processes`
         options = ocp.CheckpointManagerOptions(
-            create=False, cleanup_tmp_directories=True, multiprocessing_options=processes, **keep
-        )
+            create=False, cleanup_tmp_directories=True, multiprocessing_options=processes,
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._written), **keep,
+        )  # fmt: skip
         self._manager = ocp.CheckpointManager(folder, options=options)
-        self._thread, self.folder = thread, folder
+        self._thread, self.folder, self._on_written, self._begin = thread, folder, on_written, 0.0
         self._handed_over: Future | None = None
         self.last_step = self._manager.latest_step()
 
@@ -172,6 +185,7 @@ class _Saves:
         with _clear_errors(self.folder.parent):
             self._wait_for_last_save()
             self._manager.check_for_errors()
+            self._begin = time.monotonic()
             copy_fits = _copy_fits(state)
             if copy_fits:  # the next step overwrites the state
                 state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, state), may_alias=False)
@@ -189,6 +203,9 @@ class _Saves:
         # Forced: otherwise Orbax answers False, and saves nothing, for a step below its last. It keeps those saved last.
         if not self._manager.save(step, args=args, force=True):
             raise RuntimeError(f"Orbax did not save step {step}")
+
+    def _written(self) -> None:
+        self._on_written(time.monotonic() - self._begin)
 
     def all_steps(self) -> list[int]:
         """Newest first."""

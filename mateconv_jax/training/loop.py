@@ -32,6 +32,7 @@ from mateconv_jax.training.samples import Samples
 from mateconv_jax.training.setup import Length
 from mateconv_jax.training.skipped_steps import SkippedSteps
 from mateconv_jax.training.step import lower, make_score_step
+from mateconv_jax.training.time_limit import SaveTimer, TimeLimit
 from mateconv_jax.training.train_state import TrainState
 from mateconv_jax.training.writers import WandbOptions
 
@@ -40,15 +41,16 @@ def train(config: ConfigDict) -> int:
     """Train as `config` (resolved) says.
 
     Returns:
-      0, or preemption.RESUMABLE if SIGTERM or SIGINT ended it early, with a finished checkpoint of that step.
+      0, or preemption.RESUMABLE if SIGTERM, SIGINT or training.max_hours ended it early, with a finished checkpoint.
 
     Raises:
       UserError: another process trains in the same folder; a path, a size or an option that does not fit, before anything is
         written; a file that cannot be read or written; out of memory; training.max_bad_steps skipped updates in a row.
     """
     try:
-        with Signals() as signals, run_lock.held(Path(config.training.out_dir)):
-            return _train(config, signals)
+        time_limit = TimeLimit(config.training.max_hours)
+        with Signals(time_limit) as signals, run_lock.held(Path(config.training.out_dir)):
+            return _train(config, signals, time_limit)
     except OSError as error:  # of writing the log and the metrics, if it names no other file
         out_dir = Path(config.training.out_dir).absolute()
         if error.filename is not None and not Path(os.fsdecode(error.filename)).absolute().is_relative_to(out_dir):
@@ -63,7 +65,7 @@ def train(config: ConfigDict) -> int:
         raise UserError(out_of_memory.explain(error)) from error
 
 
-def _train(config: ConfigDict, signals: Signals) -> int:
+def _train(config: ConfigDict, signals: Signals, time_limit: TimeLimit) -> int:
     training = config.training
 
     # ---- from where: see resume.find_origin -------------------------------------------------------------------------
@@ -91,7 +93,7 @@ def _train(config: ConfigDict, signals: Signals) -> int:
         resume.bring_best(origin, folder)
     with (
         logging_to(folder / "train.log"),
-        Checkpoints(folder, training.keep_latest, training.keep_every, training.keep_best) as checkpoints,
+        Checkpoints(folder, training.keep_latest, training.keep_every, training.keep_best, time_limit.saved_in) as checkpoints,
     ):
         state, progress, read, start = resume.start(origin, checkpoints, programs.init, programs.abstract_state)
         if read != position:  # the newest checkpoint was damaged
@@ -118,11 +120,11 @@ def _train(config: ConfigDict, signals: Signals) -> int:
             samples = objective.samples(source)
         evaluator = None if val_rows is None else objective.evaluator(c, mesh, programs.eval_step, val_rows, tokenizer, context)
         with _metrics(config, programs, objective.shape, length, int(state.step), progress) as metrics:
-            run = Run(
-                folder, length, programs.train_step, source, evaluator, samples, checkpoints, metrics, signals,
-                training.max_bad_steps, training.patience if training.early_stopping else None, training.deterministic,
-            )  # fmt: skip
-            return run.steps(state, progress)
+            return Run(
+                folder, length, programs.train_step, source, evaluator, samples, checkpoints, SaveTimer(training.save_minutes),
+                metrics, signals, training.max_bad_steps, training.patience if training.early_stopping else None,
+                training.deterministic,
+            ).steps(state, progress)  # fmt: skip
 
 
 def _open(config: ConfigDict, c: ModelConfig, objective: objective_lib.Objective, origin: resume.Origin):
@@ -165,6 +167,7 @@ class Run:
     evaluator: Callable[..., Evaluation | None] | None
     samples: Samples | None
     checkpoints: Checkpoints
+    save_timer: SaveTimer
     metrics: Metrics
     signals: Signals
     max_bad_steps: int
@@ -178,6 +181,7 @@ class Run:
 
         def save():
             self.checkpoints.save(step, state, progress)
+            self.save_timer.restart()
 
         if self.evaluation_due(step, progress):  # the run was stopped during it
             self.evaluate(step, state, progress)
@@ -208,7 +212,7 @@ class Run:
             if (every := length.samples_interval) is not None and (step % every == 0 or done):
                 skipped.check(metrics.flush(), step, save)
                 self.write_samples(step, state)
-            if step % length.save_interval == 0 or done:
+            if step % length.save_interval == 0 or done or self.save_timer.is_due(step):
                 skipped.check(metrics.flush(), step, save)
                 with metrics.not_training():
                     save()
