@@ -1,7 +1,5 @@
 """What a run logs about itself before its first step."""
 
-import os
-
 import jax
 from absl import logging
 from clu import parameter_overview
@@ -10,7 +8,7 @@ from flax import nnx
 from mateconv_jax.data.rows import Rows
 from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig
-from mateconv_jax.runtime import distributed
+from mateconv_jax.runtime import device_memory, distributed
 from mateconv_jax.training import resume
 from mateconv_jax.training.batch_shape import Position
 from mateconv_jax.training.objective import Objective
@@ -67,14 +65,11 @@ def log_header(
 
 def log_memory(compiled: jax.stages.Compiled) -> None:
     """How much of a device's memory the compiled step needs (on the CPU, of the machine's)."""
-    memory = compiled.memory_analysis()
-    if memory is None:  # a backend that does not report it
+    memory, beside_arguments = compiled.memory_analysis(), device_memory.of_program(compiled)
+    if memory is None or beside_arguments is None:
         return
     state = memory.argument_size_in_bytes
-    total = state + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-    stats = jax.local_devices()[0].memory_stats()
-    limit = stats["bytes_limit"] if stats else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     logging.info(
         "memory: the compiled step needs %.3g GB per device, %.3g of it for state and batch; %.3g available",
-        total / 1e9, state / 1e9, limit / 1e9,
+        (state + beside_arguments) / 1e9, state / 1e9, device_memory.available() / 1e9,
     )  # fmt: skip

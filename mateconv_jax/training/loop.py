@@ -192,6 +192,7 @@ class Run:
         if (batch := self.source(step, state.params)) is None:  # asked to stop while it was made
             return self.stopped(step)
         train_step = compile_step(self.train_step, state, batch, self.deterministic)
+        self.checkpoints.leave_room_for(train_step)
 
         while not (done or self.signals.poll(step)):
             with metrics.waiting_for_input():
