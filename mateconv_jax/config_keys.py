@@ -121,7 +121,8 @@ KEYS = [
     Key("data.train_data_path", None, DIVERGES,
         "A dataset folder written by `python -m mateconv_jax.prepare`, or a flat .bin file.", value_type=str),
     Key("data.val_data_path", None, FREE,
-        "Another dataset, all of it for validation. None: the validation split of train_data_path.", value_type=str),
+        "Another dataset, all of it for validation. None: the validation split of train_data_path. Several, with names: "
+        "wiki=data/wiki,code=data/code; the first is that of val/loss and the best checkpoint.", value_type=str),
     Key("data.tokenizer_path", None, FREE,
         "Tokenizer folder. None: the one in train_data_path (a .bin file has none).", value_type=str),
     Key("data.seq_len", 512, DIVERGES, "Targets per row; rows hold seq_len + 1 tokens.", POSITIVE),

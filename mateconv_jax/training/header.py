@@ -1,5 +1,7 @@
 """What a run logs about itself before its first step."""
 
+from collections.abc import Mapping
+
 import jax
 from absl import logging
 from clu import parameter_overview
@@ -18,7 +20,7 @@ def log_header(
     c: ModelConfig,
     abstract_params: nnx.State,
     rows: Rows,
-    val_rows: Rows | None,
+    val_sets: Mapping[str, Rows],
     objective: Objective,
     total_steps: int,
     position: Position,
@@ -59,8 +61,11 @@ def log_header(
 
     for difference in differences:
         logging.warning("%s", difference)
-    if val_rows is None:
+    if not val_sets:
         logging.info("validation: none (there is no validation split and no data.val_data_path)")
+    if any(val_sets):
+        sets = ", ".join(f"{name} {len(rows):,}" for name, rows in val_sets.items())
+        logging.info("validation: rows of %s; val/loss and the best checkpoint are by %s", sets, next(iter(val_sets)))
 
 
 def log_memory(compiled: jax.stages.Compiled) -> None:

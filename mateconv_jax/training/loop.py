@@ -1,8 +1,9 @@
 """A training run from top to bottom."""
 
 import dataclasses
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -80,7 +81,7 @@ def _train(config: ConfigDict, signals: Signals, time_limit: TimeLimit) -> int:
     # ---- what: data, model, optimizer, loss -------------------------------------------------------------------------
     objective = objective_lib.of(config)
     objective.check_origin(origin.key)
-    train_rows, val_rows, tokenizer = _open(config, c, objective, origin)
+    train_rows, val_sets, tokenizer = _open(config, c, objective, origin)
     position = resume.position(origin)
     length = Length.of(training, len(train_rows), position)
     programs = setup.build(config, c, mesh, length.total_steps, objective)
@@ -99,43 +100,43 @@ def _train(config: ConfigDict, signals: Signals, time_limit: TimeLimit) -> int:
         if read != position:  # the newest checkpoint was damaged
             length = Length.of(training, len(train_rows), read)
             programs = setup.build(config, c, mesh, length.total_steps, objective)
-        differences += progress.reads(*_fingerprints(train_rows, val_rows, training))
+        differences += progress.reads(*_fingerprints(train_rows, val_sets, training))
         end_ids = resume.end_ids(origin, c.vocab_size)
         if distributed.is_first():
             _describe(folder, config, tokenizer, end_ids)
         if shape_taken:
             logging.info("%s", shape_taken)
-        log_header(c, programs.abstract_params, train_rows, val_rows, objective, length.total_steps, read, start, differences)
+        log_header(c, programs.abstract_params, train_rows, val_sets, objective, length.total_steps, read, start, differences)
 
         # ---- the reference, batches, validation ---------------------------------------------------------------------
         if objective.needs_reference:
             reference = _reference(config, programs, origin, folder)
-            joined = reference.join(train_rows, val_rows, state.params, progress, lambda: signals.stop)
+            joined = reference.join(train_rows, val_sets, state.params, progress, lambda: signals.stop)
             if joined is None:
                 return RESUMABLE
-            train_rows, val_rows = joined
+            train_rows, val_sets = joined
         context = objective_lib.Context(folder, end_ids, progress, lambda: signals.stop)
         source = objective.source(c, mesh, train_rows, tokenizer, read, context)
         if length.samples_interval is not None and objective.samples is not None:
             samples = objective.samples(source)
-        evaluator = None if val_rows is None else objective.evaluator(c, mesh, programs.eval_step, val_rows, tokenizer, context)
+        evaluator_of = functools.partial(objective.evaluator, c, mesh, programs.eval_step)
+        evaluators = {name: evaluator_of(rows, tokenizer, context) for name, rows in val_sets.items()}
         with _metrics(config, programs, objective.shape, length, int(state.step), progress) as metrics:
             return Run(
-                folder, length, programs.train_step, source, evaluator, samples, checkpoints, SaveTimer(training.save_minutes),
+                folder, length, programs, source, evaluators, samples, checkpoints, SaveTimer(training.save_minutes),
                 metrics, signals, training.max_bad_steps, training.patience if training.early_stopping else None,
-                training.deterministic,
             ).steps(state, progress)  # fmt: skip
 
 
 def _open(config: ConfigDict, c: ModelConfig, objective: objective_lib.Objective, origin: resume.Origin):
-    """Training rows, validation rows (None: there are none) and tokenizer."""
+    """Training rows, validation rows by the name of their set, and tokenizer."""
     options = config_lib.options(DataOptions, config.data)
     if objective.content == "prompts":
         longest, rows_per_prompt = reinforcement.longest_prompt(config), config.rollout.samples * config.rollout.iterations
         opened = open_prompts(options, c.vocab_size, longest, rows_per_prompt, origin.tokenizer)
     else:
         opened = open_data(options, c.vocab_size, config.training.document_mask, objective.check)
-    if config.training.early_stopping and opened[1] is None:
+    if config.training.early_stopping and not opened[1]:
         raise UserError("training.early_stopping: there are no validation rows (expected data.val_data_path)")
     return opened
 
@@ -155,16 +156,16 @@ class Run:
 
     Attributes:
       source: see batches.py.
-      evaluator: see Evaluator.
-      evaluator, samples: None: the run has none.
+      evaluators: {name of the validation set: see Evaluator}; the first one's loss decides what is best.
+      samples: None: the run writes none.
       patience: evaluations without a lower loss after which it stops early; None: never.
     """
 
     folder: Path
     length: Length
-    train_step: Callable
+    programs: setup.Setup
     source: Source
-    evaluator: Callable[..., Evaluation | None] | None
+    evaluators: dict[str, Callable[..., Evaluation | None]]
     samples: Samples | None
     checkpoints: Checkpoints
     save_timer: SaveTimer
@@ -172,7 +173,6 @@ class Run:
     signals: Signals
     max_bad_steps: int
     patience: int | None
-    deterministic: bool
 
     def steps(self, state: TrainState, progress: Progress) -> int:
         """From the state's step to the end, or until the run is asked to stop. Returns the exit code."""
@@ -191,8 +191,7 @@ class Run:
             return 0
         if (batch := self.source(step, state.params)) is None:  # asked to stop while it was made
             return self.stopped(step)
-        train_step = compile_step(self.train_step, state, batch, self.deterministic)
-        self.checkpoints.leave_room_for(train_step)
+        train_step = compile_step(self.programs, state, batch, self.checkpoints)
 
         while not (done or self.signals.poll(step)):
             with metrics.waiting_for_input():
@@ -232,14 +231,13 @@ class Run:
 
     def evaluation_due(self, step: int, progress: Progress) -> bool:
         regular = step % self.length.eval_interval == 0 or step == self.length.total_steps
-        return self.evaluator is not None and step > 0 and regular and progress.evaluated_step != step
+        return bool(self.evaluators) and step > 0 and regular and progress.evaluated_step != step
 
     def evaluate(self, step: int, state: TrainState, progress: Progress) -> None:
         """Write the validation loss and keep the best checkpoint. When the run is asked to stop, its resumption does this."""
-        assert self.evaluator is not None  # evaluation_due
         with self.metrics.not_training():
             last = step == self.length.total_steps
-            losses = validation_losses(self.evaluator, state, lambda: self.signals.stop and not last)
+            losses = validation_losses(self.evaluators, state, lambda: self.signals.stop and not last)
             if losses is None:
                 return
             self.metrics.write(step, losses)
@@ -262,28 +260,45 @@ class Run:
             self.metrics.write_samples(step, self.samples.write(params))
 
 
-def validation_losses(evaluator: Callable, state: TrainState, should_stop: Callable[[], bool]) -> dict[str, float] | None:
-    """val/loss and, with EMA, val/ema_loss; and, of the EMA if there is one, val/bits_per_byte and the loss's own metrics. None
-    if `should_stop` became true before the end.
+def validation_losses(
+    evaluators: dict[str, Callable[..., Evaluation | None]], state: TrainState, should_stop: Callable[[], bool]
+) -> dict[str, float] | None:
+    """val/loss and, with EMA, val/ema_loss; and, of the EMA if there is one, val/bits_per_byte and the metrics of the loss.
+    These are of the first set; every set with a name has them as val/NAME/loss and so on. None if `should_stop` became true
+    before the end.
     """
-    weights = {"val/loss": state.params}
+    losses = {}
+    for name, evaluator in evaluators.items():
+        of_set = _losses_of_set(evaluator, state, should_stop)
+        if of_set is None:
+            return None
+        if not losses:
+            losses |= {f"val/{metric}": value for metric, value in of_set.items()}
+        if name:
+            losses |= {f"val/{name}/{metric}": value for metric, value in of_set.items()}
+    return losses
+
+
+def _losses_of_set(evaluator: Callable[..., Evaluation | None], state: TrainState, should_stop) -> dict[str, float] | None:
+    weights = {"loss": state.params}
     if state.ema_params is not None:
-        weights["val/ema_loss"] = state.ema_params
+        weights["ema_loss"] = state.ema_params
     result = evaluator(weights, should_stop)
     if result is None:
         return None
     losses = {name: result.loss(name) for name in weights}
     last = list(weights)[-1]
     if result.bytes:
-        losses["val/bits_per_byte"] = result.bits_per_byte(last)
-    return losses | {f"val/{metric.rpartition('/')[2]}": value for metric, value in result.metrics(last).items()}
+        losses["bits_per_byte"] = result.bits_per_byte(last)
+    return losses | {metric.rpartition("/")[2]: value for metric, value in result.metrics(last).items()}
 
 
-def _fingerprints(train_rows: Rows, val_rows: Rows | None, training: ConfigDict) -> tuple[str, str | None]:
-    """Of the training rows, and of what a validation loss is measured on."""
+def _fingerprints(train_rows: Rows, val_sets: Mapping[str, Rows], training: ConfigDict) -> tuple[str, str | None]:
+    """Of the training rows, and of what the loss that decides what is best is measured on: the first validation set."""
     train = fingerprint(train_rows, len(train_rows))
-    if val_rows is None:
+    if not val_sets:
         return train, None
+    val_rows = next(iter(val_sets.values()))
     n_measured = min(len(val_rows), training.eval_iters * training.batch_size)
     return train, fingerprint(val_rows, n_measured) + " within documents" * training.document_mask
 
@@ -320,10 +335,11 @@ def _metrics(
     )  # fmt: skip
 
 
-def compile_step(train_step, state: TrainState, batch, deterministic: bool) -> jax.stages.Compiled:
+def compile_step(programs: setup.Setup, state: TrainState, batch, checkpoints: Checkpoints) -> jax.stages.Compiled:
     """Compile before the loop, so that the memory is known before the first step and nothing compiles inside: arrays of other
     shapes are an error.
     """
-    compiled = lower(train_step, state, batch, deterministic).compile()
+    compiled = lower(programs.train_step, state, batch, programs.c.deterministic).compile()
     log_memory(compiled)
+    checkpoints.leave_room_for(compiled)
     return compiled

@@ -337,11 +337,13 @@ def test_patience_starts_anew_where_something_else_is_measured():
 def test_what_is_measured(tiny_config, changes, same):
     rows = open_dataset(tiny_config.data.train_data_path, "", 32).rows("validation")
     tiny_config.training.update(dict(eval_iters=1, batch_size=8))
-    before = loop._fingerprints(rows, rows, tiny_config.training)
+    before = loop._fingerprints(rows, {"": rows}, tiny_config.training)
     tiny_config.training.update(changes)
-    assert (loop._fingerprints(rows, rows, tiny_config.training) == before) == same
+    assert (loop._fingerprints(rows, {"": rows}, tiny_config.training) == before) == same
+    named = loop._fingerprints(rows, {"first": rows, "second": rows}, tiny_config.training)
+    assert named == loop._fingerprints(rows, {"": rows}, tiny_config.training)  # only the first decides
     tiny_config.training.document_mask = True
-    assert loop._fingerprints(rows, rows, tiny_config.training)[1] not in before
+    assert loop._fingerprints(rows, {"": rows}, tiny_config.training)[1] not in before
 
 
 def another_dataset(folder, dataset_folder, jsonl, *flags):
