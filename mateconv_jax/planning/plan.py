@@ -1,7 +1,6 @@
 """Predict a run's memory, speed and cost from its compiled programs."""
 
 import dataclasses
-import functools
 import os
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from mateconv_jax.errors import UserError
 from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.inference.decode import SMALLEST_CACHE, bucket
 from mateconv_jax.model import flops
+from mateconv_jax.model.attention import cudnn
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.device import Device
 from mateconv_jax.planning import programs, target
@@ -99,7 +99,8 @@ def make_plan(
     def compile_step(config: ConfigDict) -> Program:
         log(f"compiling the training step: {config.training.batch_size} rows, remat {config.training.remat}")
         training_step = programs.training_step(config, c, cluster.devices, training_steps)
-        return _cudnn_errors(c, functools.partial(programs.compile_step, training_step))
+        with cudnn.clear_rejections():
+            return programs.compile_step(training_step)
 
     if cluster.gpu is not None and not cluster.is_local:
         with target.compiling_for(cluster.gpu):
@@ -196,7 +197,8 @@ def _whole_run(plan: dict, steps: int | None, length: str, dollars_per_gpu_hour:
 def _reference(config: ConfigDict, c: ModelConfig, cluster: Cluster, training_steps: int) -> dict:
     """The pass over all pairs before the first step: pairs, seconds (None: unknown) and its program."""
     run = programs.training_step(config, c, cluster.devices, training_steps)
-    scoring = _cudnn_errors(c, functools.partial(programs.compile_scoring, run))
+    with cudnn.clear_rejections():
+        scoring = programs.compile_scoring(run)
     described = _program(scoring, cluster)
     per_batch = described.get("roofline", {}).get("seconds")
     if cluster.is_local:
@@ -242,26 +244,6 @@ def _rows(config: ConfigDict, splits: tuple[str, ...]) -> int | None:
     except UserError:
         return None
     return sum(map(dataset.n_rows, splits))
-
-
-def _cudnn_errors(c: ModelConfig, compile: Callable[[], Program]) -> Program:
-    try:
-        return compile()
-    except (ValueError, NotImplementedError, RuntimeError) as error:
-        if c.attention == "cudnn" and "fused_attention" in _files_of(error):
-            raise UserError(
-                f"model.attention: cuDNN rejects these shapes ({' '.join(str(error).split())[:200]}; expected an even "
-                "data.seq_len and a model.head_dim divisible by 8, or --config.model.attention=xla)"
-            ) from error
-        raise
-
-
-def _files_of(error: Exception) -> str:
-    names, traceback = [], error.__traceback__
-    while traceback is not None:
-        names.append(traceback.tb_frame.f_code.co_filename)
-        traceback = traceback.tb_next
-    return " ".join(names)
 
 
 def _program(program: Program, cluster: Cluster) -> dict:

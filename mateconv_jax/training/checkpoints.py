@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 
 from mateconv_jax import run_folder
 from mateconv_jax.errors import UserError
-from mateconv_jax.runtime import device_memory, distributed
+from mateconv_jax.runtime import device_memory, distributed, out_of_memory
 from mateconv_jax.training.train_state import TrainState
 
 
@@ -146,6 +146,8 @@ class Checkpoints:
             try:
                 state, progress = restore(self._latest.folder / str(step), abstract_state)
             except Exception as error:  # the libraries raise anything for a broken file
+                if out_of_memory.is_cause_of(error):
+                    raise
                 reasons.append(f"step {step}: {' '.join(str(error).split())[:200] or type(error).__name__}")
                 continue
             break
@@ -324,6 +326,8 @@ def _clear_errors(folder: Path):
     except UserError:
         raise
     except Exception as error:  # Orbax and its storage raise anything
+        if out_of_memory.is_cause_of(error):
+            raise
         full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
         reason = os.strerror(errno.ENOSPC) if full else " ".join(str(error).split())[:300]
         raise UserError(

@@ -16,9 +16,10 @@ from mateconv_jax.data.dataset import Rows, fingerprint
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop.stored_model import write_end_ids
 from mateconv_jax.model import flops
+from mateconv_jax.model.attention import cudnn
 from mateconv_jax.model.config import ModelConfig
-from mateconv_jax.runtime import distributed, sharding
-from mateconv_jax.training import objective as objective_lib, out_of_memory, reinforcement, resume, run_lock, setup
+from mateconv_jax.runtime import distributed, out_of_memory, sharding
+from mateconv_jax.training import objective as objective_lib, reinforcement, resume, run_lock, setup
 from mateconv_jax.training.batch_shape import BatchShape
 from mateconv_jax.training.batches import Source
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
@@ -37,6 +38,13 @@ from mateconv_jax.training.time_limit import SaveTimer, TimeLimit
 from mateconv_jax.training.train_state import TrainState
 from mateconv_jax.training.writers import WandbOptions
 
+# What to do about too little memory: the key that decides most, and advice. Narrower blocks have their own.
+LOWER = (
+    "training.batch_size",
+    "lower it and raise training.accumulation_steps, or set training.remat=full, or with several GPUs mesh.fsdp; "
+    "`python -m mateconv_jax.plan --gpu=this` shows what fits",
+)
+
 
 def train(config: ConfigDict) -> int:
     """Train as `config` (resolved) says.
@@ -51,7 +59,8 @@ def train(config: ConfigDict) -> int:
     try:
         time_limit = TimeLimit(config.training.max_hours)
         with Signals(time_limit) as signals, run_lock.held(Path(config.training.out_dir)):
-            return _train(config, signals, time_limit)
+            with out_of_memory.as_user_error(*LOWER):
+                return _train(config, signals, time_limit)
     except OSError as error:  # of writing the log and the metrics, if it names no other file
         out_dir = Path(config.training.out_dir).absolute()
         if error.filename is not None and not Path(os.fsdecode(error.filename)).absolute().is_relative_to(out_dir):
@@ -60,10 +69,6 @@ def train(config: ConfigDict) -> int:
             f"training.out_dir: cannot write {error.filename or config.training.out_dir!r}: {error.strerror or error} "
             "(finished checkpoints stay; the same command continues from the newest)"
         ) from error
-    except jax.errors.JaxRuntimeError as error:
-        if not out_of_memory.is_cause_of(error):
-            raise
-        raise UserError(out_of_memory.explain(error)) from error
 
 
 def _train(config: ConfigDict, signals: Signals, time_limit: TimeLimit) -> int:
@@ -257,7 +262,8 @@ class Run:
         assert self.samples is not None  # samples_interval is given
         with self.metrics.not_training():
             params = state.params if state.ema_params is None else state.ema_params
-            self.metrics.write_samples(step, self.samples.write(params))
+            with out_of_memory.as_user_error("training.sample_prompts", "fewer, or training.samples_interval=None"):
+                self.metrics.write_samples(step, self.samples.write(params))
 
 
 def validation_losses(
@@ -339,7 +345,9 @@ def compile_step(programs: setup.Setup, state: TrainState, batch, checkpoints: C
     """Compile before the loop, so that the memory is known before the first step and nothing compiles inside: arrays of other
     shapes are an error.
     """
-    compiled = lower(programs.train_step, state, batch, programs.c.deterministic).compile()
+    with cudnn.clear_rejections():
+        compiled = lower(programs.train_step, state, batch, programs.c.deterministic).compile()
+    out_of_memory.check(compiled, *LOWER)
     log_memory(compiled)
     checkpoints.leave_room_for(compiled)
     return compiled
