@@ -29,7 +29,8 @@ def parse_args(argv):
         prog=program("convert"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--from", dest="source", required=True, metavar="MODEL", help="a run folder, a Hugging Face folder (config.json and "
+    add("--from", dest="source", required=True, metavar="MODEL", help="a run folder or one of its checkpoints (RUN/best, "
+        "RUN/checkpoints/STEP), a Hugging Face folder (config.json and "
         "safetensors), a .pth file from PyTorch MateConv or MiniMind, or a .gguf file")  # fmt: skip
     add("--to", dest="target", required=True, metavar="PATH", help="output, which must not exist: NAME.pth for a PyTorch state "
         "dict, NAME.gguf for llama.cpp, any other name for a folder")  # fmt: skip
