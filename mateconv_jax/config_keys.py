@@ -257,7 +257,8 @@ KEYS = [
     Key("training.resume_from", None, FREE,
         "RUN, RUN/best or RUN/checkpoints/STEP to continue from in a new out_dir.", value_type=str),
     Key("training.init_from", None, FREE,
-        "Run, RUN/best, RUN/checkpoints/STEP, Hugging Face folder, .pth or .gguf file to take the initial weights from; its vocabulary may be smaller.",
+        "Run, RUN/best, RUN/checkpoints/STEP, Hugging Face folder, .pth or .gguf file to take the initial weights from; its "
+        "vocabulary may be smaller.",
         value_type=str),
 
     # ---- wandb ------------------------------------------------------------------------------------------------------------

@@ -5,8 +5,10 @@ import pytest
 
 from mateconv_jax import config as config_lib, evaluate, sample
 from mateconv_jax.errors import UserError, exit_code
+from mateconv_jax.inference import engine
 from mateconv_jax.inference.text_generator import TextGenerator
 from mateconv_jax.runtime import device_memory, out_of_memory
+from mateconv_jax.serving import server
 from mateconv_jax.training import checkpoints, loop
 from tests.training.runs import steps_in, train
 
@@ -104,3 +106,16 @@ def test_what_cannot_fit_is_said_before_the_first_step(monkeypatch):
             out_of_memory.check(compiled, "key", "advice")
     with pytest.raises(UserError, match=r"key: .* needs 8.0 GB, 3.0 of it for state and batch; 7.9 GB available .*\(advice\)"):
         out_of_memory.check(compiled, "key", "advice")
+
+
+def test_a_server_without_room_says_so_and_ends(caplog):
+    def start(progress):
+        with out_of_memory.as_user_error(*engine.LOWER):
+            failing(MESSAGE)()
+
+    service = types.SimpleNamespace(engine=types.SimpleNamespace(start=start), status=types.SimpleNamespace(is_draining=False))
+    uvicorn = types.SimpleNamespace(has_failed=False, should_exit=False)
+    server._start_engine(service, uvicorn)
+    assert uvicorn.has_failed and uvicorn.should_exit
+    assert "cannot start: max_batch: out of memory on cpu: 276.17GiB more requested" in caplog.text
+    assert "Traceback" not in caplog.text
