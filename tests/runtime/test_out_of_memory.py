@@ -45,6 +45,7 @@ def test_what_cudnn_rejects_is_one_line(tiny_config, monkeypatch):
         loop.train(config_lib.resolve(tiny_config))
 
 
+@pytest.mark.slow
 def test_samples_that_do_not_fit_have_their_own_advice(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(loop.Samples, "write", failing(MESSAGE))
     with pytest.raises(UserError, match=r"training.sample_prompts: out of memory .*training.samples_interval=None"):
