@@ -11,19 +11,21 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "mateconv_jax"
 
 # What each room may import; commands (train, prepare, …) may import everything but each other, the leaves nothing.
-LEAVES = {"cores", "errors", "files", "intervals", "plotting", "rewards"}
+LEAVES = {"cores", "disk", "errors", "files", "intervals", "plotting", "rewards"}
 ROOMS = {
+    "disk": "errors",
+    "files": "disk",
     "config_keys": "intervals",
     "generation_config": "errors",
     "config": "config_keys errors",
-    "run_folder": "config errors files",
+    "run_folder": "config disk errors files",
     "runtime": "errors",
     "model": "cores errors",
-    "data": "errors files plotting",
+    "data": "disk errors files plotting",
     "losses": "data model",
     "interop": "config data errors files generation_config model run_folder",
     "inference": "config data errors files generation_config interop model runtime",
-    "training": "config config_keys data errors files inference generation_config interop intervals losses model run_folder runtime",
+    "training": "config config_keys data disk errors files inference generation_config interop intervals losses model run_folder runtime",
     "serving": "data errors generation_config inference",
     "evaluation": "config cores data errors inference generation_config interop losses model runtime training",
     "planning": "config_keys data errors inference generation_config model runtime training",

@@ -293,7 +293,8 @@ def corpus(n_documents: int, seed: int, kind: str = "texts"):
 
 def main(args):
     lines = (json.dumps(document, ensure_ascii=False) for document in corpus(args.documents, args.seed, args.kind))
-    text = "".join(line + "\n" for line in tqdm(lines, total=args.documents, unit="doc", desc="demo corpus", mininterval=1))
+    bar = tqdm(lines, "demo corpus", args.documents, unit="doc", mininterval=1, disable=None)
+    text = "".join(line + "\n" for line in bar)
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(output, text)

@@ -5,7 +5,6 @@ A checkpoint is a folder (see run_folder.py) with `state`, a TrainState, and `pr
 
 import contextlib
 import dataclasses
-import errno
 import math
 import os
 import shutil
@@ -18,7 +17,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from mateconv_jax import run_folder
+from mateconv_jax import disk, run_folder
 from mateconv_jax.errors import UserError
 from mateconv_jax.runtime import distributed
 from mateconv_jax.training.train_state import TrainState
@@ -82,6 +81,7 @@ class Checkpoints:
     """
 
     def __init__(self, run: Path, keep_latest: int, keep_every: int | None, keep_best: bool):
+        disk.quiet_orbax()
         self._folder = Path(os.path.abspath(run))
         self._thread = ThreadPoolExecutor(1, "checkpoints")  # one: all processes reach Orbax's barriers in the same order
         self._latest = _Saves(self._thread, run_folder.checkpoints(run), max_to_keep=keep_latest, keep_period=keep_every)
@@ -202,8 +202,15 @@ class _Saves:
         with _clear_errors(self.folder.parent):
             try:
                 self._wait_for_last_save()
-            finally:
-                self._manager.close()
+                self._manager.wait_until_finished()
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    self._manager.close()
+                if distributed.is_first():  # what Orbax wrote of it would keep a full disk full
+                    for unfinished in self.folder.glob("*.orbax-checkpoint-tmp"):
+                        disk.remove(unfinished)
+                raise
+            self._manager.close()
 
     def _wait_for_last_save(self) -> None:
         last, self._handed_over = self._handed_over, None
@@ -258,8 +265,8 @@ def _clear_errors(folder: Path):
     except UserError:
         raise
     except Exception as error:  # Orbax and its storage raise anything
-        full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
-        reason = os.strerror(errno.ENOSPC) if full else " ".join(str(error).split())[:300]
+        code = disk.code_of(error, folder)
+        reason = os.strerror(code) if code else " ".join(str(error).split())[:300]
         raise UserError(
             f"training.out_dir: cannot write a checkpoint to {folder} ({reason}; earlier ones stay, and the same command "
             "continues from the newest)"

@@ -28,7 +28,7 @@ def logging_to(path: Path) -> Iterator[None]:
     to_console.addFilter(lambda record: _is_ours(record) and not (on_terminal and hasattr(record, "metrics")))
     handlers: list[logging.Handler] = [to_console]
     if distributed.is_first():
-        to_file = logging.FileHandler(path, encoding="utf-8")
+        to_file = _LogFile(path, encoding="utf-8")
         to_file.addFilter(_is_ours)
         handlers.append(to_file)
     else:
@@ -48,7 +48,16 @@ def logging_to(path: Path) -> Iterator[None]:
         absl_logging.set_verbosity(level)
         for handler in handlers:
             logger.removeHandler(handler)
-            handler.close()
+            with contextlib.suppress(OSError):  # what is left in its buffer does not fit on the disk either
+                handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """On a full disk lines are lost without a traceback for each; the metrics, written beside it, end the run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
 
 
 def _is_ours(record: logging.LogRecord) -> bool:

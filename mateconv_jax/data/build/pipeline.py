@@ -15,6 +15,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO
 
+from mateconv_jax import disk
 from mateconv_jax.data.build import chunk_reader, identity, parallel_chunks, tokenizer_sample, work_folder
 from mateconv_jax.data.build.input_progress import InputProgress
 from mateconv_jax.data.build.options import PrepareOptions
@@ -74,7 +75,7 @@ def prepare(
     versions = {"row_version": VERSION, "chunk_version": CHUNK_VERSION}  # chunks of other versions cannot be mixed with these
     unreadable = UnreadableInputs(keep_going, options.txt_document == "file")
     try:
-        with work_folder.opened(partial, described | versions, overwrite) as folder:
+        with disk.os_errors(partial), work_folder.opened(partial, described | versions, overwrite) as folder:
             names = _make_chunks(folder, sources, read, given, training, options, num_workers, run_chunks, unreadable)
             figures = _assemble(folder, names, output, options, described, also_bin, start)
         work_folder.remove(partial)
