@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import io
 import json
+import os
 import re
 import sys
 
@@ -147,9 +148,11 @@ def parse_args(argv):
         description=__doc__,
     )
     add = parser.add_argument
-    add("--model_path", required=True, metavar="MODEL", help="a run folder or one of its checkpoints (RUN/best, "
-        "RUN/checkpoints/STEP), a Hugging Face folder, or a .pth or .gguf file")  # fmt: skip
-    add("--tokenizer", metavar="DIR", help="the tokenizer to use (default: the model's own; a .pth file has none)")
+    add("--model_path", type=os.path.expanduser, required=True, metavar="MODEL",
+        help="a run folder or one of its checkpoints (RUN/best, RUN/checkpoints/STEP), a Hugging Face folder, or a .pth or "
+        ".gguf file")  # fmt: skip
+    add("--tokenizer", type=os.path.expanduser, metavar="DIR",
+        help="the tokenizer to use (default: the model's own; a .pth file has none)")  # fmt: skip
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="compute dtype; auto (default): "
         "bfloat16 on a GPU that supports it, otherwise float32")  # fmt: skip
     add("--use_ema", action=argparse.BooleanOptionalAction, help="EMA weights or the raw ones (default: EMA if available)")
@@ -163,11 +166,12 @@ def parse_args(argv):
     add("--num_samples", type=at_least_1, metavar="N", help="number of samples for the prompt, which is prefilled once")
     add("--json", action="store_true", help="print one JSON object per result: prompt, text, finish_reason, n_prompt_tokens, "
         "n_tokens, token_ids, seed")  # fmt: skip
-    add("--batch_file", metavar="FILE", help='many prompts: a text file with one per line (blank lines are skipped), or .jsonl '
-        'with {"prompt": …}, {"messages": [{"role": …, "content": …}, …]} or {"history": …}; other fields are copied to the '
-        'results')  # fmt: skip
-    add("--output", metavar="FILE", help="results of --batch_file, one JSON object per line (default: standard output); lines "
-        "already in the file are kept, so that an interrupted run resumes")  # fmt: skip
+    add("--batch_file", type=os.path.expanduser, metavar="FILE",
+        help='many prompts: a text file with one per line (blank lines are skipped), or .jsonl with {"prompt": …}, '
+        '{"messages": [{"role": …, "content": …}, …]} or {"history": …}; other fields are copied to the results')  # fmt: skip
+    add("--output", type=os.path.expanduser, metavar="FILE",
+        help="results of --batch_file, one JSON object per line (default: standard output); lines already in the file are "
+        "kept, so that an interrupted run resumes")  # fmt: skip
     add("--batch_size", type=at_least_1, metavar="N", help="prompts of --batch_file decoded together (default: 16)")
     add("--interactive", action="store_true", help="chat in the terminal, in Chinese; type /help for its commands")
 

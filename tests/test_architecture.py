@@ -35,6 +35,7 @@ ROOMS = {
 PREPARING = ("data.build", "data.text", "data.tokenizer.bpe", "data.tokenizer.report", "plotting")
 # Files, flags and logging.
 NOT_FOR_THE_MODEL = set("absl argparse clu io json logging orbax pathlib pickle shutil sys tempfile tqdm".split())
+TEXT_MODES = {"r", "w", "a", "x", "r+", "w+"}
 LONGEST_FUNCTION = 60  # lines, its docstring among them
 
 
@@ -141,6 +142,20 @@ def test_the_model_knows_nothing_of_files_flags_or_logging():
             node.func.id for node in ast.walk(MODULES[name]) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         }
         assert not calls & {"open", "print"}, f"{name} calls {calls & {'open', 'print'}}"
+
+
+def test_text_files_are_opened_with_their_encoding():
+    """Elsewhere the default is not UTF-8. Ruff's PLW1514 does not know the type of `folder / "name"`."""
+    without = []
+    for name, tree in MODULES.items():
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            called = ast.unparse(call.func).split(".")
+            given = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
+            is_text = called[-1] == "open" and (TEXT_MODES.intersection(given) or len(called) > 1 and not call.args)
+            is_text = is_text or called[-1] in ("read_text", "write_text") and called[0] != "files"
+            if is_text and not any(keyword.arg == "encoding" for keyword in call.keywords):
+                without.append(f"{name}:{call.lineno}")
+    assert without == []
 
 
 def test_functions_fit_a_screen():

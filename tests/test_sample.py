@@ -59,7 +59,7 @@ def stdin(monkeypatch):
     """Gives the command bytes to read."""
 
     def stdin(content, terminal=False):
-        file = io.TextIOWrapper(io.BytesIO(content))
+        file = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
         file.isatty = lambda: terminal
         monkeypatch.setattr(sys, "stdin", file)
 

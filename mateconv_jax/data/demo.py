@@ -13,6 +13,7 @@ Preferences ask for the facts of the dialogues in the same wordings, and prefer 
 
 import argparse
 import json
+import os
 import random
 import re
 import sys
@@ -303,7 +304,7 @@ def main(args):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog=program("data.demo"), description="Write the demo corpus.")
-    parser.add_argument("--output", required=True, help="the JSONL file to write")
+    parser.add_argument("--output", type=os.path.expanduser, required=True, help="the JSONL file to write")
     parser.add_argument("--kind", choices=KINDS_OF_DOCUMENTS, default="texts", help="texts to pretrain on (default), dialogues to fine-tune on, both mixed, or preferences")  # fmt: skip
     parser.add_argument("--documents", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)

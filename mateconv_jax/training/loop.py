@@ -46,8 +46,8 @@ def train(config: ConfigDict) -> int:
       UserError: another process trains in the same folder; a path, a size or an option that does not fit, before anything is
         written; a file that cannot be read or written; out of memory; training.max_bad_steps skipped updates in a row.
     """
+    out_dir = Path(config.training.out_dir).absolute()
     try:
-        out_dir = Path(config.training.out_dir).absolute()
         with disk.os_errors(out_dir), Signals() as signals, run_lock.held(Path(config.training.out_dir)):
             return _train(config, signals)
     except OSError as error:  # of writing the log and the metrics, if it names no other file
