@@ -5,6 +5,8 @@ import select
 import sys
 from pathlib import Path
 
+from mateconv_jax.terminal import escaped
+
 
 class UserError(Exception):
     """Invalid input. The message names the key, file or line, the value, and what was expected."""
@@ -36,7 +38,7 @@ def exit_code(command, *args) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(str(error))
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -53,13 +55,18 @@ def exit_code(command, *args) -> int:
         if error.filename is None and not _can_print():
             _drop_output()
             where = "standard output: "
-        print(f"error: {where}{error.strerror}", file=sys.stderr)
+        _say(f"{where}{error.strerror}")
         return 2
     except Exception as error:
         if not (isinstance(error, MemoryError) or _is_device_out_of_memory(error)):
             raise
-        print(f"error: out of memory{f' ({_first_line(error)})' if str(error) else ''}", file=sys.stderr)
+        _say(f"out of memory{f' ({_first_line(error)})' if str(error) else ''}")
         return 2
+
+
+def _say(message: str) -> None:
+    """Messages quote lines of files, which must not move a terminal's cursor."""
+    print(f"error: {escaped(message)}", file=sys.stderr)
 
 
 def _is_device_out_of_memory(error: Exception) -> bool:

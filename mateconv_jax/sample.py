@@ -54,13 +54,13 @@ def main(args):
 
 def write_samples(generator, prompt: str, config: GenerationConfig, args) -> None:
     """Generate one or more texts for the prompt and print them."""
-    from mateconv_jax.inference.terminal import visible
+    from mateconv_jax.terminal import escaped_json, visible
 
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     history = [*system, {"role": "user", "content": prompt}]
     prefix = "" if args.chat else prompt
     if args.stream:
-        print(prefix, end="", flush=True)
+        print(visible(prefix), end="", flush=True)
         try:
             for piece in generator.stream_chat(history, config) if args.chat else generator.stream(prompt, config):
                 print(visible(piece), end="", flush=True)
@@ -75,11 +75,11 @@ def write_samples(generator, prompt: str, config: GenerationConfig, args) -> Non
         if args.json:
             from mateconv_jax.inference import batch_file
 
-            print(json.dumps({"prompt": prompt, **batch_file.result(text, config.seed)}, ensure_ascii=False))
+            print(escaped_json(json.dumps({"prompt": prompt, **batch_file.result(text, config.seed)}, ensure_ascii=False)))
             continue
         if len(texts) > 1:
             print(f"==== {number} of {len(texts)}")
-        print(prefix + visible(text))
+        print(visible(prefix + text))
 
 
 def read_prompt(prompt: str | None) -> str:

@@ -11,8 +11,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "mateconv_jax"
 
 # What each room may import; commands (train, prepare, …) may import everything but each other, the leaves nothing.
-LEAVES = {"cores", "disk", "errors", "files", "intervals", "plotting", "rewards"}
+LEAVES = {"cores", "disk", "errors", "files", "intervals", "plotting", "rewards", "terminal"}
 ROOMS = {
+    "errors": "terminal",
     "disk": "errors",
     "files": "disk",
     "config_keys": "intervals",
@@ -24,8 +25,8 @@ ROOMS = {
     "data": "disk errors files plotting",
     "losses": "data model",
     "interop": "config data errors files generation_config model run_folder",
-    "inference": "config data errors files generation_config interop model runtime",
-    "training": "config config_keys data disk errors files inference generation_config interop intervals losses model run_folder runtime",
+    "inference": "config data errors files generation_config interop model runtime terminal",
+    "training": "config config_keys data disk errors files inference generation_config interop intervals losses model run_folder runtime terminal",
     "serving": "data errors generation_config inference",
     "evaluation": "config cores data errors inference generation_config interop losses model runtime training",
     "planning": "config_keys data errors inference generation_config model runtime training",

@@ -11,6 +11,7 @@ from tqdm.contrib import DummyTqdmFile
 
 import mateconv_jax
 from mateconv_jax.runtime import distributed
+from mateconv_jax.terminal import escaped
 
 _PACKAGE = str(Path(mateconv_jax.__file__).parent) + "/"
 
@@ -34,7 +35,7 @@ def logging_to(path: Path) -> Iterator[None]:
     else:
         to_console.setLevel(logging.WARNING)
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        handler.setFormatter(_Escaping("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
     propagate, level = logger.propagate, absl_logging.get_verbosity()
     logger.propagate = False
@@ -50,6 +51,13 @@ def logging_to(path: Path) -> Iterator[None]:
             logger.removeHandler(handler)
             with contextlib.suppress(OSError):  # what is left in its buffer does not fit on the disk either
                 handler.close()
+
+
+class _Escaping(logging.Formatter):
+    """Samples, prompts and rewards' errors quote what a model or a file says; the log is read in a terminal as well."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escaped(super().format(record))
 
 
 class _LogFile(logging.FileHandler):
