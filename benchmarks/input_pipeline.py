@@ -125,7 +125,7 @@ def paced(name: str, rows, num_workers: int, args) -> dict:
 
 def rss_mb() -> float:
     """Resident memory of this process in MB."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return round(int(status["VmRSS"].split()[0]) / 1000, 1)
 
 

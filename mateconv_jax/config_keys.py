@@ -39,6 +39,12 @@ def one_of(*choices) -> Check:
     return " or ".join(map(str, choices)), lambda value: value in choices
 
 
+PATHS = (
+    "data.train_data_path", "data.val_data_path", "data.tokenizer_path", "training.out_dir", "training.compilation_cache_dir",
+    "training.resume_from", "training.init_from",
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Key:
     """A configuration key.

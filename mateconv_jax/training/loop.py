@@ -11,7 +11,7 @@ from absl import logging
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
-from mateconv_jax import config as config_lib, run_folder
+from mateconv_jax import config as config_lib, disk, run_folder
 from mateconv_jax.data.dataset import Rows, fingerprint
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop.stored_model import write_end_ids
@@ -56,13 +56,17 @@ def train(config: ConfigDict) -> int:
       UserError: another process trains in the same folder; a path, a size or an option that does not fit, before anything is
         written; a file that cannot be read or written; out of memory; training.max_bad_steps skipped updates in a row.
     """
+    out_dir = Path(config.training.out_dir).absolute()
     try:
         time_limit = TimeLimit(config.training.max_hours)
-        with Signals(time_limit) as signals, run_lock.held(Path(config.training.out_dir)):
-            with out_of_memory.as_user_error(*LOWER):
-                return _train(config, signals, time_limit)
+        with (
+            disk.os_errors(out_dir),
+            Signals(time_limit) as signals,
+            run_lock.held(out_dir),
+            out_of_memory.as_user_error(*LOWER),
+        ):
+            return _train(config, signals, time_limit)
     except OSError as error:  # of writing the log and the metrics, if it names no other file
-        out_dir = Path(config.training.out_dir).absolute()
         if error.filename is not None and not Path(os.fsdecode(error.filename)).absolute().is_relative_to(out_dir):
             raise UserError(f"{os.fsdecode(error.filename)}: {error.strerror or error}") from error
         raise UserError(

@@ -119,7 +119,7 @@ def _is_alive(owner: dict) -> bool:
         return False
     try:
         process = Path(f"/proc/{owner.get('pid')}")
-        pending = re.findall(r"^(?:SigPnd|ShdPnd):\s*(\w+)", (process / "status").read_text(), re.M)
+        pending = re.findall(r"^(?:SigPnd|ShdPnd):\s*(\w+)", (process / "status").read_text(encoding="utf-8"), re.M)
         is_killed = any(int(signals, 16) >> signal.SIGKILL - 1 & 1 for signals in pending)
         return bool((process / "cmdline").read_bytes()) and not is_killed
     except OSError:

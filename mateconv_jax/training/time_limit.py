@@ -71,5 +71,5 @@ class SaveTimer:
 
 def process_age() -> float:
     """Seconds since this process started: imports and joining the other processes count."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()  # from the third field on; see proc(5)
+    fields = Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()  # proc(5), field 3 on
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")

@@ -86,7 +86,7 @@ def test_a_host_without_memory(capsys):
         raise MemoryError("Unable to allocate 2 GiB for an array")
 
     assert exit_code(numpy) == 2
-    assert capsys.readouterr().err == "error: this machine has too little memory (Unable to allocate 2 GiB for an array)\n"
+    assert capsys.readouterr().err == "error: out of memory (Unable to allocate 2 GiB for an array)\n"
     with pytest.raises(UserError, match="--batch_size: out of memory on this machine: 2 GiB more requested"):
         with out_of_memory.as_user_error("--batch_size", "lower it"):
             numpy()

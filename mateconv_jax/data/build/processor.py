@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class DataProcessor:
     """
 
     def __init__(self, tokenizer_path: str, max_length: int = 512, chunk_size: int = 50_000, num_workers: int = 1):
-        self.tokenizer_path = tokenizer_path
+        self.tokenizer_path = os.path.expanduser(tokenizer_path)
         self.num_workers = num_workers
         self._options = PrepareOptions(
             seq_len=max_length,
@@ -49,9 +50,9 @@ class DataProcessor:
         Raises:
           UserError: no such input, or the output would replace it.
         """
-        output, seen, counts = Path(output_path), duplicates.SeenKeys(), Counter(lines=0, documents=0)
+        output, seen, counts = Path(os.path.expanduser(output_path)), duplicates.SeenKeys(), Counter(lines=0, documents=0)
         rejected_path = output.with_name(output.name + ".rejected.jsonl")
-        found = sources.find([str(input_path)])
+        found = sources.find([os.path.expanduser(input_path)])
         for path in (output, rejected_path):
             _check_not_an_input(path, found)
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -90,10 +91,10 @@ class DataProcessor:
           UserError: no such input or tokenizer; the output exists and was made with other options (if `resume`), or not by this
             method.
         """
-        output = Path(output_path)
+        output = Path(os.path.expanduser(output_path))
         flat = output.suffix == ".bin"
         folder = output.with_name(output.name + ".dataset") if flat else output
-        found = sources.find([str(input_path)])
+        found = sources.find([os.path.expanduser(input_path)])
         if flat and output.exists() and not is_dataset(folder):
             raise UserError(f"output_path: {str(output)!r} is there, and process_dataset did not make it (choose another name)")
         _check_not_an_input(output, found)
@@ -117,7 +118,7 @@ class DataProcessor:
         """
         if self._statistics is None:
             raise UserError("save_statistics: nothing was processed yet (expected process_dataset before)")
-        files.write_text(Path(path), json.dumps(self._statistics, indent=2, ensure_ascii=False) + "\n")
+        files.write_text(Path(os.path.expanduser(path)), json.dumps(self._statistics, indent=2, ensure_ascii=False) + "\n")
 
 
 def _check_not_an_input(output: Path, inputs: list[sources.Source]) -> None:

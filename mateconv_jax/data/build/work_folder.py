@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 from mateconv_jax import files
 from mateconv_jax.data import dataset
@@ -73,7 +73,7 @@ def opened(folder: Path, options: dict, overwrite: bool) -> Iterator[Path]:
     """
     _check_ours(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    with (folder / "lock").open("wb") as lock:
         _wait_for(lock, folder)
         there = folder / "options.json"
         if there.exists():
@@ -100,7 +100,7 @@ def remove(folder: Path) -> None:
     if not folder.exists():
         return
     _check_ours(folder)
-    with (folder / "lock").open("w") as lock:
+    with (folder / "lock").open("wb") as lock:
         _wait_for(lock, folder)
         _clear(folder, but=set())
     with contextlib.suppress(OSError):  # a foreign file was put there meanwhile
@@ -114,16 +114,16 @@ def restore_replaced(output: Path) -> None:
         replaced.rename(output)
 
 
-def hold_for_worker(folder: Path) -> TextIO:
+def hold_for_worker(folder: Path) -> BinaryIO:
     """A lock that a worker holds until it dies, so that no later run starts while it still writes."""
-    file = (folder / "workers").open("w")
+    file = (folder / "workers").open("wb")
     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     return file
 
 
-def _wait_for(lock: TextIO, folder: Path) -> None:
+def _wait_for(lock: BinaryIO, folder: Path) -> None:
     """Take the lock, and wait for the workers of an earlier run to end."""
-    with (folder / "workers").open("w") as workers:
+    with (folder / "workers").open("wb") as workers:
         deadline = time.monotonic() + LOCK_SECONDS
         for file in (lock, workers):
             while True:

@@ -1,6 +1,7 @@
 """Dialogues as token ids, through a tokenizer's chat template."""
 
 import bisect
+import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -114,13 +115,13 @@ def _tokens_within(spans: list[tuple[int, int]], offsets: list[tuple[int, int]])
     Some tokenizers leave white space out of a token's offsets: it belongs to the token behind it. A token of no characters,
     as SentencePiece's prefix, belongs to the character behind it.
     """
-    starts = [start for start, _ in offsets]
-    ends = [end for _, end in offsets]
+    start_of, end_of = operator.itemgetter(0), operator.itemgetter(1)
     learned = [False] * len(offsets)
     for start, end in spans:
-        first = bisect.bisect_right(ends, start)
+        first = bisect.bisect_right(offsets, start, key=end_of)
         while first and offsets[first - 1] == (start, start):
             first -= 1
-        after = max(first, min(bisect.bisect_left(ends, end) + 1, len(ends)), bisect.bisect_left(starts, end))
+        last = min(bisect.bisect_left(offsets, end, key=end_of) + 1, len(offsets))
+        after = max(first, last, bisect.bisect_left(offsets, end, key=start_of))
         learned[first:after] = [True] * (after - first)
     return learned
