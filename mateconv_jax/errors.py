@@ -1,5 +1,6 @@
 """User errors: one line on standard error and exit code 2, no traceback."""
 
+import io
 import os
 import select
 import sys
@@ -33,6 +34,8 @@ def exit_code(command, *args) -> int:
     gives 130. A reader that closes standard output, as `| head` does, ends the command with 0. A file that cannot be read or
     written, and too little memory, are one line and 2 as well: they are no fault of the program.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may lack characters, even of --help
     try:
         code = command(*args) or 0
         sys.stdout.flush()
