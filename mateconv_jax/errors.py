@@ -96,10 +96,10 @@ def _drop_output() -> None:
 
 
 def _stdout_is_closed() -> bool:
-    """Whether standard output is a pipe that nobody reads."""
+    """Whether standard output is a pipe that nobody reads: an error to Linux, a hang-up to macOS."""
     poll = select.poll()
     poll.register(sys.stdout, select.POLLOUT)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def program(module: str) -> str:

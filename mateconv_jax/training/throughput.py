@@ -2,6 +2,7 @@
 
 import contextlib
 import resource
+import sys
 import time
 from collections.abc import Iterator
 
@@ -59,4 +60,4 @@ def _peak_memory() -> int:
     stats = [device.memory_stats() for device in jax.local_devices()]
     if all(stats):
         return max(device_stats["peak_bytes_in_use"] for device_stats in stats)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # macOS says bytes
