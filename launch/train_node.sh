@@ -4,4 +4,5 @@
 source "$(dirname "$0")/venv.sh"
 install_requirements requirements.txt
 install_cuda
+take_gpu_memory
 exec "$PYTHON" -m mateconv_jax.train "$@"

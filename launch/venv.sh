@@ -1,6 +1,7 @@
 # Sourced by the other scripts: changes to the repository's root, creates .venv if needed, and defines
 #   install_requirements FILE …    installs them, once per content of the files
 #   install_cuda                   installs jax's CUDA libraries on an NVIDIA machine
+#   take_gpu_memory                gives training the GPUs' memory
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -78,4 +79,10 @@ install_cuda() {
   cuda=$(awk -F '[ ,.]+' '{ if ($1 * 10 + $2 < 75 || $3 < 580) old = 1 } END { print old ? "cuda12" : "cuda13" }' <<<"$gpus")
   sed -n "s/^jax\(.*\)/jax[$cuda]\1/p" requirements.txt >.venv/requirements-cuda.txt
   install_requirements .venv/requirements-cuda.txt
+}
+
+# XLA takes 75 % of a GPU's memory by default, for others to have some. Here training has the GPU alone; the rest is for what XLA
+# does not count: the CUDA context, cuDNN and NCCL, 1 to 2 GB, and what a block between others cannot use.
+take_gpu_memory() {
+  export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}
 }

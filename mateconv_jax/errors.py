@@ -43,6 +43,9 @@ def exit_code(command, *args) -> int:
     except UserError as error:
         _say(str(error))
         return 2
+    except MemoryError as error:
+        print(f"error: this machine has too little memory ({error or 'no more is known'})", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -13,9 +13,19 @@ from mateconv_jax.errors import exit_code, program
 
 
 def main(args):
-    from mateconv_jax.runtime import compilation_cache  # the 3 s of imports come after checking the command line
+    from mateconv_jax.runtime import compilation_cache, out_of_memory  # the 3 s of imports come after checking the command line
 
     compilation_cache.enable()
+    with out_of_memory.as_user_error("--batch_size", "lower it; with --prompts --max_new_tokens; or --dtype bfloat16"):
+        score, print_score = evaluate(args)
+    if args.json:
+        print(json.dumps(score, ensure_ascii=False))
+    else:
+        print_score(score)
+
+
+def evaluate(args):
+    """The score, and what prints it as a table."""
     if args.data:
         from mateconv_jax.evaluation import held_out
 
@@ -39,10 +49,7 @@ def main(args):
             from mateconv_jax.evaluation.reward_score import print_score, score_prompts
 
             score = score_prompts(generator, args.prompts, args.reward, args.max_new_tokens or 64)
-    if args.json:
-        print(json.dumps(score, ensure_ascii=False))
-    else:
-        print_score(score)
+    return score, print_score
 
 
 def parse_args(argv):

@@ -33,10 +33,17 @@ def main(args):
     elif not args.interactive:
         prompt = read_prompt(args.prompt)
 
-    from mateconv_jax.inference.text_generator import TextGenerator
-    from mateconv_jax.runtime import compilation_cache  # the 3 s of imports come after checking the command line
+    from mateconv_jax.runtime import compilation_cache, out_of_memory  # the 3 s of imports come after checking the command line
 
     compilation_cache.enable()
+    with out_of_memory.as_user_error("--max_new_tokens", "lower it, --batch_size or --num_samples; or --dtype bfloat16"):
+        answer(args, config, requests, prompt)
+
+
+def answer(args, config: GenerationConfig, requests, prompt: str) -> None:
+    """Load the model, and continue what was given: a dialogue, a file of prompts (None: there is none) or the prompt."""
+    from mateconv_jax.inference.text_generator import TextGenerator
+
     generator = TextGenerator.from_pretrained(args.model_path, args.tokenizer, args.use_ema, args.dtype)
     assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(encoding="utf-8" if args.json else None, errors="backslashreplace")

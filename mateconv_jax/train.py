@@ -21,8 +21,8 @@ is resumed:
 
 {keys}
 
-Exit codes: 0 finished; 2 wrong input; 75 stopped by SIGTERM or Ctrl-C with a checkpoint saved: give
-the same command to continue."""
+Exit codes: 0 finished; 2 wrong input; 75 stopped by SIGTERM, Ctrl-C or training.max_hours with a
+checkpoint saved: give the same command to continue."""
 
 
 def main(argv):

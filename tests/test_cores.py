@@ -34,7 +34,6 @@ def test_a_limit_on_files_that_the_system_does_not_raise_is_kept(monkeypatch):
 AS_ON_MACOS = """
 import os, runpy, sys
 del os.sched_getaffinity
-sys.modules["tensorflow"] = None  # there are no wheels
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__")
 """

@@ -27,11 +27,14 @@ from mateconv_jax.inference.detokenizer import Detokenizer
 from mateconv_jax.inference.sampling import MAX_LOGIT_BIAS, Sampling
 from mateconv_jax.inference.slots import MAX_STEPS, TOP_LOGPROBS, Moves, Output, Progress, Rows, SlotPrograms
 from mateconv_jax.inference.text_generator import Generation, TextGenerator
+from mateconv_jax.runtime import out_of_memory
 
 logger = logging.getLogger(__name__)
 
 # A dispatch takes so many steps that the host's work between two dispatches is at most this share of the time.
 HOST_SHARE = 0.03
+# Too little memory: see out_of_memory.as_user_error.
+LOWER = "max_batch", "lower it, or the context: the cache has room for their product"
 # A batch becomes smaller once it has been too large for this many dispatches: it costs a copy of all its rows.
 SHRINK_AFTER = 8
 
@@ -173,8 +176,9 @@ class Engine:
 
     def start(self, progress=lambda done, total: None) -> None:
         """Compile all programs and start answering. progress(done, total) is called after each program."""
-        self._programs.compile(self._generator.params, progress)
-        self._forget_everything()
+        with out_of_memory.as_user_error(*LOWER):
+            self._programs.compile(self._generator.params, progress)
+            self._forget_everything()
         self._thread.start()
 
     def submit(
@@ -252,8 +256,12 @@ class Engine:
                 if self._active():
                     self._dispatch()
             except Exception as error:
-                logger.exception("a dispatch failed")
                 self.counters.failed_dispatches += 1
+                if out_of_memory.is_cause_of(error):
+                    logger.error("a dispatch failed: %s", out_of_memory.explain(error, *LOWER))
+                    self._fail_active("out of memory")
+                    continue
+                logger.exception("a dispatch failed")
                 self._fail_active(f"a dispatch failed: {type(error).__name__}")
         self._fail_active("the engine stops")
         while self._waiting:

@@ -1,7 +1,6 @@
 """Predict a run's memory, speed and cost from its compiled programs."""
 
 import dataclasses
-import functools
 import os
 import time
 from collections.abc import Callable
@@ -16,12 +15,14 @@ from mateconv_jax.errors import UserError
 from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.inference.decode import SMALLEST_CACHE, bucket
 from mateconv_jax.model import flops
+from mateconv_jax.model.attention import cudnn
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.device import Device
 from mateconv_jax.planning import programs, target
 from mateconv_jax.planning.hlo_report import Collective
 from mateconv_jax.planning.programs import Program
 from mateconv_jax.planning.roofline import roofline
+from mateconv_jax.runtime import device_memory
 from mateconv_jax.training import objective as objective_lib, setup
 
 DECODE_BATCHES = (1, 16)
@@ -70,9 +71,8 @@ class Cluster:
     def local() -> "Cluster":
         """The devices of this process (and those it is connected to)."""
         devices = jax.devices()
-        stats = devices[0].memory_stats()
-        memory = stats["bytes_limit"] if stats else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         kind = devices[0].device_kind
+        memory = device_memory.available()
         return Cluster(kind, target.by_device_kind(kind), devices, jax.process_count(), memory, True)
 
 
@@ -99,7 +99,8 @@ def make_plan(
     def compile_step(config: ConfigDict) -> Program:
         log(f"compiling the training step: {config.training.batch_size} rows, remat {config.training.remat}")
         training_step = programs.training_step(config, c, cluster.devices, training_steps)
-        return _cudnn_errors(c, functools.partial(programs.compile_step, training_step))
+        with cudnn.clear_rejections():
+            return programs.compile_step(training_step)
 
     if cluster.gpu is not None and not cluster.is_local:
         with target.compiling_for(cluster.gpu):
@@ -151,22 +152,33 @@ def _plan(config, c, cluster, compile_step, steps, length, dollars_per_gpu_hour,
                 return compile_step(larger).peak
 
             plan["largest_rows_per_device"][remat] = largest_batch(peak, cluster.memory, peaks, rows)
-        plan["decoding"] = []
-        for batch in DECODE_BATCHES:
-            log(f"compiling prefill and decoding: {batch} rows")
-            prefill = programs.prefill(c, cluster.devices[0], batch)
-            loop = programs.decode_loop(c, cluster.devices[0], batch)
-            plan["decoding"].append({"rows": batch, "prefill": _program(prefill, cluster), "step": _program(loop, cluster)})
+        plan["decoding"] = [_decoding(c, cluster, batch, log) for batch in DECODE_BATCHES]
     if objective.needs_reference:
         log("compiling the scoring of the reference")
         plan["reference"] = _reference(config, c, cluster, training_steps=steps or ASSUMED_STEPS)
     if objective.content == "prompts":
         plan["rollout"] = _rollout(config, c, cluster, plan["training"], log)
+    training["memory"] |= _checkpoint_copy(training["memory"], cluster)
     plan["run"] = _whole_run(plan, steps, length, dollars_per_gpu_hour)
     plan["unknown"] = [] if cluster.is_local else list(UNKNOWN)
     if cluster.gpu is None:
         plan["unknown"].append(f"The peak speed of a {cluster.name}: no data sheet values for it.")
     return plan
+
+
+def _decoding(c: ModelConfig, cluster: Cluster, rows: int, log) -> dict:
+    """Prefill of full contexts, and decoding a token."""
+    log(f"compiling prefill and decoding: {rows} rows")
+    prefill, loop = (compile(c, cluster.devices[0], rows) for compile in (programs.prefill, programs.decode_loop))
+    return {"rows": rows, "prefill": _program(prefill, cluster), "step": _program(loop, cluster)}
+
+
+def _checkpoint_copy(memory: dict, cluster: Cluster) -> dict:
+    """The copy of the state that a checkpoint is written from, and whether training can go on beside it. At most one is alive.
+    Where it does not fit, or the limit or what is in use is not known to JAX, a save waits until the state is on the host.
+    """
+    size = sum(memory["parts"][part] for part in ("parameters", "EMA", "optimizer"))
+    return {"checkpoint_copy": size, "fits_with_copy": memory["peak"] + size <= cluster.memory}
 
 
 def _whole_run(plan: dict, steps: int | None, length: str, dollars_per_gpu_hour: float | None) -> dict:
@@ -185,7 +197,8 @@ def _whole_run(plan: dict, steps: int | None, length: str, dollars_per_gpu_hour:
 def _reference(config: ConfigDict, c: ModelConfig, cluster: Cluster, training_steps: int) -> dict:
     """The pass over all pairs before the first step: pairs, seconds (None: unknown) and its program."""
     run = programs.training_step(config, c, cluster.devices, training_steps)
-    scoring = _cudnn_errors(c, functools.partial(programs.compile_scoring, run))
+    with cudnn.clear_rejections():
+        scoring = programs.compile_scoring(run)
     described = _program(scoring, cluster)
     per_batch = described.get("roofline", {}).get("seconds")
     if cluster.is_local:
@@ -231,26 +244,6 @@ def _rows(config: ConfigDict, splits: tuple[str, ...]) -> int | None:
     except UserError:
         return None
     return sum(map(dataset.n_rows, splits))
-
-
-def _cudnn_errors(c: ModelConfig, compile: Callable[[], Program]) -> Program:
-    try:
-        return compile()
-    except (ValueError, NotImplementedError, RuntimeError) as error:
-        if c.attention == "cudnn" and "fused_attention" in _files_of(error):
-            raise UserError(
-                f"model.attention: cuDNN rejects these shapes ({' '.join(str(error).split())[:200]}; expected an even "
-                "data.seq_len and a model.head_dim divisible by 8, or --config.model.attention=xla)"
-            ) from error
-        raise
-
-
-def _files_of(error: Exception) -> str:
-    names, traceback = [], error.__traceback__
-    while traceback is not None:
-        names.append(traceback.tb_frame.f_code.co_filename)
-        traceback = traceback.tb_next
-    return " ".join(names)
 
 
 def _program(program: Program, cluster: Cluster) -> dict:

@@ -86,7 +86,10 @@ def _memory(program: dict) -> Table:
     table.add_row("available", f"{memory['available'] / 1e9:,.3f}")
     table.add_row("fits", "yes" if memory["fits"] else "[bold red]no[/]")
     table.add_row("donated (updated in place)", f"{memory['donated'] / 1e9:,.3f}")
-    table.add_row("checkpoint snapshot, if it fits on top of the peak", f"{memory['donated'] / 1e9:,.3f}")
+    beside = (
+        "fits beside the step" if memory["fits_with_copy"] else "does not fit: training waits while the state leaves the device"
+    )
+    table.add_row(f"copy for a checkpoint ({beside})", f"{memory['checkpoint_copy'] / 1e9:,.3f}")
     return table
 
 

@@ -17,11 +17,13 @@ from mateconv_jax import plotting
 from mateconv_jax.plotting import BLUE, DARK, GREEN, RED, drawable, log_ticks, short
 from mateconv_jax.reporting.history import MADE_BY, Curve, Run, smoothed, thinned
 
+LineStyle = Literal["-", "--", "-.", ":"]
 PALETTE = [BLUE, RED, GREEN, "#b08a3e", "#8569a8", "#4c9fae", "#c47fa6", "#777777"]
 POINTS = 30  # curves of at most this many points get markers
 BUCKETS = 600  # per curve, two points each: more than a panel has pixels ...
 ALL_BUCKETS = 4000  # ... and per panel, so that many runs do not make the page huge
 WIDE = 10  # ratio of the largest value to the median above which an axis is logarithmic
+SET_LINES: list[LineStyle] = [":", "-.", "--"]  # of the validation sets that have names
 LONGEST_NAME = 40  # characters of a run's name in the legend
 
 
@@ -97,12 +99,14 @@ def _draw_loss(axes: Axes, runs: list[Run], smooth: int) -> None:
 def _draw_validation(axes: Axes, runs: list[Run]) -> None:
     axes.set_title("Validation loss 验证损失")
     axes.set_ylabel(_nats_per(runs))
-    weights: list[tuple[str, Literal["-", "--"], str]] = [
+    sets = list(dict.fromkeys(name for run in runs for name in run.validation_sets))
+    lines: list[tuple[str, LineStyle, str]] = [
         ("val/loss", "-", "trained weights 训练权重"),
         ("val/ema_loss", "--", "EMA weights EMA 权重"),
+        *((f"val/{name}/loss", SET_LINES[i % len(SET_LINES)], name) for i, name in enumerate(sets)),
     ]
     drawn = {}
-    for key, line, label in weights:
+    for key, line, label in lines:
         for run, color in zip(runs, colors(len(runs)), strict=True):
             if len(run.curve(key)):
                 _plot(axes, thinned(run.curve(key), _buckets(runs)), color=color, linestyle=line, linewidth=1.6)

@@ -65,6 +65,12 @@ class Run:
         return "grpo/reward" in self.curves
 
     @property
+    def validation_sets(self) -> list[str]:
+        """Names of data.val_data_path; none where the run has a single set."""
+        parts = [key.split("/") for key in self.curves]
+        return [part[1] for part in parts if len(part) == 3 and part[0] == "val" and part[2] == "loss"]
+
+    @property
     def tokens_per_step(self) -> int | None:
         """None if the config does not determine it."""
         sizes = [self.config.get(key) for key in ("training.batch_size", "data.seq_len")]

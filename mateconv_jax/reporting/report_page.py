@@ -99,6 +99,7 @@ def results(runs: list[Run], smooth: int) -> list[tuple[str, str, list]]:
     """Table rows (English label, Chinese label, cells) of the results; one cell (value, note) per run. Rows without any value
     are omitted.
     """
+    sets = dict.fromkeys(name for run in runs for name in run.validation_sets)
     rows = [
         ("Steps completed", "完成步数", [_steps(run) for run in runs]),
         ("Tokens seen", "已训练 token 数", [_tokens(run) for run in runs]),
@@ -108,6 +109,7 @@ def results(runs: list[Run], smooth: int) -> list[tuple[str, str, list]]:
     for key, label, chinese in (
         ("val/loss", "Validation loss", "验证损失"),
         ("val/ema_loss", "Validation loss of EMA weights", "EMA 权重验证损失"),
+        *((f"val/{name}/loss", f"Validation loss of {name}", f"{name} 的验证损失") for name in sets),
     ):
         rows += [
             (f"{label}, last", f"{chinese}（最后）", [_loss_at(run, key, -1) for run in runs]),

@@ -68,8 +68,8 @@ def _start_engine(service: Service, server: "DrainingServer") -> None:
 
     try:
         service.engine.start(progress)
-    except Exception:
-        logger.exception("the engine cannot start")
+    except Exception as error:
+        logger.error("the engine cannot start: %s", error, exc_info=not isinstance(error, UserError))
         service.status.reason = "the engine cannot start"
         server.has_failed = server.should_exit = True
         return

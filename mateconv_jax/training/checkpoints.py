@@ -8,6 +8,9 @@ import dataclasses
 import math
 import os
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
@@ -19,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from mateconv_jax import disk, run_folder
 from mateconv_jax.errors import UserError
-from mateconv_jax.runtime import distributed
+from mateconv_jax.runtime import device_memory, distributed, out_of_memory
 from mateconv_jax.training.train_state import TrainState
 
 
@@ -80,14 +83,28 @@ class Checkpoints:
     45 to 115 ms of the 0.45 to 0.8 s that writing 430 MB takes, most of it in Python.
     """
 
+<<<<<<< HEAD
     def __init__(self, run: Path, keep_latest: int, keep_every: int | None, keep_best: bool):
         disk.quiet_orbax()
+=======
+    def __init__(
+        self,
+        run: Path,
+        keep_latest: int,
+        keep_every: int | None,
+        keep_best: bool,
+        on_written: Callable[[float], None] = lambda seconds: None,
+    ):
+        """on_written: called, in another thread, with the seconds that a checkpoint took to reach the disk."""
+>>>>>>> main
         self._folder = Path(os.path.abspath(run))
         self._thread = ThreadPoolExecutor(1, "checkpoints")  # one: all processes reach Orbax's barriers in the same order
-        self._latest = _Saves(self._thread, run_folder.checkpoints(run), max_to_keep=keep_latest, keep_period=keep_every)
-        self._best = None
+        self._latest = _Saves(
+            self._thread, run_folder.checkpoints(run), on_written, max_to_keep=keep_latest, keep_period=keep_every
+        )
+        self._best, self._copies = None, _Copies()
         if keep_best:
-            self._best = _Saves(self._thread, run_folder.best(run), max_to_keep=1)
+            self._best = _Saves(self._thread, run_folder.best(run), on_written, max_to_keep=1)
             self._best.last_step = None  # the run may return to an earlier step, and do that one again
 
     def __enter__(self):
@@ -100,6 +117,10 @@ class Checkpoints:
                 if saves is not None:
                     stack.callback(saves.close)
 
+    def leave_room_for(self, compiled_step: jax.stages.Compiled) -> None:
+        """Copy the state only where this program fits beside the copy. Before, it is not copied."""
+        self._copies.step_bytes = device_memory.of_program(compiled_step)
+
     def latest_step(self) -> int | None:
         return self._latest.last_step
 
@@ -109,12 +130,12 @@ class Checkpoints:
         Raises:
           UserError: an earlier save could not be written.
         """
-        self._latest.save(step, state, progress)
+        self._latest.save(step, state, progress, self._copies)
 
     def save_best(self, step: int, state: TrainState, progress: Progress) -> None:
         """Save into `best`, which holds one checkpoint."""
         if self._best is not None:
-            self._best.save(step, state, progress)
+            self._best.save(step, state, progress, self._copies)
 
     def restore(self, abstract_state: TrainState) -> tuple[TrainState, Progress]:
         """The newest readable checkpoint, placed as `abstract_state` is sharded, which need not be as it was saved. Unreadable
@@ -129,6 +150,8 @@ class Checkpoints:
             try:
                 state, progress = restore(self._latest.folder / str(step), abstract_state)
             except Exception as error:  # the libraries raise anything for a broken file
+                if out_of_memory.is_cause_of(error):
+                    raise
                 reasons.append(f"step {step}: {' '.join(str(error).split())[:200] or type(error).__name__}")
                 continue
             break
@@ -150,7 +173,7 @@ class Checkpoints:
 class _Saves:
     """Orbax's manager of one folder, called by `thread`."""
 
-    def __init__(self, thread: ThreadPoolExecutor, folder: Path, **keep):
+    def __init__(self, thread: ThreadPoolExecutor, folder: Path, on_written: Callable[[float], None], **keep):
         # Active processes: barriers that do not go through the devices, where another thread trains. Key prefix: saves of one
         # step into two folders would share a barrier.
         processes = ocp.options.MultiprocessingOptions(
@@ -158,37 +181,43 @@ class _Saves:
         )
         folder.mkdir(parents=True, exist_ok=True)  # Orbax does not with `active_processes`
         options = ocp.CheckpointManagerOptions(
-            create=False, cleanup_tmp_directories=True, multiprocessing_options=processes, **keep
-        )
+            create=False, cleanup_tmp_directories=True, multiprocessing_options=processes,
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._written), **keep,
+        )  # fmt: skip
         self._manager = ocp.CheckpointManager(folder, options=options)
-        self._thread, self.folder = thread, folder
+        self._thread, self.folder, self._on_written, self._begin = thread, folder, on_written, 0.0
         self._handed_over: Future | None = None
         self.last_step = self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, progress: Progress) -> None:
+    def save(self, step: int, state: TrainState, progress: Progress, copies: "_Copies") -> None:
         """See Checkpoints. What a run saved before it returned to an earlier step is replaced, unless it comes out the same."""
         if step == self.last_step or run_folder.read_progress(self.folder / str(step)) == dataclasses.asdict(progress):
             return
         with _clear_errors(self.folder.parent):
             self._wait_for_last_save()
             self._manager.check_for_errors()
-            copy_fits = _copy_fits(state)
-            if copy_fits:  # the next step overwrites the state
-                state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, state), may_alias=False)
-            args = ocp.args.Composite(
-                state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(dataclasses.asdict(progress))
-            )
-            self._handed_over = self._thread.submit(self._write, step, args)
-            if not copy_fits:  # Orbax returns when the state is on the host
+            # The next step overwrites the state. Without a copy, wait: Orbax returns when the state is on the host.
+            copy = copies.take(step, state)
+            saved = state if copy is None else copy
+            self._handed_over = self._thread.submit(self._write, step, saved, dataclasses.asdict(progress), time.monotonic())
+            if copy is None:
                 self._wait_for_last_save()
+            else:
+                self._handed_over.add_done_callback(copies.give_back)
         self.last_step = step
 
-    def _write(self, step: int, args: ocp.args.Composite) -> None:
+    def _write(self, step: int, state: TrainState, progress: dict, begin: float) -> None:
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
         if step in self._manager.all_steps():
             self._manager.delete(step)
+        self._manager.wait_until_finished()
+        self._begin = begin
         # Forced: otherwise Orbax answers False, and saves nothing, for a step below its last. It keeps those saved last.
         if not self._manager.save(step, args=args, force=True):
             raise RuntimeError(f"Orbax did not save step {step}")
+
+    def _written(self) -> None:
+        self._on_written(time.monotonic() - self._begin)
 
     def all_steps(self) -> list[int]:
         """Newest first."""
@@ -218,16 +247,59 @@ class _Saves:
             last.result()
 
 
-def _copy_fits(state: TrainState) -> bool:
-    """Whether the devices of this process have room for a second state on top of their peak usage. Only GPUs report that; other
-    devices use the host's memory.
+class _Copies:
+    """The state as it was at a step, on its devices: at most one copy at a time, which `best` and `checkpoints` share.
+
+    Attributes:
+      step_bytes: what the training step takes on a device beside its arguments; None: not known yet.
     """
-    device_bytes = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
-    return all(s is None or s["bytes_limit"] - s["peak_bytes_in_use"] > device_bytes for s in _memory_stats())
 
+    def __init__(self):
+        self.step_bytes: int | None = None
+        self._step, self._copy, self._users = 0, None, 0
+        self._changed = threading.Condition()
+        self._peaks: list[int | None] | None = None  # of each device before the first copy
 
-def _memory_stats() -> list[dict | None]:
-    return [device.memory_stats() for device in jax.local_devices()]
+    def take(self, step: int, state: TrainState) -> TrainState | None:
+        """The copy of that step, made now if need be, until `give_back`; None: there is no room for one. Waits until the copy
+        of another step is given back.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._copy is None or self._step == step)
+            if self._copy is None and self._fit(state):
+                shardings = jax.tree.map(lambda x: x.sharding, state)
+                self._step, self._copy = step, jax.device_put(state, shardings, may_alias=False)
+            self._users += self._copy is not None
+            return self._copy
+
+    def give_back(self, *_) -> None:
+        """One of those who took it does not need it any more. The last one frees it: Orbax would keep it until its files are
+        written, although it reads only what it has copied to the host.
+        """
+        with self._changed:
+            self._users -= 1
+            if not self._users:
+                jax.tree.map(lambda x: x.delete(), self._copy)
+                self._copy = None
+                self._changed.notify_all()
+
+    def _fit(self, state: TrainState) -> bool:
+        """Whether every device of this process has room for a copy beside the training step and whatever else has run so far,
+        such as an evaluation or rollouts. CPUs use the host's memory, which is not looked at.
+        """
+        devices = jax.local_devices()
+        if self._peaks is None:
+            self._peaks = [device_memory.peak(device) for device in devices]
+        size = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+        for device, peak in zip(devices, self._peaks, strict=True):
+            limit, in_use = device_memory.limit(device), device_memory.in_use(device)
+            if limit is None and device.platform == "cpu":
+                continue
+            if limit is None or in_use is None or self.step_bytes is None:
+                return False
+            if max(in_use + self.step_bytes, peak or 0) + size > limit:
+                return False
+        return True
 
 
 def restore(folder: Path, abstract_state: TrainState) -> tuple[TrainState, Progress]:
@@ -265,8 +337,15 @@ def _clear_errors(folder: Path):
     except UserError:
         raise
     except Exception as error:  # Orbax and its storage raise anything
+<<<<<<< HEAD
         code = disk.code_of(error, folder)
         reason = os.strerror(code) if code else " ".join(str(error).split())[:300]
+=======
+        if out_of_memory.is_cause_of(error):
+            raise
+        full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
+        reason = os.strerror(errno.ENOSPC) if full else " ".join(str(error).split())[:300]
+>>>>>>> main
         raise UserError(
             f"training.out_dir: cannot write a checkpoint to {folder} ({reason}; earlier ones stay, and the same command "
             "continues from the newest)"

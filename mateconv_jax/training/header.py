@@ -1,6 +1,6 @@
 """What a run logs about itself before its first step."""
 
-import os
+from collections.abc import Mapping
 
 import jax
 from absl import logging
@@ -10,7 +10,7 @@ from flax import nnx
 from mateconv_jax.data.rows import Rows
 from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig
-from mateconv_jax.runtime import distributed
+from mateconv_jax.runtime import device_memory, distributed
 from mateconv_jax.training import resume
 from mateconv_jax.training.batch_shape import Position
 from mateconv_jax.training.objective import Objective
@@ -20,7 +20,7 @@ def log_header(
     c: ModelConfig,
     abstract_params: nnx.State,
     rows: Rows,
-    val_rows: Rows | None,
+    val_sets: Mapping[str, Rows],
     objective: Objective,
     total_steps: int,
     position: Position,
@@ -61,20 +61,20 @@ def log_header(
 
     for difference in differences:
         logging.warning("%s", difference)
-    if val_rows is None:
+    if not val_sets:
         logging.info("validation: none (there is no validation split and no data.val_data_path)")
+    if any(val_sets):
+        sets = ", ".join(f"{name} {len(rows):,}" for name, rows in val_sets.items())
+        logging.info("validation: rows of %s; val/loss and the best checkpoint are by %s", sets, next(iter(val_sets)))
 
 
 def log_memory(compiled: jax.stages.Compiled) -> None:
     """How much of a device's memory the compiled step needs (on the CPU, of the machine's)."""
-    memory = compiled.memory_analysis()
-    if memory is None:  # a backend that does not report it
+    memory, beside_arguments = compiled.memory_analysis(), device_memory.of_program(compiled)
+    if memory is None or beside_arguments is None:
         return
     state = memory.argument_size_in_bytes
-    total = state + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-    stats = jax.local_devices()[0].memory_stats()
-    limit = stats["bytes_limit"] if stats else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     logging.info(
         "memory: the compiled step needs %.3g GB per device, %.3g of it for state and batch; %.3g available",
-        total / 1e9, state / 1e9, limit / 1e9,
+        (state + beside_arguments) / 1e9, state / 1e9, device_memory.available() / 1e9,
     )  # fmt: skip

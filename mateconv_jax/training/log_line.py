@@ -6,7 +6,8 @@ from collections.abc import Mapping
 def step_line(step: int, total_steps: int, scalars: Mapping[str, float]) -> str:
     """A step, `step 340/500  loss 0.7301  lr 1.07e-3  grad 0.24  7.0k tok/s  eta 1:02`, or an evaluation,
     `step 340/500  val/loss 0.8127  ema 0.8011  1.204 bits/byte`. Numbers that `scalars` lacks are left out; preferences have
-    `margin  0.214  accuracy  71.9%` behind the loss, answers `reward 0.4120  length 8.1`.
+    `margin  0.214  accuracy  71.9%` behind the loss, answers `reward 0.4120  length 8.1`, named validation sets
+    `wiki 0.8127  code 1.2031`.
     """
     fields = [f"step {step:{len(str(total_steps))}}/{total_steps}"]
     for name, text in (("train/loss", "loss {}"), ("val/loss", "val/loss {}"), ("val/ema_loss", "ema {}")):
@@ -25,6 +26,9 @@ def step_line(step: int, total_steps: int, scalars: Mapping[str, float]) -> str:
         fields.append(f"length {_fixed(scalars['grpo/length'], 4)}")
     if "val/bits_per_byte" in scalars:
         fields.append(f"{scalars['val/bits_per_byte']:.3f} bits/byte")
+    for name in scalars:
+        if name.startswith("val/") and name.count("/") == 2 and name.endswith("/loss"):
+            fields.append(f"{name.split('/')[1]} {_fixed(scalars[name], 6)}")
     if "lr" in scalars:
         fields.append(f"lr {_scientific(scalars['lr']):>7}")
     if "grad_norm" in scalars:

@@ -1,8 +1,9 @@
 """A training run from top to bottom."""
 
 import dataclasses
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -15,9 +16,10 @@ from mateconv_jax.data.dataset import Rows, fingerprint
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop.stored_model import write_end_ids
 from mateconv_jax.model import flops
+from mateconv_jax.model.attention import cudnn
 from mateconv_jax.model.config import ModelConfig
-from mateconv_jax.runtime import distributed, sharding
-from mateconv_jax.training import objective as objective_lib, out_of_memory, reinforcement, resume, run_lock, setup
+from mateconv_jax.runtime import distributed, out_of_memory, sharding
+from mateconv_jax.training import objective as objective_lib, reinforcement, resume, run_lock, setup
 from mateconv_jax.training.batch_shape import BatchShape
 from mateconv_jax.training.batches import Source
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
@@ -32,15 +34,23 @@ from mateconv_jax.training.samples import Samples
 from mateconv_jax.training.setup import Length
 from mateconv_jax.training.skipped_steps import SkippedSteps
 from mateconv_jax.training.step import lower, make_score_step
+from mateconv_jax.training.time_limit import SaveTimer, TimeLimit
 from mateconv_jax.training.train_state import TrainState
 from mateconv_jax.training.writers import WandbOptions
+
+# What to do about too little memory: the key that decides most, and advice. Narrower blocks have their own.
+LOWER = (
+    "training.batch_size",
+    "lower it and raise training.accumulation_steps, or set training.remat=full, or with several GPUs mesh.fsdp; "
+    "`python -m mateconv_jax.plan --gpu=this` shows what fits",
+)
 
 
 def train(config: ConfigDict) -> int:
     """Train as `config` (resolved) says.
 
     Returns:
-      0, or preemption.RESUMABLE if SIGTERM or SIGINT ended it early, with a finished checkpoint of that step.
+      0, or preemption.RESUMABLE if SIGTERM, SIGINT or training.max_hours ended it early, with a finished checkpoint.
 
     Raises:
       UserError: another process trains in the same folder; a path, a size or an option that does not fit, before anything is
@@ -48,8 +58,15 @@ def train(config: ConfigDict) -> int:
     """
     out_dir = Path(config.training.out_dir).absolute()
     try:
+<<<<<<< HEAD
         with disk.os_errors(out_dir), Signals() as signals, run_lock.held(Path(config.training.out_dir)):
             return _train(config, signals)
+=======
+        time_limit = TimeLimit(config.training.max_hours)
+        with Signals(time_limit) as signals, run_lock.held(Path(config.training.out_dir)):
+            with out_of_memory.as_user_error(*LOWER):
+                return _train(config, signals, time_limit)
+>>>>>>> main
     except OSError as error:  # of writing the log and the metrics, if it names no other file
         if error.filename is not None and not Path(os.fsdecode(error.filename)).absolute().is_relative_to(out_dir):
             raise UserError(f"{os.fsdecode(error.filename)}: {error.strerror or error}") from error
@@ -57,13 +74,9 @@ def train(config: ConfigDict) -> int:
             f"training.out_dir: cannot write {error.filename or config.training.out_dir!r}: {error.strerror or error} "
             "(finished checkpoints stay; the same command continues from the newest)"
         ) from error
-    except jax.errors.JaxRuntimeError as error:
-        if not out_of_memory.is_cause_of(error):
-            raise
-        raise UserError(out_of_memory.explain(error)) from error
 
 
-def _train(config: ConfigDict, signals: Signals) -> int:
+def _train(config: ConfigDict, signals: Signals, time_limit: TimeLimit) -> int:
     training = config.training
 
     # ---- from where: see resume.find_origin -------------------------------------------------------------------------
@@ -78,7 +91,7 @@ def _train(config: ConfigDict, signals: Signals) -> int:
     # ---- what: data, model, optimizer, loss -------------------------------------------------------------------------
     objective = objective_lib.of(config)
     objective.check_origin(origin.key)
-    train_rows, val_rows, tokenizer = _open(config, c, objective, origin)
+    train_rows, val_sets, tokenizer = _open(config, c, objective, origin)
     position = resume.position(origin)
     length = Length.of(training, len(train_rows), position)
     programs = setup.build(config, c, mesh, length.total_steps, objective)
@@ -91,49 +104,49 @@ def _train(config: ConfigDict, signals: Signals) -> int:
         resume.bring_best(origin, folder)
     with (
         logging_to(folder / "train.log"),
-        Checkpoints(folder, training.keep_latest, training.keep_every, training.keep_best) as checkpoints,
+        Checkpoints(folder, training.keep_latest, training.keep_every, training.keep_best, time_limit.saved_in) as checkpoints,
     ):
         state, progress, read, start = resume.start(origin, checkpoints, programs.init, programs.abstract_state)
         if read != position:  # the newest checkpoint was damaged
             length = Length.of(training, len(train_rows), read)
             programs = setup.build(config, c, mesh, length.total_steps, objective)
-        differences += progress.reads(*_fingerprints(train_rows, val_rows, training))
+        differences += progress.reads(*_fingerprints(train_rows, val_sets, training))
         end_ids = resume.end_ids(origin, c.vocab_size)
         if distributed.is_first():
             _describe(folder, config, tokenizer, end_ids)
         if shape_taken:
             logging.info("%s", shape_taken)
-        log_header(c, programs.abstract_params, train_rows, val_rows, objective, length.total_steps, read, start, differences)
+        log_header(c, programs.abstract_params, train_rows, val_sets, objective, length.total_steps, read, start, differences)
 
         # ---- the reference, batches, validation ---------------------------------------------------------------------
         if objective.needs_reference:
             reference = _reference(config, programs, origin, folder)
-            joined = reference.join(train_rows, val_rows, state.params, progress, lambda: signals.stop)
+            joined = reference.join(train_rows, val_sets, state.params, progress, lambda: signals.stop)
             if joined is None:
                 return RESUMABLE
-            train_rows, val_rows = joined
+            train_rows, val_sets = joined
         context = objective_lib.Context(folder, end_ids, progress, lambda: signals.stop)
         source = objective.source(c, mesh, train_rows, tokenizer, read, context)
         if length.samples_interval is not None and objective.samples is not None:
             samples = objective.samples(source)
-        evaluator = None if val_rows is None else objective.evaluator(c, mesh, programs.eval_step, val_rows, tokenizer, context)
+        evaluator_of = functools.partial(objective.evaluator, c, mesh, programs.eval_step)
+        evaluators = {name: evaluator_of(rows, tokenizer, context) for name, rows in val_sets.items()}
         with _metrics(config, programs, objective.shape, length, int(state.step), progress) as metrics:
-            run = Run(
-                folder, length, programs.train_step, source, evaluator, samples, checkpoints, metrics, signals,
-                training.max_bad_steps, training.patience if training.early_stopping else None, training.deterministic,
-            )  # fmt: skip
-            return run.steps(state, progress)
+            return Run(
+                folder, length, programs, source, evaluators, samples, checkpoints, SaveTimer(training.save_minutes),
+                metrics, signals, training.max_bad_steps, training.patience if training.early_stopping else None,
+            ).steps(state, progress)  # fmt: skip
 
 
 def _open(config: ConfigDict, c: ModelConfig, objective: objective_lib.Objective, origin: resume.Origin):
-    """Training rows, validation rows (None: there are none) and tokenizer."""
+    """Training rows, validation rows by the name of their set, and tokenizer."""
     options = config_lib.options(DataOptions, config.data)
     if objective.content == "prompts":
         longest, rows_per_prompt = reinforcement.longest_prompt(config), config.rollout.samples * config.rollout.iterations
         opened = open_prompts(options, c.vocab_size, longest, rows_per_prompt, origin.tokenizer)
     else:
         opened = open_data(options, c.vocab_size, config.training.document_mask, objective.check)
-    if config.training.early_stopping and opened[1] is None:
+    if config.training.early_stopping and not opened[1]:
         raise UserError("training.early_stopping: there are no validation rows (expected data.val_data_path)")
     return opened
 
@@ -153,23 +166,23 @@ class Run:
 
     Attributes:
       source: see batches.py.
-      evaluator: see Evaluator.
-      evaluator, samples: None: the run has none.
+      evaluators: {name of the validation set: see Evaluator}; the first one's loss decides what is best.
+      samples: None: the run writes none.
       patience: evaluations without a lower loss after which it stops early; None: never.
     """
 
     folder: Path
     length: Length
-    train_step: Callable
+    programs: setup.Setup
     source: Source
-    evaluator: Callable[..., Evaluation | None] | None
+    evaluators: dict[str, Callable[..., Evaluation | None]]
     samples: Samples | None
     checkpoints: Checkpoints
+    save_timer: SaveTimer
     metrics: Metrics
     signals: Signals
     max_bad_steps: int
     patience: int | None
-    deterministic: bool
 
     def steps(self, state: TrainState, progress: Progress) -> int:
         """From the state's step to the end, or until the run is asked to stop. Returns the exit code."""
@@ -178,6 +191,7 @@ class Run:
 
         def save():
             self.checkpoints.save(step, state, progress)
+            self.save_timer.restart()
 
         if self.evaluation_due(step, progress):  # the run was stopped during it
             self.evaluate(step, state, progress)
@@ -187,7 +201,7 @@ class Run:
             return 0
         if (batch := self.source(step, state.params)) is None:  # asked to stop while it was made
             return self.stopped(step)
-        train_step = compile_step(self.train_step, state, batch, self.deterministic)
+        train_step = compile_step(self.programs, state, batch, self.checkpoints)
 
         while not (done or self.signals.poll(step)):
             with metrics.waiting_for_input():
@@ -208,7 +222,7 @@ class Run:
             if (every := length.samples_interval) is not None and (step % every == 0 or done):
                 skipped.check(metrics.flush(), step, save)
                 self.write_samples(step, state)
-            if step % length.save_interval == 0 or done:
+            if step % length.save_interval == 0 or done or self.save_timer.is_due(step):
                 skipped.check(metrics.flush(), step, save)
                 with metrics.not_training():
                     save()
@@ -227,14 +241,13 @@ class Run:
 
     def evaluation_due(self, step: int, progress: Progress) -> bool:
         regular = step % self.length.eval_interval == 0 or step == self.length.total_steps
-        return self.evaluator is not None and step > 0 and regular and progress.evaluated_step != step
+        return bool(self.evaluators) and step > 0 and regular and progress.evaluated_step != step
 
     def evaluate(self, step: int, state: TrainState, progress: Progress) -> None:
         """Write the validation loss and keep the best checkpoint. When the run is asked to stop, its resumption does this."""
-        assert self.evaluator is not None  # evaluation_due
         with self.metrics.not_training():
             last = step == self.length.total_steps
-            losses = validation_losses(self.evaluator, state, lambda: self.signals.stop and not last)
+            losses = validation_losses(self.evaluators, state, lambda: self.signals.stop and not last)
             if losses is None:
                 return
             self.metrics.write(step, losses)
@@ -254,31 +267,49 @@ class Run:
         assert self.samples is not None  # samples_interval is given
         with self.metrics.not_training():
             params = state.params if state.ema_params is None else state.ema_params
-            self.metrics.write_samples(step, self.samples.write(params))
+            with out_of_memory.as_user_error("training.sample_prompts", "fewer, or training.samples_interval=None"):
+                self.metrics.write_samples(step, self.samples.write(params))
 
 
-def validation_losses(evaluator: Callable, state: TrainState, should_stop: Callable[[], bool]) -> dict[str, float] | None:
-    """val/loss and, with EMA, val/ema_loss; and, of the EMA if there is one, val/bits_per_byte and the loss's own metrics. None
-    if `should_stop` became true before the end.
+def validation_losses(
+    evaluators: dict[str, Callable[..., Evaluation | None]], state: TrainState, should_stop: Callable[[], bool]
+) -> dict[str, float] | None:
+    """val/loss and, with EMA, val/ema_loss; and, of the EMA if there is one, val/bits_per_byte and the metrics of the loss.
+    These are of the first set; every set with a name has them as val/NAME/loss and so on. None if `should_stop` became true
+    before the end.
     """
-    weights = {"val/loss": state.params}
+    losses = {}
+    for name, evaluator in evaluators.items():
+        of_set = _losses_of_set(evaluator, state, should_stop)
+        if of_set is None:
+            return None
+        if not losses:
+            losses |= {f"val/{metric}": value for metric, value in of_set.items()}
+        if name:
+            losses |= {f"val/{name}/{metric}": value for metric, value in of_set.items()}
+    return losses
+
+
+def _losses_of_set(evaluator: Callable[..., Evaluation | None], state: TrainState, should_stop) -> dict[str, float] | None:
+    weights = {"loss": state.params}
     if state.ema_params is not None:
-        weights["val/ema_loss"] = state.ema_params
+        weights["ema_loss"] = state.ema_params
     result = evaluator(weights, should_stop)
     if result is None:
         return None
     losses = {name: result.loss(name) for name in weights}
     last = list(weights)[-1]
     if result.bytes:
-        losses["val/bits_per_byte"] = result.bits_per_byte(last)
-    return losses | {f"val/{metric.rpartition('/')[2]}": value for metric, value in result.metrics(last).items()}
+        losses["bits_per_byte"] = result.bits_per_byte(last)
+    return losses | {metric.rpartition("/")[2]: value for metric, value in result.metrics(last).items()}
 
 
-def _fingerprints(train_rows: Rows, val_rows: Rows | None, training: ConfigDict) -> tuple[str, str | None]:
-    """Of the training rows, and of what a validation loss is measured on."""
+def _fingerprints(train_rows: Rows, val_sets: Mapping[str, Rows], training: ConfigDict) -> tuple[str, str | None]:
+    """Of the training rows, and of what the loss that decides what is best is measured on: the first validation set."""
     train = fingerprint(train_rows, len(train_rows))
-    if val_rows is None:
+    if not val_sets:
         return train, None
+    val_rows = next(iter(val_sets.values()))
     n_measured = min(len(val_rows), training.eval_iters * training.batch_size)
     return train, fingerprint(val_rows, n_measured) + " within documents" * training.document_mask
 
@@ -315,10 +346,13 @@ def _metrics(
     )  # fmt: skip
 
 
-def compile_step(train_step, state: TrainState, batch, deterministic: bool) -> jax.stages.Compiled:
+def compile_step(programs: setup.Setup, state: TrainState, batch, checkpoints: Checkpoints) -> jax.stages.Compiled:
     """Compile before the loop, so that the memory is known before the first step and nothing compiles inside: arrays of other
     shapes are an error.
     """
-    compiled = lower(train_step, state, batch, deterministic).compile()
+    with cudnn.clear_rejections():
+        compiled = lower(programs.train_step, state, batch, programs.c.deterministic).compile()
+    out_of_memory.check(compiled, *LOWER)
     log_memory(compiled)
+    checkpoints.leave_room_for(compiled)
     return compiled

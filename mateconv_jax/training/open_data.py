@@ -1,7 +1,9 @@
 """The data of a run, checked against the model."""
 
 import dataclasses
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
@@ -23,8 +25,8 @@ class DataOptions:
 
 def open_data(
     data: DataOptions, vocab_size: int, document_mask: bool, check: Callable[[Dataset], None] = lambda dataset: None
-) -> tuple[Rows, Rows | None, PreTrainedTokenizerFast]:
-    """Training rows, validation rows (None: there are none) and tokenizer.
+) -> tuple[Rows, dict[str, Rows], PreTrainedTokenizerFast]:
+    """Training rows, validation rows by the name of their set (see `validation_paths`) and tokenizer.
 
     Args:
       vocab_size: of the model.
@@ -39,19 +41,18 @@ def open_data(
             "data.train_data_path: missing (expected a folder made by python -m mateconv_jax.prepare, or a .bin file)"
         )
     train = open_dataset(data.train_data_path, "data.train_data_path", data.seq_len)
-    validation, val_split = None, None
-    if data.val_data_path is not None:  # all of it is for validation
-        validation = open_dataset(data.val_data_path, "data.val_data_path", data.seq_len)
-        if train.path.resolve() == validation.path.resolve():
+    validation = {
+        name: open_dataset(path, "data.val_data_path", data.seq_len)
+        for name, path in validation_paths(data.val_data_path).items()
+    }
+    for dataset in validation.values():
+        if train.path.resolve() == dataset.path.resolve():
             raise UserError(
-                f"data.val_data_path: {data.val_data_path!r} is the training data (expected another dataset, or None for its "
+                f"data.val_data_path: {str(dataset.path)!r} is the training data (expected another dataset, or None for its "
                 "validation split)"
             )
-    elif train.splits is not None:
-        validation, val_split = train, "validation"
     tokenizer = _tokenizer(data, train)
-    datasets = [dataset for dataset in (train, validation) if dataset is not None]
-    for dataset in datasets:
+    for dataset in (train, *validation.values()):
         check(dataset)
         _check(dataset, data.seq_len, tokenizer)
     _check_vocabulary(tokenizer, vocab_size)
@@ -59,17 +60,41 @@ def open_data(
     train_rows = train.rows("train", document_starts)
     if train_rows is None:
         raise UserError(f"{train.key}: {str(train.path)!r} has no split 'train' (prepare it again)")
-    val_rows = None if validation is None else validation.rows(val_split, document_starts)
-    for dataset, rows in ((train, train_rows), (validation, val_rows)):
-        if dataset is not None and rows is not None:
-            dataset.check_tokens(rows, vocab_size, f"model.vocab_size is {vocab_size}")
-    return train_rows, val_rows, tokenizer
+    sets = {name: dataset.rows(None, document_starts) for name, dataset in validation.items()}  # all of it is for validation
+    if data.val_data_path is None and train.splits is not None:
+        sets[""] = train.rows("validation", document_starts)
+    val_sets = {name: rows for name, rows in sets.items() if rows is not None}
+    for dataset, rows in ((train, train_rows), *((validation.get(name, train), rows) for name, rows in val_sets.items())):
+        dataset.check_tokens(rows, vocab_size, f"model.vocab_size is {vocab_size}")
+    return train_rows, val_sets, tokenizer
+
+
+def validation_paths(val_data_path: str | None) -> dict[str, str]:
+    """{name: path} of data.val_data_path, such as "wiki=data/wiki,code=data/code". A path that stands alone has the name "".
+
+    Raises:
+      UserError: names without a path, or twice.
+    """
+    if val_data_path is None:
+        return {}
+    if not re.match(r"[\w-]+=", val_data_path) or Path(val_data_path).exists():
+        return {"": val_data_path}
+    paths = {}
+    for part in val_data_path.split(","):
+        match = re.fullmatch(r"\s*([\w-]+)=(.+)", part)
+        if match is None or match[1] in paths:
+            raise UserError(
+                f"data.val_data_path: {part!r} is {'there twice' if match else 'not possible'} (expected different names with "
+                "their paths, such as wiki=data/wiki,code=data/code)"
+            )
+        paths[match[1]] = match[2]
+    return paths
 
 
 def open_prompts(
     data: DataOptions, vocab_size: int, max_tokens: int, rows_per_prompt: int, tokenizer: PreTrainedTokenizerFast | None
-) -> tuple[Prompts, Prompts | None, PreTrainedTokenizerFast]:
-    """Training prompts, validation prompts (None: there are none) and tokenizer.
+) -> tuple[Prompts, dict[str, Prompts], PreTrainedTokenizerFast]:
+    """Training prompts, validation prompts by the name of their set (see `validation_paths`) and tokenizer.
 
     Args:
       vocab_size: of the model.
@@ -87,9 +112,10 @@ def open_prompts(
         raise UserError("data.tokenizer_path: missing (the run starts from no model that has a tokenizer: training.init_from)")
     _check_vocabulary(tokenizer, vocab_size)
     train = read_prompts(data.train_data_path, "data.train_data_path", tokenizer, max_tokens, rows_per_prompt)
-    validation = None
-    if data.val_data_path is not None:
-        validation = read_prompts(data.val_data_path, "data.val_data_path", tokenizer, max_tokens)
+    validation = {
+        name: read_prompts(path, "data.val_data_path", tokenizer, max_tokens)
+        for name, path in validation_paths(data.val_data_path).items()
+    }
     return train, validation, tokenizer
 
 

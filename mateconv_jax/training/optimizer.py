@@ -33,6 +33,7 @@ class OptimizerOptions:
     optimizer_type: str
     beta1: float
     beta2: float
+    adam_eps: float
     muon_momentum: float
     weight_decay: float
     grad_clip: float
@@ -85,12 +86,12 @@ def make_optimizer(options: OptimizerOptions, c: ModelConfig) -> optax.GradientT
     Moonshot's factor 0.2 sqrt(max(fan)), on the hidden matrices, one per expert, and AdamW on embedding, output layer, norms
     and the experts' gates (which are output layers of E classes).
     """
-    b1, b2, weight_decay = options.beta1, options.beta2, options.weight_decay
+    b1, b2, eps, weight_decay = options.beta1, options.beta2, options.adam_eps, options.weight_decay
     match options.optimizer_type:
         case "adamw":
-            tx = optax.adamw(1.0, b1, b2, weight_decay=weight_decay, mask=is_matrix)
+            tx = optax.adamw(1.0, b1, b2, eps, weight_decay=weight_decay, mask=is_matrix)
         case "adam":
-            tx = optax.chain(optax.add_decayed_weights(weight_decay, is_matrix), optax.adam(1.0, b1, b2))
+            tx = optax.chain(optax.add_decayed_weights(weight_decay, is_matrix), optax.adam(1.0, b1, b2, eps))
         case "lion":
             tx = optax.lion(1.0, b1, b2, weight_decay=weight_decay, mask=is_matrix)
         case "adafactor":
@@ -102,7 +103,7 @@ def make_optimizer(options: OptimizerOptions, c: ModelConfig) -> optax.GradientT
                 optax.scale(-1.0),
             )
         case "muon":
-            adamw = optax.adamw(1.0, b1, b2, weight_decay=weight_decay, mask=is_matrix)
+            adamw = optax.adamw(1.0, b1, b2, eps, weight_decay=weight_decay, mask=is_matrix)
             hidden = muon(
                 1.0,
                 beta=options.muon_momentum,

@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -61,9 +61,15 @@ class Reference:
     batch_size: int
 
     def join(
-        self, train: Rows, validation: Rows | None, params: nnx.State, progress: Progress, should_stop: Callable[[], bool]
-    ) -> tuple[Rows, Rows | None] | None:
-        """The rows with the field `reference`, read from the run's folder or computed. None if `should_stop` became true.
+        self,
+        train: Rows,
+        validation: Mapping[str, Rows],
+        params: nnx.State,
+        progress: Progress,
+        should_stop: Callable[[], bool],
+    ) -> tuple[Rows, Mapping[str, Rows]] | None:
+        """The rows, those of each validation set too, with the field `reference`, read from the run's folder or computed. None
+        if `should_stop` became true.
 
         Args:
           params: the run's parameters, which are the reference if it has not begun.
@@ -75,9 +81,8 @@ class Reference:
         before = progress.reference
         of = before or {"weights": weights_fingerprint(params), "dtype": self.dtype}
         joined: dict[str, Rows] = {}
-        for split, rows in {"train": train, "validation": validation}.items():
-            if rows is None:
-                continue
+        splits = {name: f"validation-{name}" if name else "validation" for name in validation}
+        for split, rows in {"train": train, **{split: validation[name] for name, split in splits.items()}}.items():
             made_of = {"weights": of["weights"], "dtype": of["dtype"], "rows": rows_fingerprint(rows), "pairs": len(rows)}
             log_probs_N2 = self._read(split, made_of)
             if log_probs_N2 is None:
@@ -94,7 +99,7 @@ class Reference:
                         "not an exact continuation: the reference's log-probabilities were computed again, and differ"
                     )
                 progress.reference = {**of, "rows": made_of["rows"], "numbers": numbers}
-        return joined["train"], joined.get("validation")
+        return joined["train"], {name: joined[split] for name, split in splits.items()}
 
     def _start_weights(self, params: nnx.State, expected: str) -> nnx.State:
         """Those of training.init_from, in the shapes and shardings of `params`."""

@@ -17,7 +17,7 @@ from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.interop.formats import open_model
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.transformer import abstract_model
-from mateconv_jax.runtime import sharding
+from mateconv_jax.runtime import out_of_memory, sharding
 from mateconv_jax.training import initial_weights
 from mateconv_jax.training.batch_shape import BatchShape, Position
 from mateconv_jax.training.checkpoints import Progress
@@ -26,7 +26,7 @@ from mateconv_jax.training.kept_rollouts import KeptRollouts
 from mateconv_jax.training.reference import weights_fingerprint
 from mateconv_jax.training.rewards import Rewards, collect
 from mateconv_jax.training.rollout_batches import LogProbs, RolloutBatches, RolloutOptions
-from mateconv_jax.training.rollouts import DecodingWeights, Rollouts
+from mateconv_jax.training.rollouts import LOWER, DecodingWeights, Rollouts
 
 
 def check(config: ConfigDict) -> None:
@@ -137,7 +137,8 @@ class RewardEvaluator:
         """
         sums = {}
         for name, params in weights.items():
-            reward_FN = self._reward(self._weights(params), should_stop)
+            with out_of_memory.as_user_error(*LOWER):
+                reward_FN = self._reward(self._weights(params), should_stop)
             if reward_FN is None:
                 return None
             of_functions = dict(zip(self._rewards.names, np.nansum(reward_FN, axis=1).tolist(), strict=True))

@@ -16,13 +16,16 @@ from mateconv_jax.errors import UserError
 from mateconv_jax.interop.formats import open_model
 from mateconv_jax.interop.stored_model import StoredModel, read_end_ids
 from mateconv_jax.run_folder import Checkpoint
-from mateconv_jax.runtime import distributed
+from mateconv_jax.runtime import distributed, out_of_memory
 from mateconv_jax.training import checkpoints as checkpoints_lib, initial_weights
 from mateconv_jax.training.batch_shape import START, Position
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
 from mateconv_jax.training.train_state import TrainState
 
 FROM_SCRATCH = "from scratch"
+
+# Where there is no room for parameters, moments and EMA, a smaller batch does not help.
+STATE_ALONE = "mesh.fsdp", "the training state alone does not fit: split it over more devices, or turn training.use_ema off"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,20 +199,23 @@ def start(origin: Origin, checkpoints: Checkpoints, init, abstract: TrainState) 
     """
     if origin.checkpoint is not None:
         if origin.key == "training.out_dir":
-            state, progress = checkpoints.restore(abstract)
+            with out_of_memory.as_user_error(*STATE_ALONE):
+                state, progress = checkpoints.restore(abstract)
             words = f"step {int(state.step):,}, resumed"
         else:
-            state, progress = _read(origin.checkpoint.path, abstract)
+            with out_of_memory.as_user_error(*STATE_ALONE):
+                state, progress = _read(origin.checkpoint.path, abstract)
             words = f"step {int(state.step):,} of {origin.checkpoint.path}"
         if progress.rows is None:
             progress.rows = _rows_read(origin, int(state.step))
         return state, progress, Position(int(state.step), progress.rows), f"{words}, {progress.rows:,} rows read"
-    state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
-    if origin.model is None:
-        return state, Progress(), START, FROM_SCRATCH
-    params = initial_weights.read(origin.model, abstract.params)
-    ema_params = None if state.ema_params is None else jax.tree.map(lambda x: x.copy(), params)
-    state = state.replace(params=params, ema_params=ema_params)
+    with out_of_memory.as_user_error(*STATE_ALONE):
+        state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
+        if origin.model is None:
+            return state, Progress(), START, FROM_SCRATCH
+        params = initial_weights.read(origin.model, abstract.params)
+        ema_params = None if state.ema_params is None else jax.tree.map(lambda x: x.copy(), params)
+        state = state.replace(params=params, ema_params=ema_params)
     return state, Progress(), START, f"the weights of {origin.model.path}"
 
 
@@ -217,4 +223,6 @@ def _read(path: Path, abstract: TrainState) -> tuple[TrainState, Progress]:
     try:
         return checkpoints_lib.restore(path, abstract)
     except Exception as error:  # the libraries raise anything for a broken file
+        if out_of_memory.is_cause_of(error):
+            raise
         raise UserError(f"training.resume_from: {str(path)!r} cannot be read ({' '.join(str(error).split())[:300]})") from error

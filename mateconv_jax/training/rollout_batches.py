@@ -18,11 +18,11 @@ from mateconv_jax.data import loader
 from mateconv_jax.data.prompts import Prompts
 from mateconv_jax.inference.text_generator import Generation
 from mateconv_jax.losses.policy_gradient import advantages, log_probs, token_weights
-from mateconv_jax.runtime import sharding
+from mateconv_jax.runtime import out_of_memory, sharding
 from mateconv_jax.training.batch_shape import BatchShape, Position
 from mateconv_jax.training.kept_rollouts import KeptRollouts
 from mateconv_jax.training.rewards import Rewards, collect
-from mateconv_jax.training.rollouts import DecodingWeights, Rollouts
+from mateconv_jax.training.rollouts import LOWER, DecodingWeights, Rollouts
 
 Params = nnx.State
 
@@ -94,7 +94,8 @@ class RolloutBatches:
         """Fields of policy_gradient_loss, (A, B, …) on the devices; None: should_stop() was true before they were there."""
         first = step - step % self._options.iterations
         if self._last is None or self._last[0] != first:
-            made = (self._kept_from_before(first) if step > first else None) or self._roll_out(first, params)
+            with out_of_memory.as_user_error(*LOWER):
+                made = (self._kept_from_before(first) if step > first else None) or self._roll_out(first, params)
             if made is None:
                 return None
             batch, metrics = made

@@ -22,6 +22,9 @@ from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.kv_cache import make_kv_cache
 from mateconv_jax.runtime import sharding
 
+# Too little memory for the answers of a micro-batch, which are decoded together: see out_of_memory.as_user_error.
+LOWER = "rollout.max_new_tokens", "lower it, or lower training.batch_size and raise training.accumulation_steps"
+
 
 class DecodingWeights:
     """The parameters as decoding reads them: in the compute dtype, whole on every device."""

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import jax
 
+from mateconv_jax.runtime import device_memory
+
 
 class Throughput:
     """Measures from one logged step to the next, without what is not training.
@@ -57,7 +59,8 @@ class Throughput:
 
 def _peak_memory() -> int:
     """Peak bytes in use on the fullest device of this process; on the CPU, of the process."""
-    stats = [device.memory_stats() for device in jax.local_devices()]
-    if all(stats):
-        return max(device_stats["peak_bytes_in_use"] for device_stats in stats)
+    peaks = [device_memory.peak(device) for device in jax.local_devices()]
+    known = [peak for peak in peaks if peak is not None]
+    if known:
+        return max(known)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # macOS says bytes

@@ -180,11 +180,18 @@ def test_a_failed_dispatch_fails_its_requests_and_the_engine_goes_on(engine, gen
     expected = generator.generate("小明", config)
     with monkeypatch.context() as patch:
 
-        def broken(*args):
-            raise RuntimeError("out of memory")
+        def broken(message):
+            def fail(*args):
+                raise jax.errors.JaxRuntimeError(message)
 
-        patch.setattr(engine._programs, "decode", broken)
-        assert ask(engine, generator.document_ids("小明"), config).end() == Failed("a dispatch failed: RuntimeError")
+            return fail
+
+        for message, reason in (
+            ("INTERNAL: something else", "a dispatch failed: JaxRuntimeError"),
+            ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 2GiB.", "out of memory"),
+        ):
+            patch.setattr(engine._programs, "decode", broken(message))
+            assert ask(engine, generator.document_ids("小明"), config).end() == Failed(reason)
     assert_equal(ask(engine, generator.document_ids("小明"), config), expected)
 
 

@@ -38,6 +38,9 @@ def test_a_plan_for_gpus_that_are_not_there(monkeypatch, capsys):
     training, the_run = plan["training"], plan["run"]
     assert training["memory"]["fits"] and training["memory"]["available"] == int(0.75 * 80 * 2**30)
     assert sum(training["memory"]["parts"].values()) == training["memory"]["peak"]
+    parts = training["memory"]["parts"]
+    assert training["memory"]["checkpoint_copy"] == parts["parameters"] + parts["EMA"] + parts["optimizer"] > 0
+    assert training["memory"]["fits_with_copy"]
     assert training["fused_attention"] == {"forward": 1, "backward": 1}
     bounds = training["roofline"]
     assert bounds["seconds"] == pytest.approx(sum(bounds[part] for part in ("arithmetic", "memory", "launches", "network")))
@@ -52,6 +55,7 @@ def test_a_plan_for_gpus_that_are_not_there(monkeypatch, capsys):
 
     print_plan(plan, Console(width=200))
     shown = capsys.readouterr().out
+    assert "copy for a checkpoint (fits beside the step)" in shown
     assert "2 x NVIDIA A100-SXM4-80GB" in shown and f"{plan['parameters']:,} parameters" in shown and "dollars at best" in shown
 
 
@@ -76,7 +80,8 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(monkeypatch, capsys):
     for more, fits in ((0, True), (rows["none"] // 10, False)):
         batch = f"--config.training.batch_size={rows['none'] + more}"
         _, out, _ = run(monkeypatch, capsys, *TINY, "--config.model.n_layers=4", batch, "--gpu=h100", "--json", "--quick")
-        assert json.loads(out)["training"]["memory"]["fits"] == fits
+        memory = json.loads(out)["training"]["memory"]
+        assert memory["fits"] == fits and not memory["fits_with_copy"]
     for decoding in plan["decoding"]:
         cache = decoding["step"]["memory"]["parts"]["cache"]
         assert cache == decoding["rows"] * 64 * 32 * 2 * 2 * 4 and decoding["step"]["memory"]["donated"] >= cache

@@ -128,6 +128,18 @@ def test_settings_that_differ_have_a_table_of_their_own(make_run):
     assert page.rows(2)["model.dim"] == ["64", "64"]
 
 
+def test_each_validation_set_is_drawn_and_has_its_row(make_run):
+    sets = [
+        line | {"val/wiki/loss": line["val/loss"], "val/code/loss": 2.0 + line["step"] / 50}
+        for line in LINES
+        if "val/loss" in line
+    ]
+    page = Page(write_report([make_run("base", [*LINES, *sets])]))
+    assert page.rows(0)["Validation loss of code, last code"] == [f"3.0000 perplexity {math.exp(3):.5g}, at step 50"]
+    assert page.rows(0)["Validation loss of wiki, best wiki"][0].startswith("4.2500")
+    assert len(lines_in(page.svg(), curves.colors(1)[0], dashed=True)) == 2
+
+
 def test_runs_are_drawn_over_each_other(make_run):
     ema = [line | {"val/ema_loss": line["val/loss"] - 1} if "val/loss" in line else line for line in LINES]
     svg = Page(write_report([make_run("a"), make_run("b", ema)], smooth=5)).svg()

@@ -20,6 +20,11 @@ def test_an_evaluation():
     assert step_line(20, 20, scalars) == "step 20/20  val/loss 2.5000  ema 2.2500  1.204 bits/byte"
 
 
+def test_an_evaluation_on_several_sets():
+    scalars = {"val/loss": 2.5, "val/wiki/loss": 2.5, "val/wiki/bits_per_byte": 1.2, "val/code/loss": 10.25}
+    assert step_line(20, 20, scalars) == "step 20/20  val/loss 2.5000  wiki 2.5000  code 10.250"
+
+
 def test_columns_stay_where_they_are():
     lines = [
         step_line(step, 10_000, {"train/loss": loss, "lr": lr, "grad_norm": norm, "tokens/s": speed, "step_time_s": 1.0})

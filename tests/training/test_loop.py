@@ -21,7 +21,7 @@ from mateconv_jax.training import batches, loop, objective
 from mateconv_jax.training.batch_shape import Position
 from mateconv_jax.training.batches import RowBatches
 from mateconv_jax.training.checkpoints import Checkpoints
-from mateconv_jax.training.open_data import DataOptions, open_data
+from mateconv_jax.training.open_data import DataOptions, open_data, validation_paths
 from tests.training.runs import losses_of, metrics_of, saved, train
 
 ROOT = Path(__file__).parents[2]
@@ -137,7 +137,46 @@ def test_all_of_val_data_path_is_for_validation(tiny_config, dataset_folder, tmp
     _, own, _ = open_data(data, 400, document_mask=False)
     _, other, _ = open_data(dataclasses.replace(data, val_data_path=str(tmp_path / "other")), 400, document_mask=False)
     splits = open_dataset(dataset_folder, "", 32).splits
-    assert len(own) == splits["validation"] and len(other) == splits["train"] + splits["validation"]
+    assert len(own[""]) == splits["validation"] and len(other[""]) == splits["train"] + splits["validation"]
+
+
+def test_several_validation_sets_have_their_losses_and_the_first_decides(tiny_config, dataset_folder, tmp_path):
+    shutil.copytree(dataset_folder, tmp_path / "wiki")
+    np.random.default_rng(0).integers(400, size=32 * 20 + 1, dtype=np.uint16).tofile(tmp_path / "noise.bin")
+    tiny_config.data.val_data_path = f"wiki={tmp_path}/wiki,noise={tmp_path}/noise.bin"
+    train(tiny_config, max_steps=4, eval_interval=2, eval_iters=2)
+    folder = Path(tiny_config.training.out_dir)
+    evaluations = [m for m in metrics_of(folder) if "val/loss" in m]
+    assert [set(m) for m in evaluations] == [
+        {"step"} | {f"val/{name}{metric}" for name in ("", "wiki/", "noise/") for metric in ("loss", "bits_per_byte")}
+    ] * 2
+    for m in evaluations:
+        assert m["val/loss"] == m["val/wiki/loss"] < m["val/noise/loss"] - 0.1
+    assert saved(folder, 4)[1]["best_loss"] == min(m["val/wiki/loss"] for m in evaluations)
+    log = (folder / "train.log").read_text()
+    assert f"noise {evaluations[-1]['val/noise/loss']:.4f}" in log and "the best checkpoint are by wiki" in log
+
+
+@pytest.mark.parametrize(
+    "sets, message",
+    [
+        ("wiki=a,wiki=b", "'wiki=b' is there twice"),
+        ("wiki=a,b", r"'b' is not possible \(expected different names with their paths, such as wiki=data/wiki"),
+        ("wiki=", "'wiki=' is not possible"),
+        ("wiki=no/such", "no dataset at 'no/such'"),
+    ],
+)
+def test_validation_sets_that_are_none(tiny_config, sets, message):
+    tiny_config.data.val_data_path = sets
+    with pytest.raises(UserError, match=f"data.val_data_path: {message}"):
+        train(tiny_config)
+
+
+def test_a_path_with_an_equals_sign_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert validation_paths("data/a=b") == {"": "data/a=b"} and validation_paths("a=b,c=d/e=f") == {"a": "b", "c": "d/e=f"}
+    (tmp_path / "a=b").mkdir()
+    assert validation_paths("a=b") == {"": "a=b"}
 
 
 @pytest.mark.slow

@@ -92,17 +92,21 @@ def updates_of(options, gradients, params):
 
 
 TORCH = {
-    "adamw": lambda groups, options: torch.optim.AdamW(groups, lr=1e-2, betas=(options.beta1, options.beta2)),
-    "adam": lambda groups, options: torch.optim.Adam(groups, lr=1e-2, betas=(options.beta1, options.beta2)),
+    "adamw": lambda groups, options: torch.optim.AdamW(
+        groups, lr=1e-2, betas=(options.beta1, options.beta2), eps=options.adam_eps
+    ),
+    "adam": lambda groups, options: torch.optim.Adam(
+        groups, lr=1e-2, betas=(options.beta1, options.beta2), eps=options.adam_eps
+    ),
     "adafactor": lambda groups, options: torch.optim.Adafactor(groups, lr=1e-2, eps=(1e-30, 1e-3)),
 }
 
 
-@pytest.mark.parametrize("grad_clip", [0.0, 0.5])
+@pytest.mark.parametrize("grad_clip, adam_eps", [(0.0, 1e-8), (0.5, 0.1)])
 @pytest.mark.parametrize("name", TORCH)
-def test_fifty_steps_equal_pytorch(name, grad_clip):
+def test_fifty_steps_equal_pytorch(name, grad_clip, adam_eps):
     """Clipping, decay on matrices only, warm-up and cosine, on the same sequence of gradients."""
-    options = training(optimizer_type=name, grad_clip=grad_clip)
+    options = training(optimizer_type=name, grad_clip=grad_clip, adam_eps=adam_eps)
     rng = np.random.default_rng(0)
     params = random_params(rng)
     if name == "adafactor":  # optax factors what PyTorch does where both sides are at least 128, and PyTorch every matrix
@@ -155,7 +159,7 @@ def orthogonalised(matrix):
 
 def test_muon_orthogonalises_each_part_and_leaves_embedding_and_norms_to_adamw():
     c = llama.model_config()
-    options = training(optimizer_type="muon", grad_clip=0.0)
+    options = training(optimizer_type="muon", grad_clip=0.0, adam_eps=0.1)
     params = train_state.init(c, optax.identity(), 0, False).params
     labels = optimizer.muon_labels(optimizer.to_parts(params, c))
     by_label = {}
@@ -179,7 +183,8 @@ def test_muon_orthogonalises_each_part_and_leaves_embedding_and_norms_to_adamw()
         direction = 0.2 * max(gradient.shape) ** 0.5 * orthogonalised(gradient)
         expected = -(direction + options.weight_decay * np.asarray(weights[place][name]).reshape(shape))
         np.testing.assert_allclose(np.asarray(parts[place][name]).reshape(shape), expected, atol=1e-4)
-    adamw = optax.adamw(1.0, options.beta1, options.beta2, weight_decay=options.weight_decay, mask=optimizer.is_matrix)
+    weight_decay = options.weight_decay
+    adamw = optax.adamw(1.0, options.beta1, options.beta2, 0.1, weight_decay=weight_decay, mask=optimizer.is_matrix)
     plain, _ = adamw.update(gradients, adamw.init(params), params)
     for name in ("embedding_VD", "norm"):
         jax.tree.map(np.testing.assert_array_equal, updates[name], plain[name])

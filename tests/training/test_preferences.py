@@ -73,6 +73,17 @@ def test_a_run_that_goes_on_is_the_same_to_the_bit(preferred, straight, tmp_path
     assert_equal_checkpoints(out, straight, 6)
 
 
+@pytest.mark.slow
+def test_each_validation_set_has_its_reference(preferred, tmp_path):
+    config = copy.deepcopy(preferred)
+    for name in ("a", "b"):
+        shutil.copytree(config.data.train_data_path, tmp_path / name)
+    config.data.val_data_path = f"a={tmp_path}/a,b={tmp_path}/b"
+    train(config, tmp_path / "out", max_steps=1)
+    assert sorted(path.stem for path in (tmp_path / "out" / "reference").iterdir()) == ["train", "validation-a", "validation-b"]
+    assert {"val/margin", "val/a/margin", "val/b/margin"} <= metrics_of(tmp_path / "out")[-1].keys()
+
+
 @pytest.fixture
 def stopped_while_scoring(monkeypatch):
     """Scoring ends as with a kill after two batches: nothing more is written."""

@@ -116,7 +116,7 @@ def test_clipping_may_be_turned_off_and_on(tiny_config, tmp_path, was, now):
 @pytest.mark.parametrize("optimizer_type", ["adamw", "adam", "muon"])
 def test_an_older_checkpoint_without_clipping_is_read(tmp_path, optimizer_type):
     """Its optimizer's state is not the second of a pair."""
-    options = OptimizerOptions(optimizer_type, 0.9, 0.95, 0.95, 0.1, grad_clip=0.0)
+    options = OptimizerOptions(optimizer_type, 0.9, 0.95, 1e-8, 0.95, 0.1, grad_clip=0.0)
     c = llama.model_config(n_layers=1)
     state = train_state.init(c, optimizer.make_optimizer(options, c), 0, False)
     older = state.replace(opt_state=jax.tree.map(lambda x: x + 3, state.opt_state[1]))
@@ -337,11 +337,13 @@ def test_patience_starts_anew_where_something_else_is_measured():
 def test_what_is_measured(tiny_config, changes, same):
     rows = open_dataset(tiny_config.data.train_data_path, "", 32).rows("validation")
     tiny_config.training.update(dict(eval_iters=1, batch_size=8))
-    before = loop._fingerprints(rows, rows, tiny_config.training)
+    before = loop._fingerprints(rows, {"": rows}, tiny_config.training)
     tiny_config.training.update(changes)
-    assert (loop._fingerprints(rows, rows, tiny_config.training) == before) == same
+    assert (loop._fingerprints(rows, {"": rows}, tiny_config.training) == before) == same
+    named = loop._fingerprints(rows, {"first": rows, "second": rows}, tiny_config.training)
+    assert named == loop._fingerprints(rows, {"": rows}, tiny_config.training)  # only the first decides
     tiny_config.training.document_mask = True
-    assert loop._fingerprints(rows, rows, tiny_config.training)[1] not in before
+    assert loop._fingerprints(rows, {"": rows}, tiny_config.training)[1] not in before
 
 
 def another_dataset(folder, dataset_folder, jsonl, *flags):

@@ -1,8 +1,13 @@
 """Dialogues as token ids, through a tokenizer's chat template."""
 
 import bisect
+<<<<<<< HEAD
 import operator
 from typing import NamedTuple
+=======
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+>>>>>>> main
 
 from transformers import PreTrainedTokenizerFast
 
@@ -79,6 +84,7 @@ def encode_chat(
     add_generation_prompt: bool,
     tools: list[dict] | None = None,
     complete: bool = False,
+    variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """A dialogue as a prompt: token ids as transformers' `apply_chat_template` gives them.
 
@@ -88,11 +94,12 @@ def encode_chat(
       messages: [{"role": …, "content": …}, …].
       add_generation_prompt: end with the header of an assistant's answer.
       complete: refuse what the template leaves out: roles, tools, calls.
+      variables: the template's own, such as Qwen3's enable_thinking.
 
     Raises:
-      UserError: the tokenizer has no chat template, or it does not take these messages.
+      UserError: the tokenizer has no chat template, or it does not take these messages or variables.
     """
-    renderer = DialogueRenderer(_template(tokenizer), messages, tools)
+    renderer = DialogueRenderer(_template(tokenizer, variables), messages, tools)
     rendering = renderer.whole(add_generation_prompt)
     if complete:
         written.check(renderer, rendering, messages, tools)
@@ -100,10 +107,10 @@ def encode_chat(
     return ids
 
 
-def _template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
+def _template(tokenizer: PreTrainedTokenizerFast, variables: Mapping[str, Any] | None = None) -> ChatTemplate:
     if not tokenizer.chat_template:
         raise UserError("chat: this tokenizer has no chat template (expected one in tokenizer_config.json)")
-    return ChatTemplate(tokenizer)
+    return ChatTemplate(tokenizer, variables)
 
 
 def _tokens_within(spans: list[tuple[int, int]], offsets: list[tuple[int, int]]) -> list[bool]:

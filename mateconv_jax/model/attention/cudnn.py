@@ -3,9 +3,13 @@
 Dimensions in names: B batch, S queries, H query heads, K key/value heads, N head_dim.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 
+from mateconv_jax.errors import UserError
 from mateconv_jax.model.attention.request import Request
 
 
@@ -34,3 +38,25 @@ def refusal(request: Request) -> str | None:
 def attention(q_BSHN, k_BSKN, v_BSKN, documents_BS=None, dropout=0.0, key_B=None):
     mask_B1SS = None if documents_BS is None else (documents_BS[:, :, None] == documents_BS[:, None])[:, None]
     return jax.nn.dot_product_attention(q_BSHN, k_BSKN, v_BSKN, mask=mask_B1SS, is_causal=True, implementation="cudnn")
+
+
+@contextlib.contextmanager
+def clear_rejections() -> Iterator[None]:
+    """Within the block, shapes that `refusal` accepts and cuDNN rejects when a program is compiled are a UserError."""
+    try:
+        yield
+    except (ValueError, NotImplementedError, RuntimeError) as error:
+        if "fused_attention" not in _files_of(error):
+            raise
+        raise UserError(
+            f"model.attention: cuDNN rejects these shapes ({' '.join(str(error).split())[:200]}; expected an even "
+            "data.seq_len and a model.head_dim divisible by 8, or --config.model.attention=xla)"
+        ) from error
+
+
+def _files_of(error: Exception) -> str:
+    names, traceback = [], error.__traceback__
+    while traceback is not None:
+        names.append(traceback.tb_frame.f_code.co_filename)
+        traceback = traceback.tb_next
+    return " ".join(names)
