@@ -83,10 +83,6 @@ class Checkpoints:
     45 to 115 ms of the 0.45 to 0.8 s that writing 430 MB takes, most of it in Python.
     """
 
-<<<<<<< HEAD
-    def __init__(self, run: Path, keep_latest: int, keep_every: int | None, keep_best: bool):
-        disk.quiet_orbax()
-=======
     def __init__(
         self,
         run: Path,
@@ -96,7 +92,7 @@ class Checkpoints:
         on_written: Callable[[float], None] = lambda seconds: None,
     ):
         """on_written: called, in another thread, with the seconds that a checkpoint took to reach the disk."""
->>>>>>> main
+        disk.quiet_orbax()
         self._folder = Path(os.path.abspath(run))
         self._thread = ThreadPoolExecutor(1, "checkpoints")  # one: all processes reach Orbax's barriers in the same order
         self._latest = _Saves(
@@ -337,15 +333,10 @@ def _clear_errors(folder: Path):
     except UserError:
         raise
     except Exception as error:  # Orbax and its storage raise anything
-<<<<<<< HEAD
-        code = disk.code_of(error, folder)
-        reason = os.strerror(code) if code else " ".join(str(error).split())[:300]
-=======
         if out_of_memory.is_cause_of(error):
             raise
-        full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
-        reason = os.strerror(errno.ENOSPC) if full else " ".join(str(error).split())[:300]
->>>>>>> main
+        code = disk.code_of(error, folder)
+        reason = os.strerror(code) if code else " ".join(str(error).split())[:300]
         raise UserError(
             f"training.out_dir: cannot write a checkpoint to {folder} ({reason}; earlier ones stay, and the same command "
             "continues from the newest)"

@@ -58,15 +58,10 @@ def train(config: ConfigDict) -> int:
     """
     out_dir = Path(config.training.out_dir).absolute()
     try:
-<<<<<<< HEAD
-        with disk.os_errors(out_dir), Signals() as signals, run_lock.held(Path(config.training.out_dir)):
-            return _train(config, signals)
-=======
         time_limit = TimeLimit(config.training.max_hours)
-        with Signals(time_limit) as signals, run_lock.held(Path(config.training.out_dir)):
+        with disk.os_errors(out_dir), Signals(time_limit) as signals, run_lock.held(Path(config.training.out_dir)):
             with out_of_memory.as_user_error(*LOWER):
                 return _train(config, signals, time_limit)
->>>>>>> main
     except OSError as error:  # of writing the log and the metrics, if it names no other file
         if error.filename is not None and not Path(os.fsdecode(error.filename)).absolute().is_relative_to(out_dir):
             raise UserError(f"{os.fsdecode(error.filename)}: {error.strerror or error}") from error

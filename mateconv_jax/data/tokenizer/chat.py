@@ -1,13 +1,9 @@
 """Dialogues as token ids, through a tokenizer's chat template."""
 
 import bisect
-<<<<<<< HEAD
 import operator
-from typing import NamedTuple
-=======
 from collections.abc import Mapping
 from typing import Any, NamedTuple
->>>>>>> main
 
 from transformers import PreTrainedTokenizerFast
 
