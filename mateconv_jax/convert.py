@@ -48,7 +48,7 @@ def parse_args(argv):
 
 def command() -> int:
     """Entry point of `mateconv-convert`."""
-    return exit_code(main, parse_args(sys.argv[1:]))
+    return exit_code(lambda: main(parse_args(sys.argv[1:])))
 
 
 if __name__ == "__main__":

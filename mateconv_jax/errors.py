@@ -1,5 +1,6 @@
 """User errors: one line on standard error and exit code 2, no traceback."""
 
+import io
 import os
 import select
 import sys
@@ -33,6 +34,8 @@ def exit_code(command, *args) -> int:
     gives 130. A reader that closes standard output, as `| head` does, ends the command with 0. A file that cannot be read or
     written, and too little memory, are one line and 2 as well: they are no fault of the program.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may lack characters, even of --help
     try:
         code = command(*args) or 0
         sys.stdout.flush()
@@ -57,25 +60,11 @@ def exit_code(command, *args) -> int:
             where = "standard output: "
         _say(f"{where}{error.strerror}")
         return 2
-    except Exception as error:
-        if not (isinstance(error, MemoryError) or _is_device_out_of_memory(error)):
-            raise
-        _say(f"out of memory{f' ({_first_line(error)})' if str(error) else ''}")
-        return 2
 
 
 def _say(message: str) -> None:
     """Messages quote lines of files, which must not move a terminal's cursor."""
     print(f"error: {escaped(message)}", file=sys.stderr)
-
-
-def _is_device_out_of_memory(error: Exception) -> bool:
-    """Whether jax, which is not imported here, raised it because a device has no more memory."""
-    return type(error).__module__.startswith("jax") and "RESOURCE_EXHAUSTED" in str(error)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
 
 
 def _can_print() -> bool:
@@ -93,10 +82,10 @@ def _drop_output() -> None:
 
 
 def _stdout_is_closed() -> bool:
-    """Whether standard output is a pipe that nobody reads."""
+    """Whether standard output is a pipe that nobody reads: an error to Linux, a hang-up to macOS."""
     poll = select.poll()
     poll.register(sys.stdout, select.POLLOUT)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def program(module: str) -> str:

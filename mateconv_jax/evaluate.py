@@ -124,7 +124,7 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
 
 def command() -> int:
     """Entry point of `mateconv-evaluate`."""
-    return exit_code(main, parse_args(sys.argv[1:]))
+    return exit_code(lambda: main(parse_args(sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ def _add_cleaning(parser: argparse.ArgumentParser, rows: PrepareOptions) -> None
 
 def command() -> int:
     """What `mateconv-prepare` runs."""
-    return exit_code(main, parse_args(sys.argv[1:]))
+    return exit_code(lambda: main(parse_args(sys.argv[1:])))
 
 
 if __name__ == "__main__":

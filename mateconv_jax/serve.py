@@ -135,7 +135,7 @@ LIMITS = [
 
 def command() -> int:
     """Entry point of `mateconv-serve`."""
-    return exit_code(main, parse_args(sys.argv[1:]))
+    return exit_code(lambda: main(parse_args(sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import sys
@@ -30,6 +29,10 @@ from mateconv_jax.errors import UserError, check_name, exit_code, program
 INSPECT_MB = 4  # of each --input: takes seconds, and gets the ratio's second decimal right
 
 
+def main(args):
+    return args.run(args)
+
+
 def train(args):
     output = Path(args.output)
     sources = sources_lib.find(args.input)
@@ -45,8 +48,6 @@ def train(args):
 
 
 def inspect(args):
-    assert isinstance(sys.stdout, io.TextIOWrapper)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a vocabulary may have characters that the log's encoding lacks
     if args.dialogue is not None:
         tokenizer = tokenizer_lib.load(args.folder, "inspect")
         shown = dialogue_view.show(tokenizer, args.dialogue, args.text_key, args.learn, args.json, tuple(args.ignore_fields))
@@ -195,8 +196,7 @@ def _add_inspect(commands) -> None:
 
 def command() -> int:
     """What `mateconv-tokenizer` runs."""
-    arguments = parse_args(sys.argv[1:])
-    return exit_code(arguments.run, arguments)
+    return exit_code(lambda: main(parse_args(sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -72,15 +72,6 @@ def test_a_full_standard_output_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == f"error: standard output: {FULL}\n"
 
 
-def test_too_little_memory_is_one_line(capsys):
-    import jax.numpy as jnp
-
-    assert exit_code(np.ones, 10**17) == 2  # bytes that no machine has
-    assert exit_code(lambda: jnp.zeros(10**14).block_until_ready()) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and all(line.startswith("error: out of memory (") for line in lines)
-
-
 # ---- every command, at sizes that stop it in different places -----------------------------------------------------------
 
 

@@ -28,15 +28,26 @@ class DataProcessor:
       tokenizer_path: a tokenizer's folder.
       max_length: most characters of a document, longer ones are dropped as in MateConv; also the targets per row.
       chunk_size: records per chunk; a chunk becomes a shard.
+      save_interval: most records between two durable points. A finished chunk is one, so only values below chunk_size matter.
       num_workers: number of processes. With more than 1, the calling script needs `if __name__ == "__main__":`.
     """
 
-    def __init__(self, tokenizer_path: str, max_length: int = 512, chunk_size: int = 50_000, num_workers: int = 1):
+    def __init__(
+        self,
+        tokenizer_path: str,
+        max_length: int = 512,
+        chunk_size: int = 50_000,
+        save_interval: int = 1_000_000,
+        num_workers: int = 1,
+    ):
+        for name, value in (("chunk_size", chunk_size), ("save_interval", save_interval)):
+            if value < 1:
+                raise UserError(f"{name}: {value!r} is invalid (expected at least 1)")
         self.tokenizer_path = os.path.expanduser(tokenizer_path)
         self.num_workers = num_workers
         self._options = PrepareOptions(
             seq_len=max_length,
-            sizes=ChunkSizes(records=chunk_size),
+            sizes=ChunkSizes(records=min(chunk_size, save_interval)),
             cleaning=CleaningOptions(max_chars=max_length, too_long="drop"),
         )
         self._statistics: dict | None = None

@@ -6,10 +6,12 @@ tokenizer, sample.json, chunks, beam, dataset, replaced
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ from mateconv_jax.data.build import identity
 from mateconv_jax.data.text.sources import Source
 from mateconv_jax.errors import UserError, check_name
 
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 LOCK_SECONDS = 10.0  # a killed run keeps its lock until the system has freed its memory: seconds for some GB
 _OURS = {"options.json", "lock", "workers", "tokenizer", "sample.json", "chunks", "beam", "dataset", "replaced"}
 _OURS |= {f"{name}.partial" for name in _OURS}
@@ -117,8 +120,23 @@ def restore_replaced(output: Path) -> None:
 def hold_for_worker(folder: Path) -> BinaryIO:
     """A lock that a worker holds until it dies, so that no later run starts while it still writes."""
     file = (folder / "workers").open("wb")
-    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    _lock(file, fcntl.LOCK_SH)
     return file
+
+
+def _lock(file: BinaryIO, how: int) -> bool:
+    """Lock an open file, unless another process holds it. Returns whether the disk has locks, as some network disks have not.
+
+    Raises:
+      BlockingIOError: another process holds it.
+    """
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
 
 
 def _wait_for(lock: BinaryIO, folder: Path) -> None:
@@ -128,7 +146,8 @@ def _wait_for(lock: BinaryIO, folder: Path) -> None:
         for file in (lock, workers):
             while True:
                 try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if not _lock(file, fcntl.LOCK_EX) and file is lock:
+                        print(f"--output: no file locks on the disk of {str(folder)!r}: start no second run", file=sys.stderr)
                     break
                 except BlockingIOError as error:
                     if time.monotonic() > deadline:
