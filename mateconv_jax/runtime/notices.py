@@ -19,7 +19,7 @@ TICK_SECONDS = 0.5  # between two looks at the coordinator's store, less than a 
 # For a process whose own main thread is about to end, because it failed in the same way.
 GRACE_SECONDS = 5.0
 # The coordinator lives in the first process. When it goes, jax aborts the others, before they have written what happened.
-LAST_SECONDS = 20.0
+LAST_SECONDS = 20.0  # a process that cannot even say that it leaves is not waited for longer
 
 
 class Notices:
@@ -34,7 +34,6 @@ class Notices:
         self._outbox: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._seen: set[str] = set()
         self._ended = threading.Event()
-        self._failing = False
 
     def on(self, kind: str, handler: Callable[[int, str], None]) -> None:
         """Before the block: call handler(process, text) for every process, this one too, that posts a notice of that kind."""
@@ -50,13 +49,20 @@ class Notices:
         return self
 
     def __exit__(self, _, error: BaseException | None, __):
+        self._ended.set()
         if error is not None and jax.process_count() > 1:
-            self._failing = True
-            code = 2 if isinstance(error, UserError) else 1
+            # Before jax's own, which waits for processes that will not come.
+            atexit.register(leave, self.fail(error))
+
+    def fail(self, error: BaseException) -> int:
+        """End all processes. Another thread may call it: the main one may be waiting for a process that waits for this one.
+        Returns the exit code.
+        """
+        code = 2 if isinstance(error, UserError) else 1
+        if jax.process_count() > 1:
             message = {"code": code, "error": " ".join(str(error).split())[:1000] or type(error).__name__}
             _set(f"{FOLDER}failed/{jax.process_index()}", json.dumps(message))
-            atexit.register(leave, code)  # before jax's own, which waits for processes that will not come
-        self._ended.set()
+        return code
 
     def _watch(self) -> None:
         while not self._ended.wait(TICK_SECONDS):
@@ -77,23 +83,23 @@ class Notices:
 
     def _failed(self, process: int, text: str) -> None:
         failure = json.loads(text)
-        if process == jax.process_index() or self._ended.wait(GRACE_SECONDS):
+        if self._ended.wait(GRACE_SECONDS):
             return
         print(f"error: process {process} of {jax.process_count()} failed: {failure['error']}", file=sys.stderr)
         leave(failure["code"])
 
 
 def leave(code: int) -> None:
-    """End this process at once, but the first one last."""
+    """End this process, once the others are about to end as well: connections that break under a computation would be their
+    error. The first process goes last.
+    """
     if jax.process_count() > 1:
         _set(f"{LEFT}{jax.process_index()}", "")
         end = time.monotonic() + LAST_SECONDS
-        while jax.process_index() == 0 and time.monotonic() < end:
-            if len(agreement.store().key_value_dir_get(LEFT)) == jax.process_count():
-                break
+        while time.monotonic() < end and len(agreement.store().key_value_dir_get(LEFT)) < jax.process_count():
             time.sleep(0.1)
         if jax.process_index() == 0:
-            time.sleep(TICK_SECONDS)  # they are on their way
+            time.sleep(TICK_SECONDS)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)

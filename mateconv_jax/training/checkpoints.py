@@ -90,16 +90,21 @@ class Checkpoints:
         keep_every: int | None,
         keep_best: bool,
         on_written: Callable[[float], None] = lambda seconds: None,
+        on_failed: Callable[[Exception], object] = lambda error: None,
     ):
-        """on_written: called, in another thread, with the seconds that a checkpoint took to reach the disk."""
+        """
+        Args:
+          on_written: called, in another thread, with the seconds that a checkpoint took to reach the disk.
+          on_failed: called, in another thread, with the error of a failed save, which the next one raises.
+        """
         self._folder = Path(os.path.abspath(run))
         self._thread = ThreadPoolExecutor(1, "checkpoints")  # one: all processes reach Orbax's barriers in the same order
         self._latest = _Saves(
-            self._thread, run_folder.checkpoints(run), on_written, max_to_keep=keep_latest, keep_period=keep_every
+            self._thread, run_folder.checkpoints(run), on_written, on_failed, max_to_keep=keep_latest, keep_period=keep_every
         )
         self._best, self._copies = None, _Copies()
         if keep_best:
-            self._best = _Saves(self._thread, run_folder.best(run), on_written, max_to_keep=1)
+            self._best = _Saves(self._thread, run_folder.best(run), on_written, on_failed, max_to_keep=1)
             self._best.last_step = None  # the run may return to an earlier step, and do that one again
 
     def __enter__(self):
@@ -164,7 +169,7 @@ class Checkpoints:
 class _Saves:
     """Orbax's manager of one folder, called by `thread`."""
 
-    def __init__(self, thread: ThreadPoolExecutor, folder: Path, on_written: Callable[[float], None], **keep):
+    def __init__(self, thread: ThreadPoolExecutor, folder: Path, on_written: Callable, on_failed: Callable, **keep):
         # Active processes: barriers that do not go through the devices, where another thread trains. Key prefix: saves of one
         # step into two folders would share a barrier.
         processes = ocp.options.MultiprocessingOptions(
@@ -177,6 +182,7 @@ class _Saves:
         )  # fmt: skip
         self._manager = ocp.CheckpointManager(folder, options=options)
         self._thread, self.folder, self._on_written, self._begin = thread, folder, on_written, 0.0
+        self._on_failed = on_failed
         self._handed_over: Future | None = None
         self.last_step = self._manager.latest_step()
 
@@ -203,13 +209,19 @@ class _Saves:
 
     def _write(self, step: int, replaces: bool, state: TrainState, progress: dict, begin: float) -> None:
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
-        if replaces:
-            self._manager.delete(step)
-        self._manager.wait_until_finished()
-        self._begin = begin
-        # Forced: otherwise Orbax answers False, and saves nothing, for a step below its last. It keeps those saved last.
-        if not self._manager.save(step, args=args, force=True):
-            raise RuntimeError(f"Orbax did not save step {step}")
+        try:
+            with _clear_errors(self.folder.parent):
+                if replaces:
+                    self._manager.delete(step)
+                self._manager.wait_until_finished()
+                self._begin = begin
+                # Forced: otherwise Orbax answers False, and saves nothing, for a step below its last. It keeps what was saved
+                # last.
+                if not self._manager.save(step, args=args, force=True):
+                    raise RuntimeError(f"Orbax did not save step {step}")
+        except Exception as error:
+            self._on_failed(error)
+            raise
 
     def _written(self) -> None:
         self._on_written(time.monotonic() - self._begin)

@@ -66,7 +66,7 @@ def train(config: ConfigDict, signals: Signals | None = None) -> int:
         with notices, _clear_errors(out_dir), out_of_memory.as_user_error(*LOWER):
             check_same_config(config)
             with run_lock.held(out_dir), HangWatch(config.training.hang_timeout) as watch:
-                return _train(config, signals, time_limit, watch)
+                return _train(config, signals, notices, time_limit, watch)
 
 
 @contextlib.contextmanager
@@ -84,7 +84,7 @@ def _clear_errors(out_dir: Path):
         ) from error
 
 
-def _train(config: ConfigDict, signals: Signals, time_limit: TimeLimit, watch: HangWatch) -> int:
+def _train(config: ConfigDict, signals: Signals, notices: Notices, time_limit: TimeLimit, watch: HangWatch) -> int:
     training = config.training
 
     # ---- from where: see resume.find_origin -------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def _train(config: ConfigDict, signals: Signals, time_limit: TimeLimit, watch: H
         resume.bring_best(origin, folder)
     with (
         logging_to(folder / "train.log"),
-        Checkpoints(folder, training.keep_latest, training.keep_every, training.keep_best, time_limit.saved_in) as checkpoints,
+        _checkpoints(training, folder, time_limit, notices) as checkpoints,
     ):
         state, progress, read, start = resume.start(origin, checkpoints, programs.init, programs.abstract_state)
         if read != position:  # the newest checkpoint was damaged
@@ -144,6 +144,11 @@ def _train(config: ConfigDict, signals: Signals, time_limit: TimeLimit, watch: H
                 folder, length, programs, source, evaluators, samples, checkpoints, SaveTimer(training.save_minutes),
                 metrics, signals, watch, training.max_bad_steps, training.patience if training.early_stopping else None,
             ).steps(state, progress)  # fmt: skip
+
+
+def _checkpoints(training: ConfigDict, folder: Path, time_limit: TimeLimit, notices: Notices) -> Checkpoints:
+    keep = training.keep_latest, training.keep_every, training.keep_best
+    return Checkpoints(folder, *keep, on_written=time_limit.saved_in, on_failed=notices.fail)
 
 
 def _open(config: ConfigDict, c: ModelConfig, objective: objective_lib.Objective, origin: resume.Origin):
