@@ -194,6 +194,8 @@ KEYS = [
     Key("training.max_hours", None, FREE,
         "Hours after which the run saves and exits with 75, as if it were sent SIGTERM: counted from the start of the "
         "process, and early enough for the checkpoint to be written.", POSITIVE, float),
+    Key("training.hang_timeout", 0.0, FREE,
+        "Seconds without a step of any process after which all print their stacks and exit with 75. 0: never.", NOT_NEGATIVE),
     Key("training.batch_size", 32, DIVERGES,
         "GLOBAL batch: rows of a micro-batch over all devices. (PyTorch MateConv's is per GPU.)", POSITIVE),
     Key("training.accumulation_steps", 1, DIVERGES, "Micro-batches per optimizer step.", POSITIVE),

@@ -22,7 +22,7 @@ is resumed:
 {keys}
 
 Exit codes: 0 finished; 2 wrong input; 75 stopped by SIGTERM, Ctrl-C or training.max_hours with a
-checkpoint saved: give the same command to continue."""
+checkpoint saved, or by training.hang_timeout: give the same command to continue."""
 
 
 def main(argv):
@@ -30,13 +30,16 @@ def main(argv):
         print(HELP.format(program=program("train"), keys=config_lib.describe()))
         return 0
     config = config_lib.resolve(config_lib.from_command_line(argv))
-    from mateconv_jax.runtime import compilation_cache, distributed  # imports take seconds: only for a valid command line
+    from mateconv_jax.training.preemption import Signals
 
-    compilation_cache.enable(config.training.compilation_cache_dir)
-    distributed.initialize()
-    from mateconv_jax.training.loop import train
+    with Signals() as signals:
+        from mateconv_jax.runtime import compilation_cache, distributed  # imports take seconds: only for a valid command line
 
-    return train(config)
+        compilation_cache.enable(config.training.compilation_cache_dir)
+        distributed.initialize()
+        from mateconv_jax.training.loop import train
+
+        return train(config, signals)
 
 
 def command() -> int:

@@ -134,7 +134,7 @@ def test_the_keys_change_only_with_thought():
             "accumulation_steps", "adam_eps", "batch_size", "beta1", "beta2", "compilation_cache_dir", "decay_ratio", "deterministic",
             "document_mask", "dtype",
             "early_stopping", "ema_decay", "ema_warmup", "epochs", "eval_interval", "eval_iters", "grad_allreduce_dtype", "grad_clip",
-            "init_from", "keep_best", "keep_every", "keep_latest", "learning_rate", "log_interval", "lr_power",
+            "hang_timeout", "init_from", "keep_best", "keep_every", "keep_latest", "learning_rate", "log_interval", "lr_power",
             "lr_scheduler", "max_bad_steps", "max_hours", "max_steps", "min_lr", "muon_momentum", "optimizer_type",
             "out_dir", "patience", "profile_step", "remat", "resume", "resume_from", "sample_chat", "sample_prompts", "samples_interval",
             "save_interval", "save_minutes", "seed", "skip_spikes", "use_ema",

@@ -50,6 +50,7 @@ def initialize() -> None:
         if (tasks := os.environ.get("SLURM_NTASKS", "1")) != "1":
             print(f"warning: SLURM_NTASKS is {tasks}, but srun did not start this process: it trains alone", file=sys.stderr)
         return
+    jax.config.update("jax_enable_preemption_service", False)  # see training/preemption.py
     try:
         jax.distributed.initialize(
             coordinator_address=os.environ["JAX_COORDINATOR_ADDRESS"] if place.launcher == "deactivate" else None,

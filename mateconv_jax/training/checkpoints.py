@@ -18,11 +18,10 @@ from typing import cast
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
 
 from mateconv_jax import disk, run_folder
 from mateconv_jax.errors import UserError
-from mateconv_jax.runtime import device_memory, distributed, out_of_memory
+from mateconv_jax.runtime import agreement, device_memory, distributed, out_of_memory
 from mateconv_jax.training.train_state import TrainState
 
 
@@ -90,17 +89,22 @@ class Checkpoints:
         keep_every: int | None,
         keep_best: bool,
         on_written: Callable[[float], None] = lambda seconds: None,
+        on_failed: Callable[[Exception], object] = lambda error: None,
     ):
-        """on_written: called, in another thread, with the seconds that a checkpoint took to reach the disk."""
+        """
+        Args:
+          on_written: called, in another thread, with the seconds that a checkpoint took to reach the disk.
+          on_failed: called, in another thread, with the error of a failed save, which the next one raises.
+        """
         disk.quiet_orbax()
         self._folder = Path(os.path.abspath(run))
         self._thread = ThreadPoolExecutor(1, "checkpoints")  # one: all processes reach Orbax's barriers in the same order
         self._latest = _Saves(
-            self._thread, run_folder.checkpoints(run), on_written, max_to_keep=keep_latest, keep_period=keep_every
+            self._thread, run_folder.checkpoints(run), on_written, on_failed, max_to_keep=keep_latest, keep_period=keep_every
         )
         self._best, self._copies = None, _Copies()
         if keep_best:
-            self._best = _Saves(self._thread, run_folder.best(run), on_written, max_to_keep=1)
+            self._best = _Saves(self._thread, run_folder.best(run), on_written, on_failed, max_to_keep=1)
             self._best.last_step = None  # the run may return to an earlier step, and do that one again
 
     def __enter__(self):
@@ -141,16 +145,12 @@ class Checkpoints:
           UserError: none can be read.
         """
         reasons = []
-        steps = self._latest.all_steps()
+        steps = agreement.from_first("checkpoints", self._latest.all_steps())
         for step in steps:
-            try:
-                state, progress = restore(self._latest.folder / str(step), abstract_state)
-            except Exception as error:  # the libraries raise anything for a broken file
-                if out_of_memory.is_cause_of(error):
-                    raise
-                reasons.append(f"step {step}: {' '.join(str(error).split())[:200] or type(error).__name__}")
-                continue
-            break
+            found = read(self._latest.folder / str(step), abstract_state)
+            if not isinstance(found, str):
+                break
+            reasons.append(f"step {step}: {found}")
         else:
             raise UserError(f"training.out_dir: no checkpoint in {self._folder} can be read ({'; '.join(reasons)})")
         for reason, step in zip(reasons, steps, strict=False):
@@ -161,15 +161,15 @@ class Checkpoints:
                 shutil.rmtree(unreadable / str(step), ignore_errors=True)
                 (self._latest.folder / str(step)).rename(unreadable / str(step))
         if reasons:
-            multihost_utils.sync_global_devices("unreadable checkpoints moved")
+            agreement.gather("unreadable checkpoints moved")
             self._latest.reload()
-        return state, progress
+        return found
 
 
 class _Saves:
     """Orbax's manager of one folder, called by `thread`."""
 
-    def __init__(self, thread: ThreadPoolExecutor, folder: Path, on_written: Callable[[float], None], **keep):
+    def __init__(self, thread: ThreadPoolExecutor, folder: Path, on_written: Callable, on_failed: Callable, **keep):
         # Active processes: barriers that do not go through the devices, where another thread trains. Key prefix: saves of one
         # step into two folders would share a barrier.
         processes = ocp.options.MultiprocessingOptions(
@@ -182,35 +182,46 @@ class _Saves:
         )  # fmt: skip
         self._manager = ocp.CheckpointManager(folder, options=options)
         self._thread, self.folder, self._on_written, self._begin = thread, folder, on_written, 0.0
+        self._on_failed = on_failed
         self._handed_over: Future | None = None
         self.last_step = self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, progress: Progress, copies: "_Copies") -> None:
         """See Checkpoints. What a run saved before it returned to an earlier step is replaced, unless it comes out the same."""
-        if step == self.last_step or run_folder.read_progress(self.folder / str(step)) == dataclasses.asdict(progress):
+        is_saved = step == self.last_step or run_folder.read_progress(self.folder / str(step)) == dataclasses.asdict(progress)
+        if agreement.from_first("is saved", is_saved):
             return
         with _clear_errors(self.folder.parent):
             self._wait_for_last_save()
             self._manager.check_for_errors()
+            replaces = agreement.from_first("replaces a checkpoint", step in self._manager.all_steps())
             # The next step overwrites the state. Without a copy, wait: Orbax returns when the state is on the host.
             copy = copies.take(step, state)
             saved = state if copy is None else copy
-            self._handed_over = self._thread.submit(self._write, step, saved, dataclasses.asdict(progress), time.monotonic())
+            self._handed_over = self._thread.submit(
+                self._write, step, replaces, saved, dataclasses.asdict(progress), time.monotonic()
+            )
             if copy is None:
                 self._wait_for_last_save()
             else:
                 self._handed_over.add_done_callback(copies.give_back)
         self.last_step = step
 
-    def _write(self, step: int, state: TrainState, progress: dict, begin: float) -> None:
+    def _write(self, step: int, replaces: bool, state: TrainState, progress: dict, begin: float) -> None:
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
-        if step in self._manager.all_steps():
-            self._manager.delete(step)
-        self._manager.wait_until_finished()
-        self._begin = begin
-        # Forced: otherwise Orbax answers False, and saves nothing, for a step below its last. It keeps those saved last.
-        if not self._manager.save(step, args=args, force=True):
-            raise RuntimeError(f"Orbax did not save step {step}")
+        try:
+            with _clear_errors(self.folder.parent):
+                if replaces:
+                    self._manager.delete(step)
+                self._manager.wait_until_finished()
+                self._begin = begin
+                # Forced: otherwise Orbax answers False, and saves nothing, for a step below its last. It keeps what was saved
+                # last.
+                if not self._manager.save(step, args=args, force=True):
+                    raise RuntimeError(f"Orbax did not save step {step}")
+        except Exception as error:
+            self._on_failed(error)
+            raise
 
     def _written(self) -> None:
         self._on_written(time.monotonic() - self._begin)
@@ -262,7 +273,7 @@ class _Copies:
         """
         with self._changed:
             self._changed.wait_for(lambda: self._copy is None or self._step == step)
-            if self._copy is None and self._fit(state):
+            if self._copy is None and all(agreement.gather("copy fits", self._fit(state))):
                 shardings = jax.tree.map(lambda x: x.sharding, state)
                 self._step, self._copy = step, jax.device_put(state, shardings, may_alias=False)
             self._users += self._copy is not None
@@ -298,8 +309,24 @@ class _Copies:
         return True
 
 
+def read(folder: Path, abstract_state: TrainState) -> tuple[TrainState, Progress] | str:
+    """A checkpoint from its own folder; where a process cannot read it, all of them get the reason."""
+    found, reason = None, None
+    try:
+        found = restore(folder, abstract_state)
+    except Exception as error:  # the libraries raise anything for a broken file
+        if out_of_memory.is_cause_of(error):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+    reasons = agreement.gather("checkpoint read", reason)
+    failed = [process for process, reason in enumerate(reasons) if reason is not None]
+    if found is not None and not failed:
+        return found
+    return reasons[failed[0]] + (f" (process {failed[0]} of {len(reasons)})" if len(reasons) > 1 else "")
+
+
 def restore(folder: Path, abstract_state: TrainState) -> tuple[TrainState, Progress]:
-    """A checkpoint from its own folder. Raises whatever Orbax raises for what it cannot read."""
+    """A checkpoint from its own folder. Raises whatever Orbax raises for what it cannot read. It waits for no other process."""
     if _has_no_clipping(folder):
         clipping, optimizer = cast(tuple, abstract_state.opt_state)
         state, progress = _restore(folder, dataclasses.replace(abstract_state, opt_state=optimizer))
@@ -309,7 +336,9 @@ def restore(folder: Path, abstract_state: TrainState) -> tuple[TrainState, Progr
 
 def _restore(folder: Path, abstract_state: TrainState) -> tuple[TrainState, Progress]:
     handler = ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), progress=ocp.JsonCheckpointHandler())
-    with ocp.Checkpointer(handler) as checkpointer:
+    # Each process alone: by default Orbax waits for those that could not read it.
+    alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), progress=ocp.args.JsonRestore())
         restored = checkpointer.restore(folder, args=args)
     return restored.state, Progress(**restored.progress)

@@ -1,5 +1,6 @@
 """A training run from top to bottom."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -18,18 +19,21 @@ from mateconv_jax.interop.stored_model import write_end_ids
 from mateconv_jax.model import flops
 from mateconv_jax.model.attention import cudnn
 from mateconv_jax.model.config import ModelConfig
-from mateconv_jax.runtime import distributed, out_of_memory, sharding
+from mateconv_jax.runtime import agreement, distributed, out_of_memory, sharding
+from mateconv_jax.runtime.notices import Notices
 from mateconv_jax.training import objective as objective_lib, reinforcement, resume, run_lock, setup
 from mateconv_jax.training.batch_shape import BatchShape
 from mateconv_jax.training.batches import Source
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
 from mateconv_jax.training.evaluator import Evaluation
+from mateconv_jax.training.hang_watch import HangWatch
 from mateconv_jax.training.header import log_header, log_memory
 from mateconv_jax.training.logging_setup import logging_to
 from mateconv_jax.training.metrics import Metrics
 from mateconv_jax.training.open_data import DataOptions, open_data, open_prompts
 from mateconv_jax.training.preemption import RESUMABLE, Signals
 from mateconv_jax.training.reference import Reference
+from mateconv_jax.training.same_inputs import check_same_config, check_same_data
 from mateconv_jax.training.samples import Samples
 from mateconv_jax.training.setup import Length
 from mateconv_jax.training.skipped_steps import SkippedSteps
@@ -46,7 +50,7 @@ LOWER = (
 )
 
 
-def train(config: ConfigDict) -> int:
+def train(config: ConfigDict, signals: Signals | None = None) -> int:
     """Train as `config` (resolved) says.
 
     Returns:
@@ -56,26 +60,31 @@ def train(config: ConfigDict) -> int:
       UserError: another process trains in the same folder; a path, a size or an option that does not fit, before anything is
         written; a file that cannot be read or written; out of memory; training.max_bad_steps skipped updates in a row.
     """
-    out_dir = Path(config.training.out_dir).absolute()
+    time_limit, notices, out_dir = TimeLimit(config.training.max_hours), Notices(), Path(config.training.out_dir).absolute()
+    with Signals() if signals is None else contextlib.nullcontext(signals) as signals:
+        signals.connect(notices, jax.process_count(), time_limit)
+        with notices, _clear_errors(out_dir), disk.os_errors(out_dir), out_of_memory.as_user_error(*LOWER):
+            check_same_config(config)
+            with run_lock.held(out_dir), HangWatch(config.training.hang_timeout) as watch:
+                return _train(config, signals, notices, time_limit, watch)
+
+
+@contextlib.contextmanager
+def _clear_errors(out_dir: Path):
+    """Turns an OSError, of writing the log and the metrics if it names no other file, into a UserError."""
     try:
-        time_limit = TimeLimit(config.training.max_hours)
-        with (
-            disk.os_errors(out_dir),
-            Signals(time_limit) as signals,
-            run_lock.held(out_dir),
-            out_of_memory.as_user_error(*LOWER),
-        ):
-            return _train(config, signals, time_limit)
-    except OSError as error:  # of writing the log and the metrics, if it names no other file
-        if error.filename is not None and not Path(os.fsdecode(error.filename)).absolute().is_relative_to(out_dir):
-            raise UserError(f"{os.fsdecode(error.filename)}: {error.strerror or error}") from error
+        yield
+    except OSError as error:
+        filename = out_dir if error.filename is None else Path(os.fsdecode(error.filename))
+        if not filename.absolute().is_relative_to(out_dir):
+            raise UserError(f"{filename}: {error.strerror or error}") from error
         raise UserError(
-            f"training.out_dir: cannot write {error.filename or config.training.out_dir!r}: {error.strerror or error} "
+            f"training.out_dir: cannot write {str(filename)!r}: {error.strerror or error} "
             "(finished checkpoints stay; the same command continues from the newest)"
         ) from error
 
 
-def _train(config: ConfigDict, signals: Signals, time_limit: TimeLimit) -> int:
+def _train(config: ConfigDict, signals: Signals, notices: Notices, time_limit: TimeLimit, watch: HangWatch) -> int:
     training = config.training
 
     # ---- from where: see resume.find_origin -------------------------------------------------------------------------
@@ -103,7 +112,7 @@ def _train(config: ConfigDict, signals: Signals, time_limit: TimeLimit) -> int:
         resume.bring_best(origin, folder)
     with (
         logging_to(folder / "train.log"),
-        Checkpoints(folder, training.keep_latest, training.keep_every, training.keep_best, time_limit.saved_in) as checkpoints,
+        _checkpoints(training, folder, time_limit, notices) as checkpoints,
     ):
         state, progress, read, start = resume.start(origin, checkpoints, programs.init, programs.abstract_state)
         if read != position:  # the newest checkpoint was damaged
@@ -120,11 +129,11 @@ def _train(config: ConfigDict, signals: Signals, time_limit: TimeLimit) -> int:
         # ---- the reference, batches, validation ---------------------------------------------------------------------
         if objective.needs_reference:
             reference = _reference(config, programs, origin, folder)
-            joined = reference.join(train_rows, val_sets, state.params, progress, lambda: signals.stop)
+            joined = reference.join(train_rows, val_sets, state.params, progress, signals.poll)
             if joined is None:
                 return RESUMABLE
             train_rows, val_sets = joined
-        context = objective_lib.Context(folder, end_ids, progress, lambda: signals.stop)
+        context = objective_lib.Context(folder, end_ids, progress, signals.poll)
         source = objective.source(c, mesh, train_rows, tokenizer, read, context)
         if length.samples_interval is not None and objective.samples is not None:
             samples = objective.samples(source)
@@ -133,8 +142,13 @@ def _train(config: ConfigDict, signals: Signals, time_limit: TimeLimit) -> int:
         with _metrics(config, programs, objective.shape, length, int(state.step), progress) as metrics:
             return Run(
                 folder, length, programs, source, evaluators, samples, checkpoints, SaveTimer(training.save_minutes),
-                metrics, signals, training.max_bad_steps, training.patience if training.early_stopping else None,
+                metrics, signals, watch, training.max_bad_steps, training.patience if training.early_stopping else None,
             ).steps(state, progress)  # fmt: skip
+
+
+def _checkpoints(training: ConfigDict, folder: Path, time_limit: TimeLimit, notices: Notices) -> Checkpoints:
+    keep = training.keep_latest, training.keep_every, training.keep_best
+    return Checkpoints(folder, *keep, on_written=time_limit.saved_in, on_failed=notices.fail)
 
 
 def _open(config: ConfigDict, c: ModelConfig, objective: objective_lib.Objective, origin: resume.Origin):
@@ -159,7 +173,7 @@ def _describe(folder: Path, config: ConfigDict, tokenizer: PreTrainedTokenizerFa
     run_folder.keep_data_statistics(folder, config.data.train_data_path)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Run:
     """What the loop works with.
 
@@ -168,6 +182,7 @@ class Run:
       evaluators: {name of the validation set: see Evaluator}; the first one's loss decides what is best.
       samples: None: the run writes none.
       patience: evaluations without a lower loss after which it stops early; None: never.
+      has_evaluated: in this process.
     """
 
     folder: Path
@@ -180,8 +195,10 @@ class Run:
     save_timer: SaveTimer
     metrics: Metrics
     signals: Signals
+    watch: HangWatch
     max_bad_steps: int
     patience: int | None
+    has_evaluated: bool = False
 
     def steps(self, state: TrainState, progress: Progress) -> int:
         """From the state's step to the end, or until the run is asked to stop. Returns the exit code."""
@@ -189,7 +206,8 @@ class Run:
         skipped = SkippedSteps(self.source.describe, self.max_bad_steps)
 
         def save():
-            self.checkpoints.save(step, state, progress)
+            with self.watch.paused():
+                self.checkpoints.save(step, state, progress)
             self.save_timer.restart()
 
         if self.evaluation_due(step, progress):  # the run was stopped during it
@@ -202,7 +220,7 @@ class Run:
             return self.stopped(step)
         train_step = compile_step(self.programs, state, batch, self.checkpoints)
 
-        while not (done or self.signals.poll(step)):
+        while not (done or self.signals.poll_step()):
             with metrics.waiting_for_input():
                 batch = self.source(step, state.params)
             if batch is None:
@@ -212,6 +230,7 @@ class Run:
             progress.rows = self.source.rows_before(step)
             state, step_metrics = train_step(state, batch)  # dispatched, not waited for
             skipped.check(metrics.push(step, step_metrics | of_batch), step, save)  # reads the previous one's meanwhile
+            self.watch.progress()
 
             done = step == length.total_steps
             if self.evaluation_due(step, progress):
@@ -244,14 +263,24 @@ class Run:
 
     def evaluate(self, step: int, state: TrainState, progress: Progress) -> None:
         """Write the validation loss and keep the best checkpoint. When the run is asked to stop, its resumption does this."""
-        with self.metrics.not_training():
-            last = step == self.length.total_steps
-            losses = validation_losses(self.evaluators, state, lambda: self.signals.stop and not last)
+        last = step == self.length.total_steps
+
+        def should_stop() -> bool:
+            self.watch.progress()
+            return self.signals.poll() and not last
+
+        # The first time it is compiled: nobody knows how long that takes.
+        with self.metrics.not_training(), contextlib.nullcontext() if self.has_evaluated else self.watch.paused():
+            losses = validation_losses(self.evaluators, state, should_stop)
+            # All processes have summed the same numbers, but best and patience must not hang on that.
+            losses = agreement.from_first("losses", losses)
+            self.has_evaluated = True
             if losses is None:
                 return
             self.metrics.write(step, losses)
             if progress.evaluated(step, losses.get("val/ema_loss", losses["val/loss"])):
-                self.checkpoints.save_best(step, state, progress)
+                with self.watch.paused():
+                    self.checkpoints.save_best(step, state, progress)
 
     def out_of_patience(self, progress: Progress) -> bool:
         return self.patience is not None and progress.bad_evaluations >= self.patience
@@ -264,7 +293,7 @@ class Run:
 
     def write_samples(self, step: int, state: TrainState) -> None:
         assert self.samples is not None  # samples_interval is given
-        with self.metrics.not_training():
+        with self.metrics.not_training(), self.watch.paused():
             params = state.params if state.ema_params is None else state.ema_params
             with out_of_memory.as_user_error("training.sample_prompts", "fewer, or training.samples_interval=None"):
                 self.metrics.write_samples(step, self.samples.write(params))
@@ -307,10 +336,10 @@ def _fingerprints(train_rows: Rows, val_sets: Mapping[str, Rows], training: Conf
     """Of the training rows, and of what the loss that decides what is best is measured on: the first validation set."""
     train = fingerprint(train_rows, len(train_rows))
     if not val_sets:
-        return train, None
+        return check_same_data(train, None)
     val_rows = next(iter(val_sets.values()))
     n_measured = min(len(val_rows), training.eval_iters * training.batch_size)
-    return train, fingerprint(val_rows, n_measured) + " within documents" * training.document_mask
+    return check_same_data(train, fingerprint(val_rows, n_measured) + " within documents" * training.document_mask)
 
 
 def _reference(config: ConfigDict, programs: setup.Setup, origin: resume.Origin, folder: Path) -> Reference:

@@ -2,10 +2,10 @@
 
 import dataclasses
 import shutil
+import time
 from pathlib import Path
 
 import jax
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
@@ -16,13 +16,14 @@ from mateconv_jax.errors import UserError
 from mateconv_jax.interop.formats import open_model
 from mateconv_jax.interop.stored_model import StoredModel, read_end_ids
 from mateconv_jax.run_folder import Checkpoint
-from mateconv_jax.runtime import distributed, out_of_memory
+from mateconv_jax.runtime import agreement, distributed, out_of_memory
 from mateconv_jax.training import checkpoints as checkpoints_lib, initial_weights
 from mateconv_jax.training.batch_shape import START, Position
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
 from mateconv_jax.training.train_state import TrainState
 
 FROM_SCRATCH = "from scratch"
+LATE_SECONDS = 70  # NFS shows a folder that another machine made after up to 60 s
 
 # Where there is no room for parameters, moments and EMA, a smaller batch does not help.
 STATE_ALONE = "mesh.fsdp", "the training state alone does not fit: split it over more devices, or turn training.use_ema off"
@@ -55,9 +56,23 @@ def find_origin(config: ConfigDict) -> Origin:
     """The first that exists: the newest checkpoint in out_dir > resume_from > init_from > scratch.
 
     Raises:
-      UserError: what a key names cannot be used, out_dir holds a run and training.resume forbids continuing it, or its
-        config.json is not a run's.
+      UserError: what a key names cannot be used, out_dir holds a run and training.resume forbids continuing it, its config.json
+        is not a run's, or processes see different checkpoints.
     """
+    for _ in range(LATE_SECONDS):
+        origin = _find_origin(config)
+        seen = agreement.gather("origin", [origin.key, origin.checkpoint and origin.checkpoint.step])
+        other = next((process for process, what in enumerate(seen) if what != seen[0]), None)
+        if other is None:
+            return origin
+        time.sleep(1)
+    steps = [f"{'no checkpoint' if step is None else f'step {step}'} in process {i}" for i, (_, step) in enumerate(seen)]
+    raise UserError(
+        f"training.out_dir: newest is {steps[0]}, {steps[other]} (expected a folder on a disk that all processes share)"
+    )
+
+
+def _find_origin(config: ConfigDict) -> Origin:
     training = config.training
     run_folder.check_config_is_ours(Path(training.out_dir), "training.out_dir")
     if run_folder.latest_step(training.out_dir) is not None:
@@ -160,8 +175,7 @@ def bring_best(origin: Origin, folder: Path) -> None:
         target.parent.mkdir(exist_ok=True)
         with files.aside(target) as written:
             shutil.copytree(source, written)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("best checkpoint copied")
+    agreement.gather("best checkpoint copied")
 
 
 def end_ids(origin: Origin, vocab_size: int) -> tuple[int, ...]:
@@ -204,7 +218,10 @@ def start(origin: Origin, checkpoints: Checkpoints, init, abstract: TrainState) 
             words = f"step {int(state.step):,}, resumed"
         else:
             with out_of_memory.as_user_error(*STATE_ALONE):
-                state, progress = _read(origin.checkpoint.path, abstract)
+                found = checkpoints_lib.read(origin.checkpoint.path, abstract)
+            if isinstance(found, str):
+                raise UserError(f"training.resume_from: {str(origin.checkpoint.path)!r} cannot be read ({found})")
+            state, progress = found
             words = f"step {int(state.step):,} of {origin.checkpoint.path}"
         if progress.rows is None:
             progress.rows = _rows_read(origin, int(state.step))
@@ -217,12 +234,3 @@ def start(origin: Origin, checkpoints: Checkpoints, init, abstract: TrainState) 
         ema_params = None if state.ema_params is None else jax.tree.map(lambda x: x.copy(), params)
         state = state.replace(params=params, ema_params=ema_params)
     return state, Progress(), START, f"the weights of {origin.model.path}"
-
-
-def _read(path: Path, abstract: TrainState) -> tuple[TrainState, Progress]:
-    try:
-        return checkpoints_lib.restore(path, abstract)
-    except Exception as error:  # the libraries raise anything for a broken file
-        if out_of_memory.is_cause_of(error):
-            raise
-        raise UserError(f"training.resume_from: {str(path)!r} cannot be read ({' '.join(str(error).split())[:300]})") from error

@@ -20,7 +20,7 @@ import jax
 from absl import logging
 
 from mateconv_jax.errors import UserError, check_name
-from mateconv_jax.runtime import distributed
+from mateconv_jax.runtime import agreement, distributed
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 DYING_SECONDS = 30.0  # a killed process holds its lock until the system has taken its memory back
@@ -49,6 +49,7 @@ def held(folder: Path) -> Iterator[None]:
         raise UserError(f"training.out_dir: cannot write to {str(folder)!r}: {error.strerror}{full}") from error
     try:
         with _locked(folder / ".lock") if distributed.is_first() else contextlib.nullcontext():
+            agreement.gather("run folder held")  # nobody touches it before
             yield
     finally:
         with contextlib.suppress(OSError):  # not empty

@@ -24,20 +24,20 @@ from tests.training.runs import flags_of, losses_of, metrics_of
 ROOT = Path(__file__).parents[2]
 
 
-def start(config, out_dir, devices, flags=(), log="log", **environment):
+def start(config, out_dir, devices, flags=(), log="log", prepare=None, **environment):
     out_dir.parent.mkdir(exist_ok=True)
     environment["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-    return Training([*flags_of(config, out_dir), *flags], out_dir.parent / log, environment)
+    return Training([*flags_of(config, out_dir), *flags], out_dir.parent / log, environment, prepare=prepare)
 
 
-def start_two(config, out_dir, flags=()):
-    """Two processes of four devices, joined over loopback."""
+def start_two(config, out_dir, flags=(), prepare=(None, None), devices=4):
+    """Two processes of four devices, joined over loopback. prepare: see Training."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     return [
         start(
-            config, out_dir, 4, flags, f"log{index}",
+            config, out_dir, devices, flags, f"log{index}", prepare[index],
             JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(index),
         )
         for index in range(2)
