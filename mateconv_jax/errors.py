@@ -60,11 +60,25 @@ def exit_code(command, *args) -> int:
             where = "standard output: "
         _say(f"{where}{error.strerror}")
         return 2
+    except Exception as error:
+        if not (isinstance(error, MemoryError) or _is_device_out_of_memory(error)):
+            raise
+        _say(f"out of memory{f' ({_first_line(error)})' if str(error) else ''}")
+        return 2
 
 
 def _say(message: str) -> None:
     """Messages quote lines of files, which must not move a terminal's cursor."""
     print(f"error: {escaped(message)}", file=sys.stderr)
+
+
+def _is_device_out_of_memory(error: Exception) -> bool:
+    """Whether jax, which is not imported here, raised it because a device has no more memory."""
+    return type(error).__module__.startswith("jax") and "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
 
 
 def _can_print() -> bool:

@@ -81,6 +81,12 @@ def test_sample_names_its_flags(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: --max_new_tokens: out of memory on cpu: 276.17GiB more requested")
 
 
+def test_a_command_that_says_no_more_about_it(capsys):
+    """As convert, which has no key to lower."""
+    assert exit_code(lambda: jax.numpy.zeros(10**14).block_until_ready()) == 2  # bytes that no machine has
+    assert capsys.readouterr().err.startswith("error: out of memory (Out of memory allocating 400000000000000 bytes")
+
+
 def test_a_host_without_memory(capsys):
     def numpy():
         raise MemoryError("Unable to allocate 2 GiB for an array")
