@@ -1,6 +1,7 @@
 """The command in a process of its own, as its clients meet it."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -154,8 +155,8 @@ def raw_request(body, length=None):
     return head.encode() + body
 
 
-def test_slow_and_half_closed_senders_hold_nothing(model, tmp_path, generator):
-    server = Server(model, tmp_path, "--max_batch=1", "--body_seconds=1").wait_until_ready()
+def test_slow_half_closed_and_too_many_clients_hold_nothing(model, tmp_path, generator):
+    server = Server(model, tmp_path, "--max_batch=1", "--body_seconds=1", "--max_connections=8").wait_until_ready()
     try:
         with socket.create_connection(("127.0.0.1", server.port)) as slow:
             slow.sendall(raw_request(body_of()[:5], 100))
@@ -175,10 +176,26 @@ def test_slow_and_half_closed_senders_hold_nothing(model, tmp_path, generator):
             half_closed.shutdown(socket.SHUT_WR)
             half_closed.settimeout(20)
             half_closed.recv(1000)
+        with socket.socket() as stalled:  # it asks for a stream and never reads
+            stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            stalled.connect(("127.0.0.1", server.port))
+            stalled.sendall(raw_request(body_of(max_tokens=90, min_tokens=90, stream=True)))
+            answer = httpx.post(f"{server.url}/v1/completions", content=body_of(), headers={"content-type": "application/json"})
+            assert answer.json()["choices"][0]["text"] == generator.generate("小明", OPENAI)
+        assert too_many(server) == {b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 503 Service Unavailable\r\n"}
         assert httpx.get(f"{server.url}/health").status_code == 200
     finally:
         assert server.stop() == 0
     assert "Traceback" not in server.log, server.log
+
+
+def too_many(server):
+    """The status lines of 20 requests at once."""
+    with contextlib.ExitStack() as stack:
+        senders = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(20)]
+        for sender in senders:
+            sender.sendall(raw_request(body_of()))
+        return {sender.makefile("rb").readline() for sender in senders}
 
 
 def test_500_open_connections_are_served(server):
