@@ -15,6 +15,7 @@ benchmark() { # NAME ARGUMENTS …
 
 benchmark startup
 benchmark input_pipeline --seconds 5
+benchmark input_pipeline --seconds 5 --batch_size 256 --shards 16 --pace 20e6
 grep '^{"text"' data/demo.jsonl > data/demo_texts.jsonl
 benchmark prepare --input data/demo_texts.jsonl --times 10 --flags "--dedup none" --tokenizer data/demo/tokenizer --repeat 2
 benchmark checkpoint

@@ -146,7 +146,7 @@ def our_server(model: Path, report: dict):
 
 
 def read(path: str) -> str:
-    return Path(path).read_text()
+    return Path(path).read_text(encoding="utf-8")
 
 
 def llama_cpp_server(folder: Path, stored: StoredModel, params) -> str:

@@ -32,4 +32,5 @@ has jax_plugins.xla_cuda13 || "$PYTHON" -m pip install --no-deps "jax-cuda13-pjr
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m pyrefly check
 # Two processes, because most of the time is compilation, which uses one core.
-"$PYTHON" -m pytest -n 2 --dist loadfile "${slow[@]}" "$@"
+# macOS's bash 3.2 takes an empty array for an unset variable.
+"$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder ${slow[@]+"${slow[@]}"} "$@"

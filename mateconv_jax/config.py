@@ -7,6 +7,7 @@ A file in configs/ changes what it likes of `default_config()`; the command line
 
 import dataclasses
 import difflib
+import os
 import re
 import textwrap
 import unicodedata
@@ -17,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import FieldReference
 
-from mateconv_jax.config_keys import KEYS, REWARD_LOSSES, OnResume
+from mateconv_jax.config_keys import KEYS, PATHS, REWARD_LOSSES, OnResume
 from mateconv_jax.errors import UserError
 
 Options = TypeVar("Options")
@@ -38,7 +39,8 @@ def default_config() -> ConfigDict:
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """Check every value and fill in those that follow from others (head_dim, hidden_dim). Returns a new, locked config.
+    """Check every value, expand ~ in paths, and fill in what follows from others (head_dim, hidden_dim). Returns a new,
+    locked config.
 
     Raises:
       UserError: a value is out of range, or two contradict each other; the message names the keys.
@@ -47,6 +49,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
     for key in KEYS:
         section, name = key.path.split(".")
         value = config[section][name]
+        if key.path in PATHS and value:
+            config[section][name] = os.path.expanduser(value)  # a shell leaves `--key=~/folder` as it is
         if key.check is not None and value is not None and not key.check[1](value):
             raise UserError(f"{key.path}: {value!r} is not possible (expected {key.check[0]})")
 

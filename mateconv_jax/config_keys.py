@@ -39,6 +39,12 @@ def one_of(*choices) -> Check:
     return " or ".join(map(str, choices)), lambda value: value in choices
 
 
+PATHS = (
+    "data.train_data_path", "data.val_data_path", "data.tokenizer_path", "training.out_dir", "training.compilation_cache_dir",
+    "training.resume_from", "training.init_from",
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Key:
     """A configuration key.
@@ -259,7 +265,8 @@ KEYS = [
     Key("training.resume_from", None, FREE,
         "RUN, RUN/best or RUN/checkpoints/STEP to continue from in a new out_dir.", value_type=str),
     Key("training.init_from", None, FREE,
-        "Run, Hugging Face folder, .pth or .gguf file to take the initial weights from; its vocabulary may be smaller.",
+        "Run, RUN/best, RUN/checkpoints/STEP, Hugging Face folder, .pth or .gguf file to take the initial weights from; its "
+        "vocabulary may be smaller.",
         value_type=str),
 
     # ---- wandb ------------------------------------------------------------------------------------------------------------

@@ -29,16 +29,18 @@ def parse_args(argv):
         prog=program("convert"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--from", dest="source", required=True, metavar="MODEL", help="a run folder, a Hugging Face folder (config.json and "
+    add("--from", type=os.path.expanduser, dest="source", required=True, metavar="MODEL",
+        help="a run folder or one of its checkpoints (RUN/best, RUN/checkpoints/STEP), a Hugging Face folder (config.json and "
         "safetensors), a .pth file from PyTorch MateConv or MiniMind, or a .gguf file")  # fmt: skip
-    add("--to", dest="target", required=True, metavar="PATH", help="output, which must not exist: NAME.pth for a PyTorch state "
-        "dict, NAME.gguf for llama.cpp, any other name for a folder")  # fmt: skip
+    add("--to", type=os.path.expanduser, dest="target", required=True, metavar="PATH",
+        help="output, which must not exist: NAME.pth for a PyTorch state dict, NAME.gguf for llama.cpp, any other "
+        "name for a folder")  # fmt: skip
     add("--to_kind", choices=("run", "hf", "pth", "gguf"), help="output format (default for folders: run -> hf, hf -> run)")
     add("--dtype", choices=("float32", "float16", "bfloat16", "q8_0"), default="float32", help="dtype of the written weights "
         "(default: float32); q8_0, 8 bits and a scale per 32 weights, only for .gguf files")  # fmt: skip
     add("--ema", action=argparse.BooleanOptionalAction, help="EMA weights or the raw ones (default: EMA if available)")
-    add("--tokenizer", metavar="DIR", help="tokenizer to save with the weights (default: the model's own; a .pth file has "
-        "none)")  # fmt: skip
+    add("--tokenizer", type=os.path.expanduser, metavar="DIR",
+        help="tokenizer to save with the weights (default: the model's own; a .pth file has none)")  # fmt: skip
     add("--n_heads", type=int, metavar="N", help="number of query heads in a .pth file, which does not store it (default: 16, "
         "as in MateConv, or 8 with the tensor names of MiniMind 2 and later)")  # fmt: skip
     return parser.parse_args(argv)
@@ -46,7 +48,7 @@ def parse_args(argv):
 
 def command() -> int:
     """Entry point of `mateconv-convert`."""
-    return exit_code(main, parse_args(sys.argv[1:]))
+    return exit_code(lambda: main(parse_args(sys.argv[1:])))
 
 
 if __name__ == "__main__":

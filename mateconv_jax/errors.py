@@ -1,9 +1,12 @@
 """User errors: one line on standard error and exit code 2, no traceback."""
 
+import io
 import os
 import select
 import sys
 from pathlib import Path
+
+from mateconv_jax.terminal import escaped
 
 
 class UserError(Exception):
@@ -28,17 +31,17 @@ def check_name(path: str | os.PathLike, key: str) -> None:
 
 def exit_code(command, *args) -> int:
     """Run `command(*args)` and return its exit code (0 for None). A UserError is printed to standard error and gives 2; Ctrl-C
-    gives 130. A reader that closes standard output, as `| head` does, ends the command with 0.
+    gives 130. A reader that closes standard output, as `| head` does, ends the command with 0. A file that cannot be read or
+    written, and too little memory, are one line and 2 as well: they are no fault of the program.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may lack characters, even of --help
     try:
         code = command(*args) or 0
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except MemoryError as error:
-        print(f"error: this machine has too little memory ({error or 'no more is known'})", file=sys.stderr)
+        _say(str(error))
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -46,15 +49,57 @@ def exit_code(command, *args) -> int:
     except BrokenPipeError:
         if not _stdout_is_closed():  # a pipe to a process of ours
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail either
+        _drop_output()
         return 0
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = "" if error.filename is None else f"{os.fspath(error.filename)!r}: "
+        if error.filename is None and not _can_print():
+            _drop_output()
+            where = "standard output: "
+        _say(f"{where}{error.strerror}")
+        return 2
+    except Exception as error:
+        if not (isinstance(error, MemoryError) or _is_device_out_of_memory(error)):
+            raise
+        _say(f"out of memory{f' ({_first_line(error)})' if str(error) else ''}")
+        return 2
+
+
+def _say(message: str) -> None:
+    """Messages quote lines of files, which must not move a terminal's cursor."""
+    print(f"error: {escaped(message)}", file=sys.stderr)
+
+
+def _is_device_out_of_memory(error: Exception) -> bool:
+    """Whether jax, which is not imported here, raised it because a device has no more memory."""
+    return type(error).__module__.startswith("jax") and "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+
+
+def _can_print() -> bool:
+    """Whether standard output takes another line; not tried on a terminal. A second flush alone would succeed."""
+    try:
+        print(end="" if sys.stdout.isatty() else "\n", flush=True)
+    except OSError:
+        return False
+    return True
+
+
+def _drop_output() -> None:
+    """Let the flush at exit succeed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _stdout_is_closed() -> bool:
-    """Whether standard output is a pipe that nobody reads."""
+    """Whether standard output is a pipe that nobody reads: an error to Linux, a hang-up to macOS."""
     poll = select.poll()
     poll.register(sys.stdout, select.POLLOUT)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def program(module: str) -> str:

@@ -5,6 +5,7 @@ Score what it learned of the demo corpus:  python -m mateconv_jax.evaluate --mod
 
 import argparse
 import json
+import os
 import sys
 
 from mateconv_jax.data.text.lines import TXT_DOCUMENTS
@@ -28,7 +29,10 @@ def evaluate(args):
     if args.data:
         from mateconv_jax.evaluation import held_out
 
-        reading = {name: value for name in held_out.READING if (value := getattr(args, name)) is not None}
+        given = {name: getattr(args, name) for name in held_out.READING}
+        reading = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None
+        }
         score, print_score = held_out.evaluate_run(
             args.model_path, args.data, args.split, args.batch_size, args.max_batches, args.use_ema, args.dtype, args.tokenizer,
             reading,
@@ -55,21 +59,30 @@ def parse_args(argv):
     add = parser.add_argument
     add(
         "--model_path",
+        type=os.path.expanduser,
         required=True,
         metavar="MODEL",
         help="a run folder or one of its checkpoints (RUN/best, RUN/checkpoints/STEP), "
         "a Hugging Face folder, or a .pth or .gguf file",
     )
-    add("--tokenizer", metavar="DIR", help="the tokenizer to use (default: the model's own; a .pth file has none)")
+    add(
+        "--tokenizer",
+        type=os.path.expanduser,
+        metavar="DIR",
+        help="the tokenizer to use (default: the model's own; a .pth file has none)",
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--data",
+        type=os.path.expanduser,
         nargs="+",
         metavar="PATH",
         help="a dataset folder from prepare; a flat .bin file; or any raw text that prepare accepts (JSONL, .txt, globs, -, "
         "tfds:…), which is tokenised with the model's tokenizer",
     )
-    what.add_argument("--prompts", metavar="FILE", help="a JSONL file of prompts, as for learning from reward")
+    what.add_argument(
+        "--prompts", type=os.path.expanduser, metavar="FILE", help="a JSONL file of prompts, as for learning from reward"
+    )
     what.add_argument("--demo", action="store_true", help="score a model trained on the demo corpus")
     add(
         "--use_ema",
@@ -79,20 +92,17 @@ def parse_args(argv):
     )
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="compute dtype (default: auto)")
     add("--json", action="store_true", help="print one JSON object")
-    group = parser.add_argument_group("with --data")
-    group.add_argument("--split", help="split of a dataset folder (default: validation)")
-    group.add_argument("--batch_size", type=int, help="rows over all devices (default: 8)")
-    group.add_argument("--max_batches", type=int, help="stop after this many batches (default: score everything)")
-    group.add_argument("--text_key", metavar="KEY", help="JSON key, or column, that holds a raw file's text (default: text)")
-    group.add_argument("--encoding", help="of raw text without a byte order mark: gb18030, big5, utf-16-le … (default: utf-8)")
-    group.add_argument("--txt_document", choices=TXT_DOCUMENTS, help="what counts as a document in a .txt file (default: line)")
+    _add_reading(parser)
     group = parser.add_argument_group("with --prompts")
     group.add_argument("--reward", nargs="+", metavar="MODULE:FUNCTION", help="functions that score the answers")
     group.add_argument("--max_new_tokens", type=int, help="longest answer (default: 64)")
     args = parser.parse_args(argv)
     if args.prompts and not args.reward:
         parser.error("argument --reward: required with --prompts (for example mateconv_jax.rewards:number_match)")
-    belongs = dict.fromkeys(("split", "batch_size", "max_batches", "text_key", "encoding", "txt_document"), "data")
+    belongs = dict.fromkeys(
+        ("split", "batch_size", "max_batches", "text_key", "encoding", "txt_document", "ignore_fields", "split_at_tokens"),
+        "data",
+    )
     belongs |= {"reward": "prompts", "max_new_tokens": "prompts"}
     for flag, goes_with in belongs.items():
         if getattr(args, flag) is not None and getattr(args, goes_with) is None:
@@ -100,9 +110,21 @@ def parse_args(argv):
     return args
 
 
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("with --data")
+    group.add_argument("--split", help="split of a dataset folder (default: validation)")
+    group.add_argument("--batch_size", type=int, help="rows over all devices (default: 8)")
+    group.add_argument("--max_batches", type=int, help="stop after this many batches (default: score everything)")
+    group.add_argument("--text_key", metavar="KEY", help="JSON key, or column, that holds a raw file's text (default: text)")
+    group.add_argument("--encoding", help="of raw text without a byte order mark: gb18030, big5, utf-16-le … (default: utf-8)")
+    group.add_argument("--ignore_fields", nargs="+", metavar="FIELD", help="drop these fields of lines and messages")
+    group.add_argument("--split_at_tokens", nargs="*", metavar="TOKEN", help="cut texts at control tokens, as prepare does")
+    group.add_argument("--txt_document", choices=TXT_DOCUMENTS, help="what counts as a document in a .txt file (default: line)")
+
+
 def command() -> int:
     """Entry point of `mateconv-evaluate`."""
-    return exit_code(main, parse_args(sys.argv[1:]))
+    return exit_code(lambda: main(parse_args(sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from mateconv_jax import disk
+
 
 @contextlib.contextmanager
 def aside(path: Path, folder: bool = False, replace_folder: bool = False) -> Iterator[Path]:
@@ -18,8 +20,8 @@ def aside(path: Path, folder: bool = False, replace_folder: bool = False) -> Ite
       replace_folder: replace a non-empty folder at `path`, which otherwise is an error. A file is always replaced.
 
     Raises:
-      OSError: the parent folder does not exist, a file cannot be written, `path` is a non-empty folder and replace_folder is
-        False, or PATH.partial was not left by this function.
+      OSError: the parent folder does not exist, a file cannot be written (by a library, too, see `disk.os_errors`), `path` is a
+        non-empty folder and replace_folder is False, or PATH.partial was not left by this function.
     """
     partial = path.with_name(path.name + ".partial")
     written, replaced = partial / path.name, partial / "replaced"
@@ -31,12 +33,13 @@ def aside(path: Path, folder: bool = False, replace_folder: bool = False) -> Ite
     try:
         if folder:
             written.mkdir()
-        yield written
+        with disk.os_errors(path):
+            yield written
         if replace_folder and path.is_dir():
             path.rename(replaced)
         written.replace(path)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        disk.remove(partial)
 
 
 def _check_ours(partial: Path, names: set[str]) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import os
 import sys
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def main(args):
             )
         },
         ignore_fields=tuple(sorted(set(args.ignore_fields))),
+        split_at_tokens=None if args.split_at_tokens is None else tuple(dict.fromkeys(args.split_at_tokens)),
         sizes=sources.ChunkSizes(int(args.chunk_mb * 1e6), longest_record=int(args.max_line_mb * 1e6)),
         cleaning=cleaning.CleaningOptions(
             **{field.name: getattr(args, field.name) for field in dataclasses.fields(cleaning.CleaningOptions)}
@@ -82,9 +84,10 @@ def parse_args(argv):
         prog=program("prepare"), description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help="files, folders or globs: .jsonl, .json, .csv, .tsv, .txt, .parquet, .bin; "
+    add("--input", type=os.path.expanduser, nargs="+", required=True,
+        help="files, folders or globs: .jsonl, .json, .csv, .tsv, .txt, .parquet, .bin; "
         "text also as .gz, .bz2, .xz, .zst, in .tar or .zip; - for standard input; tfds:NAME/CONFIG:SPLIT:FEATURE")  # fmt: skip
-    add("--output", required=True, help="dataset folder to create")
+    add("--output", type=os.path.expanduser, required=True, help="dataset folder to create")
     add("--num_workers", type=int, default=cores.usable(), help="worker processes")
     add(
         "--overwrite",
@@ -95,7 +98,7 @@ def parse_args(argv):
 
     group = parser.add_argument_group("tokenizer")
     which = group.add_mutually_exclusive_group(required=True)
-    which.add_argument("--tokenizer", metavar="DIR", help="use the tokenizer in this folder")
+    which.add_argument("--tokenizer", type=os.path.expanduser, metavar="DIR", help="use the tokenizer in this folder")
     which.add_argument("--train_tokenizer", action="store_true", help="train a byte-level BPE on a sample of the input")
     training = tokenizer_sample.TokenizerTraining()
     group.add_argument("--vocab_size", type=int, default=training.vocab_size, help="size of the trained vocabulary")
@@ -110,6 +113,7 @@ def parse_args(argv):
         "--encoding", default=rows.encoding, help="of text without a byte order mark: gb18030, big5, utf-16-le …"
     )
     group.add_argument("--ignore_fields", nargs="+", default=[], metavar="FIELD", help="drop these fields of lines and messages, such as tools or reasoning_content, as if they were not there")  # fmt: skip  # noqa: E501
+    group.add_argument("--split_at_tokens", nargs="*", metavar="TOKEN", help="cut texts into documents at these control tokens spelt out in them, and drop these; without TOKEN: <|im_start|>, <|im_end|>, <|endoftext|>, and the tokenizer's begin and end tokens")  # fmt: skip  # noqa: E501
     group.add_argument("--txt_document", choices=lines.TXT_DOCUMENTS, default=rows.txt_document, help="what counts as one document in a .txt file: a line, a block between blank lines, or the whole file")  # fmt: skip  # noqa: E501
     group.add_argument("--keep_going", action="store_true", help="use what can be read of a broken or mostly rejected input")
     group.add_argument("--max_line_mb", type=float, default=rows.sizes.longest_record / 1e6, help="reject longer records")
@@ -186,7 +190,7 @@ def _add_cleaning(parser: argparse.ArgumentParser, rows: PrepareOptions) -> None
 
 def command() -> int:
     """What `mateconv-prepare` runs."""
-    return exit_code(main, parse_args(sys.argv[1:]))
+    return exit_code(lambda: main(parse_args(sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Report on training runs, with results and curves:  python -m mateconv_jax.report runs/a [runs/b …] [--output report.html]"""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -64,8 +65,12 @@ def main(args):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog=program("report"), description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder; several are drawn into the same panels")
-    parser.add_argument("--output", metavar="FILE", help=".html or .png; default: report.html in the first run folder")
+    parser.add_argument(
+        "runs", type=os.path.expanduser, nargs="+", metavar="RUN", help="a run folder; several are drawn into the same panels"
+    )
+    parser.add_argument(
+        "--output", type=os.path.expanduser, metavar="FILE", help=".html or .png; default: report.html in the first run folder"
+    )
     parser.add_argument(
         "--smooth", type=int, metavar="N", help="average over about N steps; 0: off; default: 0.5%% of the longest run"
     )
@@ -74,7 +79,7 @@ def parse_args(argv):
 
 def command() -> int:
     """Entry point of `mateconv-report`."""
-    return exit_code(main, parse_args(sys.argv[1:]))
+    return exit_code(lambda: main(parse_args(sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from mateconv_jax import config as config_lib, files
+from mateconv_jax import config as config_lib, disk, files
 from mateconv_jax.errors import UserError
 
 
@@ -198,6 +198,7 @@ def read_progress(checkpoint: Path) -> dict:
 
 def write_params(folder: Path, step: int, params) -> None:
     """Write a checkpoint with only weights: good for sampling, evaluation and training.init_from, but not for resuming."""
+    disk.quiet_orbax()
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler())) as checkpointer:
         args = ocp.args.Composite(state=ocp.args.StandardSave({"params": params}))
         checkpointer.save(checkpoints(folder) / str(step), args=args)

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import io
 import json
+import os
 import re
 import sys
 
@@ -60,13 +61,13 @@ def answer(args, config: GenerationConfig, requests, prompt: str) -> None:
 
 def write_samples(generator, prompt: str, config: GenerationConfig, args) -> None:
     """Generate one or more texts for the prompt and print them."""
-    from mateconv_jax.inference.terminal import visible
+    from mateconv_jax.terminal import escaped_json, visible
 
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     history = [*system, {"role": "user", "content": prompt}]
     prefix = "" if args.chat else prompt
     if args.stream:
-        print(prefix, end="", flush=True)
+        print(visible(prefix), end="", flush=True)
         try:
             for piece in generator.stream_chat(history, config) if args.chat else generator.stream(prompt, config):
                 print(visible(piece), end="", flush=True)
@@ -81,11 +82,11 @@ def write_samples(generator, prompt: str, config: GenerationConfig, args) -> Non
         if args.json:
             from mateconv_jax.inference import batch_file
 
-            print(json.dumps({"prompt": prompt, **batch_file.result(text, config.seed)}, ensure_ascii=False))
+            print(escaped_json(json.dumps({"prompt": prompt, **batch_file.result(text, config.seed)}, ensure_ascii=False)))
             continue
         if len(texts) > 1:
             print(f"==== {number} of {len(texts)}")
-        print(prefix + visible(text))
+        print(visible(prefix + text))
 
 
 def read_prompt(prompt: str | None) -> str:
@@ -154,9 +155,11 @@ def parse_args(argv):
         description=__doc__,
     )
     add = parser.add_argument
-    add("--model_path", required=True, metavar="MODEL", help="a run folder or one of its checkpoints (RUN/best, "
-        "RUN/checkpoints/STEP), a Hugging Face folder, or a .pth or .gguf file")  # fmt: skip
-    add("--tokenizer", metavar="DIR", help="the tokenizer to use (default: the model's own; a .pth file has none)")
+    add("--model_path", type=os.path.expanduser, required=True, metavar="MODEL",
+        help="a run folder or one of its checkpoints (RUN/best, RUN/checkpoints/STEP), a Hugging Face folder, or a .pth or "
+        ".gguf file")  # fmt: skip
+    add("--tokenizer", type=os.path.expanduser, metavar="DIR",
+        help="the tokenizer to use (default: the model's own; a .pth file has none)")  # fmt: skip
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="compute dtype; auto (default): "
         "bfloat16 on a GPU that supports it, otherwise float32")  # fmt: skip
     add("--use_ema", action=argparse.BooleanOptionalAction, help="EMA weights or the raw ones (default: EMA if available)")
@@ -170,11 +173,12 @@ def parse_args(argv):
     add("--num_samples", type=at_least_1, metavar="N", help="number of samples for the prompt, which is prefilled once")
     add("--json", action="store_true", help="print one JSON object per result: prompt, text, finish_reason, n_prompt_tokens, "
         "n_tokens, token_ids, seed")  # fmt: skip
-    add("--batch_file", metavar="FILE", help='many prompts: a text file with one per line (blank lines are skipped), or .jsonl '
-        'with {"prompt": …}, {"messages": [{"role": …, "content": …}, …]} or {"history": …}; other fields are copied to the '
-        'results')  # fmt: skip
-    add("--output", metavar="FILE", help="results of --batch_file, one JSON object per line (default: standard output); lines "
-        "already in the file are kept, so that an interrupted run resumes")  # fmt: skip
+    add("--batch_file", type=os.path.expanduser, metavar="FILE",
+        help='many prompts: a text file with one per line (blank lines are skipped), or .jsonl with {"prompt": …}, '
+        '{"messages": [{"role": …, "content": …}, …]} or {"history": …}; other fields are copied to the results')  # fmt: skip
+    add("--output", type=os.path.expanduser, metavar="FILE",
+        help="results of --batch_file, one JSON object per line (default: standard output); lines already in the file are "
+        "kept, so that an interrupted run resumes")  # fmt: skip
     add("--batch_size", type=at_least_1, metavar="N", help="prompts of --batch_file decoded together (default: 16)")
     add("--interactive", action="store_true", help="chat in the terminal, in Chinese; type /help for its commands")
 
@@ -204,7 +208,7 @@ def parse_args(argv):
 
 def command() -> int:
     """Entry point of `mateconv-sample`."""
-    return exit_code(main, parse_args(sys.argv[1:]))
+    return exit_code(lambda: main(parse_args(sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import ipaddress
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -86,8 +87,15 @@ def parse_args(argv):
     usage = "%(prog)s --model_path MODEL [--port N] [options]"
     parser = argparse.ArgumentParser(prog=program("serve"), usage=usage, description=__doc__)
     add = parser.add_argument
-    add("--model_path", required=True, metavar="MODEL", help="as in sample: a run folder, a Hugging Face folder, .pth or .gguf")
-    add("--tokenizer", metavar="DIR", help="the tokenizer to use (default: the model's own; a .pth file has none)")
+    add(
+        "--model_path",
+        type=os.path.expanduser,
+        required=True,
+        metavar="MODEL",
+        help="as in sample: a run folder, a Hugging Face folder, .pth or .gguf",
+    )
+    add("--tokenizer", type=os.path.expanduser, metavar="DIR",
+        help="the tokenizer to use (default: the model's own; a .pth file has none)")  # fmt: skip
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="compute dtype (default: auto)")
     add("--use_ema", action=argparse.BooleanOptionalAction, help="EMA weights or the raw ones (default: EMA if available)")
     add("--model_name", metavar="NAME", help="what clients call the model (default: the last part of its path)")
@@ -99,7 +107,7 @@ def parse_args(argv):
     add = parser.add_argument_group("access").add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     add("--port", type=int, default=8000, help="0: any free one (default: 8000)")
-    add("--api_key_file", metavar="FILE", help="API keys, one a line; a request needs one of them")
+    add("--api_key_file", type=os.path.expanduser, metavar="FILE", help="API keys, one a line; a request needs one of them")
     add("--allow_anyone", action="store_true", help="listen on any address without keys")
     add("--cors_origin", action="append", metavar="URL", help="another site whose pages may ask; may be repeated")
     add("--log_contents", action="store_true", help="write prompts and answers into the log")
@@ -127,7 +135,7 @@ LIMITS = [
 
 def command() -> int:
     """Entry point of `mateconv-serve`."""
-    return exit_code(main, parse_args(sys.argv[1:]))
+    return exit_code(lambda: main(parse_args(sys.argv[1:])))
 
 
 if __name__ == "__main__":

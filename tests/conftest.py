@@ -25,6 +25,18 @@ hypothesis.settings.register_profile("default", deadline=None, max_examples=60)
 hypothesis.settings.load_profile("default")
 
 
+# pytest-xdist's --dist loadfile hands files out in this order. Those with the longest tests go first: the README's commands,
+# one test of 70 s, at the end would keep one of two processes waiting.
+LONG_FIRST = ("tests/test_readme.py", "tests/training/", "tests/inference/", "tests/evaluation/", "tests/interop/")
+
+
+def pytest_collection_modifyitems(items):
+    def rank(item):
+        return next((i for i, prefix in enumerate(LONG_FIRST) if item.nodeid.startswith(prefix)), len(LONG_FIRST))
+
+    items.sort(key=rank)
+
+
 @pytest.fixture(scope="session")
 def demo_jsonl(tmp_path_factory):
     """400 documents of the demo corpus, half of them dialogues."""

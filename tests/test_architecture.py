@@ -11,20 +11,23 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "mateconv_jax"
 
 # What each room may import; commands (train, prepare, …) may import everything but each other, the leaves nothing.
-LEAVES = {"cores", "errors", "files", "intervals", "plotting", "rewards"}
+LEAVES = {"cores", "disk", "errors", "files", "intervals", "plotting", "rewards", "terminal"}
 ROOMS = {
+    "errors": "terminal",
+    "disk": "errors",
+    "files": "disk",
     "config_keys": "intervals",
     "generation_config": "errors",
     "config": "config_keys errors",
-    "run_folder": "config errors files",
+    "run_folder": "config disk errors files",
     "runtime": "errors",
     "model": "cores errors",
-    "data": "errors files plotting",
+    "data": "cores disk errors files plotting",
     "losses": "data model",
     "interop": "config data errors files generation_config model run_folder",
-    "inference": "config data errors files generation_config interop model runtime",
-    "training": "config config_keys data errors files inference generation_config interop intervals losses model run_folder runtime",
-    "serving": "data errors generation_config inference",
+    "inference": "config data errors files generation_config interop model runtime terminal",
+    "training": "config config_keys data disk errors files inference generation_config interop intervals losses model run_folder runtime terminal",
+    "serving": "cores data errors generation_config inference",
     "evaluation": "config cores data errors inference generation_config interop losses model runtime training",
     "planning": "config_keys data errors inference generation_config model runtime training",
     "reporting": "errors plotting",
@@ -33,6 +36,7 @@ ROOMS = {
 PREPARING = ("data.build", "data.text", "data.tokenizer.bpe", "data.tokenizer.report", "plotting")
 # Files, flags and logging.
 NOT_FOR_THE_MODEL = set("absl argparse clu io json logging orbax pathlib pickle shutil sys tempfile tqdm".split())
+TEXT_MODES = {"r", "w", "a", "x", "r+", "w+"}
 LONGEST_FUNCTION = 60  # lines, its docstring among them
 
 
@@ -139,6 +143,20 @@ def test_the_model_knows_nothing_of_files_flags_or_logging():
             node.func.id for node in ast.walk(MODULES[name]) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         }
         assert not calls & {"open", "print"}, f"{name} calls {calls & {'open', 'print'}}"
+
+
+def test_text_files_are_opened_with_their_encoding():
+    """Elsewhere the default is not UTF-8. Ruff's PLW1514 does not know the type of `folder / "name"`."""
+    without = []
+    for name, tree in MODULES.items():
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            called = ast.unparse(call.func).split(".")
+            given = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
+            is_text = called[-1] == "open" and (TEXT_MODES.intersection(given) or len(called) > 1 and not call.args)
+            is_text = is_text or called[-1] in ("read_text", "write_text") and called[0] != "files"
+            if is_text and not any(keyword.arg == "encoding" for keyword in call.keywords):
+                without.append(f"{name}:{call.lineno}")
+    assert without == []
 
 
 def test_functions_fit_a_screen():

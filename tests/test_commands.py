@@ -1,10 +1,14 @@
 """Wrong input on the command line: one line, exit code 2, no traceback."""
 
+import io
 import os
 import subprocess
 import sys
 
 import pytest
+
+from mateconv_jax import config as config_lib, prepare
+from mateconv_jax.errors import exit_code
 
 
 def run(*arguments):
@@ -31,6 +35,24 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, message):
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert message in result.stderr.splitlines()[-1]
+
+
+def test_what_the_encoding_of_the_output_lacks_is_escaped(monkeypatch):
+    """Of a locale that is not UTF-8. The last one is --help's "…"."""
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert exit_code(print, "长江…") == 0
+    assert stdout.buffer.getvalue() == b"\\u957f\\u6c5f\\u2026\n"
+
+
+def test_a_home_in_a_path_is_expanded(monkeypatch, capsys, tmp_path):
+    """A shell leaves it as it is behind `--flag=`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = prepare.parse_args(["--input=~/a.jsonl", "--output=~/data", "--tokenizer=~/tok"])
+    assert (args.input, args.output, args.tokenizer) == ([f"{tmp_path}/a.jsonl"], f"{tmp_path}/data", f"{tmp_path}/tok")
+    config = config_lib.default_config()
+    config.training.out_dir = "~/runs/a"
+    assert config_lib.resolve(config).training.out_dir == f"{tmp_path}/runs/a"
 
 
 def test_the_demo_corpus_command(tmp_path):

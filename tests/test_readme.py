@@ -108,7 +108,10 @@ def in_a_shell(command, folder, xla_flags):
 
 def in_this_process(module, arguments, stdin, monkeypatch):
     """What `python -m module arguments < stdin` does; its exit code."""
-    with open(stdin or os.devnull, encoding="utf-8") as read, contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())):
+    with (
+        open(stdin or os.devnull, encoding="utf-8") as read,
+        contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding="utf-8")),
+    ):
         monkeypatch.setattr(sys, "stdin", read)
         monkeypatch.setattr(sys, "argv", [f"{module}.py", *arguments])
         return importlib.import_module(module).command()

@@ -15,10 +15,10 @@ import time
 
 import pytest
 
-from mateconv_jax import GenerationConfig, TextGenerator, config as config_lib, sample
+from mateconv_jax import GenerationConfig, TextGenerator, config as config_lib, sample, terminal as terminal_lib
 from mateconv_jax.errors import UserError, exit_code
 from mateconv_jax.generation_config import PRESETS
-from mateconv_jax.inference import chat, terminal as terminal_lib
+from mateconv_jax.inference import chat
 from mateconv_jax.training import loop
 
 COMMAND = [sys.executable, "-m", "mateconv_jax.sample"]
@@ -59,7 +59,7 @@ def stdin(monkeypatch):
     """Gives the command bytes to read."""
 
     def stdin(content, terminal=False):
-        file = io.TextIOWrapper(io.BytesIO(content))
+        file = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
         file.isatty = lambda: terminal
         monkeypatch.setattr(sys, "stdin", file)
 

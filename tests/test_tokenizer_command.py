@@ -76,7 +76,7 @@ def test_several_inputs_standard_input_and_text_files(numbers_jsonl, demo_jsonl,
     both = trained(tmp_path / "both", "--input", numbers_jsonl, demo_jsonl, "--vocab_size", 600)
     same = trained(tmp_path / "same", "--input", plain, demo_jsonl, "--vocab_size", 600)
     assert tokenizer_lib.fingerprint(both) == tokenizer_lib.fingerprint(same)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(numbers_jsonl.read_bytes())))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(numbers_jsonl.read_bytes()), encoding="utf-8"))
     piped = trained(tmp_path / "piped", "--input", "-", "--vocab_size", 320)
     alone = trained(tmp_path / "alone", "--input", numbers_jsonl, "--vocab_size", 320)
     assert tokenizer_lib.fingerprint(piped) == tokenizer_lib.fingerprint(alone)
@@ -229,7 +229,7 @@ def test_what_is_learned_as_json(folder, dialogues_jsonl, tmp_path, capsys, monk
     )
     last = json.loads(inspected(capsys, folder, good, "--json", "--learn", "last")[1][0])
     assert last["ids"] == both["ids"] and 0 < sum(last["learned"]) == sum(both["learned"]) / 2
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(dialogues_jsonl.read_bytes())))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(dialogues_jsonl.read_bytes()), encoding="utf-8"))
     code, lines, errors = inspected(capsys, folder, "-", "--json")
     assert (code, len(lines), len(errors)) == (2, 2, 3) and json.loads(lines[0]) == both
 

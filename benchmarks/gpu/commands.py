@@ -54,12 +54,12 @@ def command(output: Path, module: str, *arguments, preallocate: bool = False, **
     environment = os.environ | environment
     if preallocate:
         environment.pop("XLA_PYTHON_CLIENT_PREALLOCATE", None)
-    with output.open("a") as file:
+    with output.open("a", encoding="utf-8") as file:
         return subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=file, stderr=file, env=environment)
 
 
 def complete_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
 def expect_exit(report: Report, what: str, process: subprocess.Popen, output: Path, code: int, timeout: float = 150) -> None:
@@ -75,7 +75,7 @@ def expect_exit(report: Report, what: str, process: subprocess.Popen, output: Pa
 
 
 def tail(path: Path, lines: int = 30) -> str:
-    return " / ".join(path.read_text(errors="replace").strip().splitlines()[-lines:])[-3000:]
+    return " / ".join(path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-lines:])[-3000:]
 
 
 def facts(report: Report, runs: Runs, name: str, how: str) -> None:

@@ -106,7 +106,7 @@ class HighestRss:
 
     @staticmethod
     def _now() -> int:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
         return pages * 4096
 
 

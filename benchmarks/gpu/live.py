@@ -132,7 +132,7 @@ def copy_of(plan: dict) -> float:
 
 def read_plan(report: Report, planning: subprocess.Popen, path: Path) -> dict | None:
     planning.wait(120)
-    found = re.findall(r"^\{.*\}$", path.read_text(), re.MULTILINE)
+    found = re.findall(r"^\{.*\}$", path.read_text(encoding="utf-8"), re.MULTILINE)
     if planning.returncode != 0 or not found:
         report.row("plan", f"exit code {planning.returncode}", tail(path), False)
         return None

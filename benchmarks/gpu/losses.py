@@ -40,7 +40,7 @@ def main(args) -> None:
     for step in range(args.steps):
         state, metrics = run.train_step(state, batches(step, state.params))
         losses.append(metrics["train/loss"])
-    Path(args.out).write_text(json.dumps([float(loss) for loss in losses]))
+    Path(args.out).write_text(json.dumps([float(loss) for loss in losses]), encoding="utf-8")
 
 
 if __name__ == "__main__":

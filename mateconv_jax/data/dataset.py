@@ -185,7 +185,7 @@ def read_metadata(folder: str | Path, key: str) -> dict:
       UserError: no dataset at `folder`.
     """
     try:
-        return json.loads((Path(folder) / "metadata.json").read_text())
+        return json.loads((Path(folder) / "metadata.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(
             f"{key}: no dataset at {str(folder)!r} (expected a folder with dataset_info.json and metadata.json). "

@@ -13,6 +13,7 @@ Preferences ask for the facts of the dialogues in the same wordings, and prefer 
 
 import argparse
 import json
+import os
 import random
 import re
 import sys
@@ -293,7 +294,8 @@ def corpus(n_documents: int, seed: int, kind: str = "texts"):
 
 def main(args):
     lines = (json.dumps(document, ensure_ascii=False) for document in corpus(args.documents, args.seed, args.kind))
-    text = "".join(line + "\n" for line in tqdm(lines, total=args.documents, unit="doc", desc="demo corpus", mininterval=1))
+    bar = tqdm(lines, "demo corpus", args.documents, unit="doc", mininterval=1, disable=None)
+    text = "".join(line + "\n" for line in bar)
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(output, text)
@@ -302,7 +304,7 @@ def main(args):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog=program("data.demo"), description="Write the demo corpus.")
-    parser.add_argument("--output", required=True, help="the JSONL file to write")
+    parser.add_argument("--output", type=os.path.expanduser, required=True, help="the JSONL file to write")
     parser.add_argument("--kind", choices=KINDS_OF_DOCUMENTS, default="texts", help="texts to pretrain on (default), dialogues to fine-tune on, both mixed, or preferences")  # fmt: skip
     parser.add_argument("--documents", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -311,7 +313,7 @@ def parse_args(argv):
 
 def command() -> int:
     """What `mateconv-demo` runs."""
-    return exit_code(main, parse_args(sys.argv[1:]))
+    return exit_code(lambda: main(parse_args(sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ are in neither of the others.
 
 import argparse
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -52,14 +53,14 @@ def main(args):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog=program("data.demo_sums"), description="Write the demo's additions.")
-    parser.add_argument("--output", required=True, help="the folder to write into")
+    parser.add_argument("--output", type=os.path.expanduser, required=True, help="the folder to write into")
     parser.add_argument("--dialogues", type=int, default=20_000, help="lines of dialogues.jsonl (default: 20000)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
 
 def command() -> int:
-    return exit_code(main, parse_args(sys.argv[1:]))
+    return exit_code(lambda: main(parse_args(sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,10 @@ class Prompts:
     def longest(self) -> int:
         """In tokens."""
         return max(map(len, self.ids))
+
+    def tokens(self, numbers: Iterable[int]) -> tuple[list[list[int]], list[bool]]:
+        """Of these prompts: their tokens, and whether they are texts."""
+        return [self.ids[i] for i in numbers], [isinstance(self.prompts[i], str) for i in numbers]
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Of rows: the prompt's tokens, padded, how many they are, and a hash of its record."""

@@ -9,7 +9,6 @@ import collections
 import dataclasses
 import errno
 import os
-import resource
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from mateconv_jax import cores
 from mateconv_jax.data.rows import Batch, starts_after_end
 from mateconv_jax.errors import UserError
 
@@ -263,9 +263,4 @@ class _OpenShards:
 
 def _files_to_open(n: int) -> int:
     """n, or fewer: half of what the system allows beyond 256, as a training opens two splits."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * n + 256
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return n if soft == resource.RLIM_INFINITY else max(1, min(n, (soft - 256) // 2))
+    return int(max(1, min(n, (cores.allow_open_files(2 * n + 256) - 256) // 2)))

@@ -33,7 +33,7 @@ from mateconv_jax.training.evaluator import Evaluator
 from mateconv_jax.training.step import make_eval_step
 
 BATCH_SIZE = 8
-READING = ("encoding", "text_key", "txt_document")
+READING = ("encoding", "ignore_fields", "split_at_tokens", "text_key", "txt_document")
 NO_SPLITS = "--split: {!r} has no splits (only dataset folders from python -m mateconv_jax.prepare do)"
 
 
@@ -209,6 +209,7 @@ def _prepare(
     tokenizer_folder = folder.with_name("tokenizer")
     tokenizer.save_pretrained(tokenizer_folder)
     options = PrepareOptions(seq_len=seq_len, val_fraction=0.0, dedup="none", **reading)
+    options = options.split_at(tokenizer.bos_token, tokenizer.eos_token)
     try:
         found = sources.find(data)
         n_chunks = 1 + sum(source.size or 0 for source in found) // options.sizes.bytes

@@ -19,6 +19,7 @@ from mateconv_jax.data.text.rejected import Rejected
 from mateconv_jax.errors import UserError
 from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.inference.chat import DoesNotFit, fit
+from mateconv_jax.terminal import escaped_json
 
 PROMPT_KEYS = ("prompt", "history", "messages")
 RESULT_KEYS = ("text", "finish_reason", "n_prompt_tokens", "n_tokens", "token_ids", "seed", "settings")
@@ -184,7 +185,8 @@ def run(
                 for request, generation in zip(batch, _generate(generator, batch, config, batch_size), strict=True):
                     seed = request.seed(config)
                     made_with = {"settings": settings | {"seed": seed}}
-                    file.write(_line({**request.fields(), **result(generation, seed), **made_with}))
+                    line = _line({**request.fields(), **result(generation, seed), **made_with})
+                    file.write(line if output else escaped_json(line.decode()).encode())
                 file.flush()
                 n_done += len(batch)
                 bar.update(len(batch))

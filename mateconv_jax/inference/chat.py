@@ -19,7 +19,7 @@ from mateconv_jax.data.text.jsonl import parse_text
 from mateconv_jax.data.text.rejected import Rejected
 from mateconv_jax.errors import UserError
 from mateconv_jax.generation_config import GenerationConfig
-from mateconv_jax.inference.terminal import visible
+from mateconv_jax.terminal import visible
 
 ROLES = ("system", "user", "assistant")
 # Without truncate_prompt: a dialogue is shortened by whole turns.
@@ -289,7 +289,7 @@ def _dialogue(content: bytes) -> list[dict[str, str]] | None:
 
 
 def _notice(text: str) -> None:
-    print(f"（{text}）")
+    print(visible(f"（{text}）"))
 
 
 @contextlib.contextmanager

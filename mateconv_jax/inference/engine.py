@@ -316,8 +316,9 @@ class Engine:
                 admitted.append((slot, n_same))
             else:
                 self._finish(slot)
-        n_new = [len(slot.request.ids) - n_same for slot, n_same in admitted if slot.request is not None]
-        for P, indices in self._programs.prefill_groups(n_new):
+        lengths = [len(slot.request.ids) for slot, _ in admitted if slot.request is not None]
+        n_new = [length - n_same for length, (_, n_same) in zip(lengths, admitted, strict=True)]
+        for P, indices in self._programs.prefill_groups(lengths, n_new):
             self._prefill([admitted[i] for i in indices], P)
 
     def _prefill(self, group: list[tuple[Slot, int]], P: int) -> None:
@@ -325,7 +326,7 @@ class Engine:
         rows = [*group, *[group[0]] * (P - len(group))]
         requests = [slot.request for slot, _ in rows if slot.request is not None]
         length_P = np.array([len(request.ids) for request in requests], np.int32)
-        tokens_PT = np.zeros((P, self.context), np.int32)
+        tokens_PT = np.zeros((P, self._programs.prefill_length(P)), np.int32)
         for tokens_T, request in zip(tokens_PT, requests, strict=True):
             tokens_T[: len(request.ids)] = request.ids
         slots_P = np.array([slot.number for slot, _ in rows], np.int32)

@@ -29,10 +29,12 @@ from mateconv_jax.runtime import xla_flags
 MAX_STEPS = 16  # decode steps of one dispatch, at most
 TOP_LOGPROBS = 20  # alternatives recorded for each token: OpenAI's limit
 # Few sizes, so that few programs serve all. Prefills (P, C): four short prompts together take 0.7 of the time of four, but four
-# of 256 tokens twice as long (2 cores); 16 are for short questions that come at once. Batches: B grows by a factor of 4 and
-# T of 2, 3 x 3 programs for 16 slots and a context of 512.
+# of 256 tokens twice as long (2 cores). 16 are for short questions that come at once, none longer than SMALLEST_LENGTH: a cache
+# of 512 for each would take as long to fill and to attend over as all the rest (193 instead of 94 ms). Batches: B grows by a
+# factor of 4 and T of 2, 3 x 3 programs for 16 slots and a context of 512.
 PREFILL_TOKENS = {1: (16, 64, 256), 4: (16, 64), 16: (16,)}
 BATCH_ROWS, SMALLEST_LENGTH = 4, 128
+SHORT_PREFILL_ROWS = 16
 
 
 @flax.struct.dataclass
@@ -89,7 +91,9 @@ class SlotPrograms:
         self.n_slots, self.context = n_slots, context
         self.batch_sizes = _sizes(1, BATCH_ROWS, n_slots)
         self.lengths = _sizes(SMALLEST_LENGTH, 2, context)
-        self._chunks = {P: sorted({min(C, context) for C in sizes}) for P, sizes in PREFILL_TOKENS.items() if P <= n_slots}
+        self._chunks = {
+            P: sorted({min(C, self.prefill_length(P)) for C in sizes}) for P, sizes in PREFILL_TOKENS.items() if P <= n_slots
+        }
         self._programs: dict[tuple, jax.stages.Compiled] = {}
 
     def compile(self, params: nnx.State, progress=lambda done, total: None) -> None:
@@ -137,7 +141,7 @@ class SlotPrograms:
     def prefill_arguments(self, P: int):
         """Example arguments of a prefill of P rows."""
         zeros_P = np.zeros(P, np.int32)
-        tokens_PT = np.zeros((P, self.context), np.int32)
+        tokens_PT = np.zeros((P, self.prefill_length(P)), np.int32)
         return zeros_P, tokens_PT, zeros_P, zeros_P, zeros_P, np.zeros(P, bool), self.no_sampling(P)
 
     def decode_arguments(self, B: int):
@@ -157,13 +161,18 @@ class SlotPrograms:
             return covering
         return max(size for size in chunks if size <= n_tokens)
 
-    def prefill_groups(self, n_tokens: list[int]) -> list[tuple[int, list[int]]]:
-        """How to prefill prompts of n_tokens: (P, indices of at most P prompts) of each prefill. Of P rows at most a quarter is
-        not used.
+    def prefill_length(self, P: int) -> int:
+        """T: how long the prompts of a prefill of P rows may be."""
+        return min(SMALLEST_LENGTH, self.context) if P >= SHORT_PREFILL_ROWS else self.context
+
+    def prefill_groups(self, lengths: list[int], n_tokens: list[int]) -> list[tuple[int, list[int]]]:
+        """How to prefill the last n_tokens of prompts of these lengths: (P, indices of at most P prompts) of each prefill. Of P
+        rows at most a quarter is not used.
         """
         groups, left = [], list(range(len(n_tokens)))
         for P, chunks in sorted(self._chunks.items(), reverse=True):
-            short = [i for i in left if P == 1 or n_tokens[i] <= chunks[-1]]
+            T = self.prefill_length(P)
+            short = [i for i in left if P == 1 or n_tokens[i] <= chunks[-1] and lengths[i] < T]
             while len(short) >= P - P // 4 and short:
                 groups.append((P, short[:P]))
                 left = [i for i in left if i not in short[:P]]
@@ -182,17 +191,17 @@ class SlotPrograms:
 
         Args:
           slots_P: int32; rows of the same slot must be equal in everything.
-          tokens_PT: int32, whole prompts, length_P tokens each.
+          tokens_PT: int32, whole prompts, length_P tokens each; T as `prefill_length` says.
           start_P: int32, the first position to read; those before it are in the slot.
           remaining_P: int32, new tokens each may get.
 
         Returns:
           (pool, Output of the drawn tokens, which mean nothing for a row whose last token is not among the C)
         """
-        P = len(slots_P)
+        P, T = tokens_PT.shape
         # Loops around the copies, here and below: without them XLA moves reads of the pool behind its update, and copies all of
         # it first: 200 instead of 40 ms for 16 tokens (2 busy cores).
-        rows = self._empty(P, self.context)
+        rows = self._empty(P, T)
         n_continued = jnp.where((start_P > 0).any(), P, 0)
         rows = jax.lax.fori_loop(0, n_continued, lambda p, rows: _copy(pool, slots_P[p], rows, p), rows)
         state = DecodeState(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def open_model(path: str | Path, key: str, tokenizer: str | Path | None = None, 
     """Open a model in any format. Its weights are not read yet.
 
     Args:
+      path: ~ is the home.
       key: as in `detect_format`.
       tokenizer: a folder with the tokenizer to use; None: the model's own.
       n_heads: number of query heads, for a .pth file, whose shapes do not determine it; None: see `pytorch.open_pth`.
@@ -79,6 +81,7 @@ def open_model(path: str | Path, key: str, tokenizer: str | Path | None = None, 
       UserError: no model at `path`, one that this architecture cannot represent, or a tokenizer with more tokens than the
         model's vocabulary.
     """
+    path = os.path.expanduser(path)
     model = FORMATS[detect_format(path, key)].open(Path(path), key, tokenizer, n_heads)
     if model.tokenizer is not None and len(model.tokenizer) > model.config.model.vocab_size:
         raise UserError(

@@ -30,7 +30,8 @@ def as_user_error(key: str, advice: str) -> Iterator[None]:
 
 def is_cause_of(error: BaseException) -> bool:
     """Whether `error` was raised because a device or its host ran out of memory."""
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    text = str(error)  # TensorStore says RESOURCE_EXHAUSTED of a full disk, too
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text and "os_error_code" not in text
 
 
 def explain(error: BaseException, key: str, advice: str) -> str:

@@ -138,6 +138,9 @@ class ChatRequest(Sampled):
     tools: list[Tool] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: Literal[True] | None = None
+    chat_template_kwargs: dict[str, bool | int | float | str | None] | None = Field(
+        None, description='The chat template\'s variables, as in vLLM: {"enable_thinking": false}'
+    )
 
 
 class CompletionRequest(Sampled):

@@ -3,7 +3,7 @@
 import secrets
 from typing import Any
 
-from mateconv_jax.data.tokenizer.chat import encode_chat
+from mateconv_jax.data.tokenizer.chat import TemplateRefuses, encode_chat
 from mateconv_jax.errors import UserError
 from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.inference.text_generator import TextGenerator
@@ -86,10 +86,14 @@ class Prompts:
             if CALL not in self._template:
                 raise Refusal(400, "tools: this model's chat template has none", param="tools")
             tools = [tool.model_dump(exclude_none=True) for tool in request.tools]
+        variables = request.chat_template_kwargs
         try:
-            ids = encode_chat(self._generator.tokenizer, messages, True, tools, complete=True)
-        except UserError as error:
+            ids = encode_chat(self._generator.tokenizer, messages, True, tools, complete=True, variables=variables)
+        except TemplateRefuses as error:
             raise Refusal(400, f"messages: {error}", param="messages") from error
+        except UserError as error:
+            param = "chat_template_kwargs" if variables else "messages"
+            raise Refusal(400, f"{param}: {error}", param=param) from error
         self._check_length(ids, "messages")
         tokenizer = self._generator.tokenizer
         ending = tokenizer.convert_tokens_to_string(list(tokenizer.convert_ids_to_tokens(ids[-16:])))

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import resource
 import signal
 import socket
 import threading
@@ -12,6 +11,7 @@ from types import FrameType
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from mateconv_jax import cores
 from mateconv_jax.errors import UserError
 from mateconv_jax.serving.app import Service, make_app
 
@@ -27,7 +27,7 @@ def run(service: Service, host: str, port: int) -> int:
       UserError: the address is not available.
     """
     listening = listen(host, port)
-    _allow_files(service.limits.max_connections + 200)
+    cores.allow_open_files(service.limits.max_connections + 200)
     config = uvicorn.Config(
         make_app(service),
         http=Protocol,
@@ -76,13 +76,6 @@ def _start_engine(service: Service, server: "DrainingServer") -> None:
     if not service.status.is_draining:
         service.status.reason = None
     logger.info("ready: %s programs compiled in %.1f s", server.n_programs, time.perf_counter() - begin)
-
-
-def _allow_files(n: int) -> None:
-    """Raise the limit on open files to n, as far as the system lets us."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < n:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (n if hard == resource.RLIM_INFINITY else min(n, hard), hard))
 
 
 class DrainingServer(uvicorn.Server):

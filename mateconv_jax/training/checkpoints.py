@@ -5,7 +5,6 @@ A checkpoint is a folder (see run_folder.py) with `state`, a TrainState, and `pr
 
 import contextlib
 import dataclasses
-import errno
 import math
 import os
 import shutil
@@ -20,7 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
-from mateconv_jax import run_folder
+from mateconv_jax import disk, run_folder
 from mateconv_jax.errors import UserError
 from mateconv_jax.runtime import agreement, device_memory, distributed, out_of_memory
 from mateconv_jax.training.train_state import TrainState
@@ -97,6 +96,7 @@ class Checkpoints:
           on_written: called, in another thread, with the seconds that a checkpoint took to reach the disk.
           on_failed: called, in another thread, with the error of a failed save, which the next one raises.
         """
+        disk.quiet_orbax()
         self._folder = Path(os.path.abspath(run))
         self._thread = ThreadPoolExecutor(1, "checkpoints")  # one: all processes reach Orbax's barriers in the same order
         self._latest = _Saves(
@@ -238,8 +238,15 @@ class _Saves:
         with _clear_errors(self.folder.parent):
             try:
                 self._wait_for_last_save()
-            finally:
-                self._manager.close()
+                self._manager.wait_until_finished()
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    self._manager.close()
+                if distributed.is_first():  # what Orbax wrote of it would keep a full disk full
+                    for unfinished in self.folder.glob("*.orbax-checkpoint-tmp"):
+                        disk.remove(unfinished)
+                raise
+            self._manager.close()
 
     def _wait_for_last_save(self) -> None:
         last, self._handed_over = self._handed_over, None
@@ -357,8 +364,8 @@ def _clear_errors(folder: Path):
     except Exception as error:  # Orbax and its storage raise anything
         if out_of_memory.is_cause_of(error):
             raise
-        full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
-        reason = os.strerror(errno.ENOSPC) if full else " ".join(str(error).split())[:300]
+        code = disk.code_of(error, folder)
+        reason = os.strerror(code) if code else " ".join(str(error).split())[:300]
         raise UserError(
             f"training.out_dir: cannot write a checkpoint to {folder} ({reason}; earlier ones stay, and the same command "
             "continues from the newest)"

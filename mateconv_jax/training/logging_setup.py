@@ -11,6 +11,7 @@ from tqdm.contrib import DummyTqdmFile
 
 import mateconv_jax
 from mateconv_jax.runtime import distributed
+from mateconv_jax.terminal import escaped
 
 _PACKAGE = str(Path(mateconv_jax.__file__).parent) + "/"
 
@@ -28,13 +29,13 @@ def logging_to(path: Path) -> Iterator[None]:
     to_console.addFilter(lambda record: _is_ours(record) and not (on_terminal and hasattr(record, "metrics")))
     handlers: list[logging.Handler] = [to_console]
     if distributed.is_first():
-        to_file = logging.FileHandler(path, encoding="utf-8")
+        to_file = _LogFile(path, encoding="utf-8")
         to_file.addFilter(_is_ours)
         handlers.append(to_file)
     else:
         to_console.setLevel(logging.WARNING)
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        handler.setFormatter(_Escaping("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
     propagate, level = logger.propagate, absl_logging.get_verbosity()
     logger.propagate = False
@@ -48,7 +49,23 @@ def logging_to(path: Path) -> Iterator[None]:
         absl_logging.set_verbosity(level)
         for handler in handlers:
             logger.removeHandler(handler)
-            handler.close()
+            with contextlib.suppress(OSError):  # what is left in its buffer does not fit on the disk either
+                handler.close()
+
+
+class _Escaping(logging.Formatter):
+    """Samples, prompts and rewards' errors quote what a model or a file says; the log is read in a terminal as well."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escaped(super().format(record))
+
+
+class _LogFile(logging.FileHandler):
+    """On a full disk lines are lost without a traceback for each; the metrics, written beside it, end the run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
 
 
 def _is_ours(record: logging.LogRecord) -> bool:

@@ -12,7 +12,7 @@ from absl import logging
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
-from mateconv_jax import config as config_lib, run_folder
+from mateconv_jax import config as config_lib, disk, run_folder
 from mateconv_jax.data.dataset import Rows, fingerprint
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop.stored_model import write_end_ids
@@ -60,10 +60,10 @@ def train(config: ConfigDict, signals: Signals | None = None) -> int:
       UserError: another process trains in the same folder; a path, a size or an option that does not fit, before anything is
         written; a file that cannot be read or written; out of memory; training.max_bad_steps skipped updates in a row.
     """
-    time_limit, notices, out_dir = TimeLimit(config.training.max_hours), Notices(), Path(config.training.out_dir)
+    time_limit, notices, out_dir = TimeLimit(config.training.max_hours), Notices(), Path(config.training.out_dir).absolute()
     with Signals() if signals is None else contextlib.nullcontext(signals) as signals:
         signals.connect(notices, jax.process_count(), time_limit)
-        with notices, _clear_errors(out_dir), out_of_memory.as_user_error(*LOWER):
+        with notices, _clear_errors(out_dir), disk.os_errors(out_dir), out_of_memory.as_user_error(*LOWER):
             check_same_config(config)
             with run_lock.held(out_dir), HangWatch(config.training.hang_timeout) as watch:
                 return _train(config, signals, notices, time_limit, watch)
@@ -76,7 +76,7 @@ def _clear_errors(out_dir: Path):
         yield
     except OSError as error:
         filename = out_dir if error.filename is None else Path(os.fsdecode(error.filename))
-        if not filename.absolute().is_relative_to(out_dir.absolute()):
+        if not filename.absolute().is_relative_to(out_dir):
             raise UserError(f"{filename}: {error.strerror or error}") from error
         raise UserError(
             f"training.out_dir: cannot write {str(filename)!r}: {error.strerror or error} "

@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 from absl import logging
 
-from mateconv_jax.inference import terminal
 from mateconv_jax.runtime import distributed
 from mateconv_jax.training.profiler import Profiler
 from mateconv_jax.training.skipped_steps import BadStep
@@ -118,6 +117,6 @@ class Metrics:
     def write_samples(self, step: int, samples: list[tuple[str, str]]) -> None:
         """Prompts and their continuations, to the log and TensorBoard."""
         for prompt, text in samples:
-            logging.info("sample of step %d: %s|%s", step, prompt, terminal.escaped(text))
+            logging.info("sample of step %d: %s|%s", step, prompt, text)
         if self._board is not None:
             self._board.write_texts(step, {f"samples/{i}": prompt + text for i, (prompt, text) in enumerate(samples)})

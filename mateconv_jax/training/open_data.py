@@ -1,6 +1,7 @@
 """The data of a run, checked against the model."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -87,7 +88,7 @@ def validation_paths(val_data_path: str | None) -> dict[str, str]:
                 f"data.val_data_path: {part!r} is {'there twice' if match else 'not possible'} (expected different names with "
                 "their paths, such as wiki=data/wiki,code=data/code)"
             )
-        paths[match[1]] = match[2]
+        paths[match[1]] = os.path.expanduser(match[2])  # config.resolve expands only a path that stands alone
     return paths
 
 

@@ -150,7 +150,8 @@ class RewardEvaluator:
         futures = []
         for first in range(0, self._n, self._batch_size):
             numbers = np.arange(first, first + self._batch_size) % self._n  # the last batch is filled up
-            answers = self._rollouts(weights, [self._prompts.ids[i] for i in numbers], 0, 0, should_stop)
+            prompts, are_texts = self._prompts.tokens(numbers)
+            answers = self._rollouts(weights, prompts, 0, 0, should_stop, are_texts)
             if answers is None:
                 return None
             for i, answer in zip(range(first, min(first + self._batch_size, self._n)), answers, strict=False):

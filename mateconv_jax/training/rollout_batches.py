@@ -144,8 +144,8 @@ class RolloutBatches:
         answers: list[Generation] = []
         futures: list[list[Future]] = []  # of each prompt, one for each function
         for of_micro_batch in numbers.reshape(self._shape.accumulation_steps, -1):
-            prompts = [self._prompts.ids[i] for i in of_micro_batch]
-            new = self._rollouts(weights, prompts, seed, len(answers), self._should_stop)
+            prompts, are_texts = self._prompts.tokens(of_micro_batch)
+            new = self._rollouts(weights, prompts, seed, len(answers), self._should_stop, are_texts)
             if new is None:
                 return None
             for place, i in enumerate(of_micro_batch):

@@ -69,8 +69,9 @@ class Rollouts:
         self._start = jax.jit(self._first_state, out_shardings=sharding.batch(mesh))
 
     def __call__(
-        self, weights: nnx.State, prompts: list[list[int]], seed: int, first_sample: int, should_stop: Callable[[], bool]
-    ) -> list[Generation] | None:
+        self, weights: nnx.State, prompts: list[list[int]], seed: int, first_sample: int, should_stop: Callable[[], bool],
+        are_texts: list[bool] | None = None,
+    ) -> list[Generation] | None:  # fmt: skip
         """n_samples answers to each prompt, those of a prompt next to each other. An answer depends on the weights, its prompt,
         the seed and its number: first_sample + its place in the result.
 
@@ -78,6 +79,7 @@ class Rollouts:
           weights: see DecodingWeights.
           prompts: token ids; as many as a multiple of the devices.
           should_stop: asked every STOP_CHECK_TOKENS tokens.
+          are_texts: which prompts are texts that their answers continue, not dialogues; None: all.
 
         Returns:
           Texts whose token_ids include the end token; None: should_stop() was true before all were finished.
@@ -102,9 +104,10 @@ class Rollouts:
             return None
         tokens_BT, length_B = jax.device_get((state.tokens_BT, state.length_B))
         prompt_lengths_B = np.repeat(lengths_P, self._n_samples)
+        is_text_B = np.repeat([True] * len(prompts) if are_texts is None else are_texts, self._n_samples)
         return [
-            self._generation(tokens_T[start:end].tolist(), int(start))
-            for tokens_T, start, end in zip(tokens_BT, prompt_lengths_B, length_B, strict=True)
+            self._generation(tokens_T[:end].tolist(), int(start), bool(is_text))
+            for tokens_T, start, end, is_text in zip(tokens_BT, prompt_lengths_B, length_B, is_text_B, strict=True)
         ]
 
     def _spread(self, rows):
@@ -120,7 +123,10 @@ class Rollouts:
             kv_cache=make_kv_cache(self._c, *tokens_PT.shape),
         )
 
-    def _generation(self, ids: list[int], n_prompt_tokens: int) -> Generation:
+    def _generation(self, all_ids: list[int], n_prompt_tokens: int, is_text: bool) -> Generation:
+        """Of the prompt's and the answer's tokens."""
+        ids = all_ids[n_prompt_tokens:]
+        before = all_ids[n_prompt_tokens - 1 : n_prompt_tokens] if is_text else []
         is_ended = ids[-1] in self._end_ids
-        text = detokenizer.decode(self._tokenizer, ids[:-1] if is_ended else ids)
+        text = detokenizer.continuation(self._tokenizer, before, ids[:-1] if is_ended else ids)
         return Generation(text, ids, n_prompt_tokens, "eos" if is_ended else "length")

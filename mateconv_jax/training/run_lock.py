@@ -118,13 +118,25 @@ def _is_alive(owner: dict) -> bool:
     """Whether the holder is known to be running. A killed one has SIGKILL pending, or no command line."""
     if owner.get("host") != socket.gethostname():
         return False
+    if not Path("/proc/self").exists():  # macOS, where a killed process is gone once its parent has noticed
+        return _takes_signals(owner.get("pid"))
     try:
         process = Path(f"/proc/{owner.get('pid')}")
-        pending = re.findall(r"^(?:SigPnd|ShdPnd):\s*(\w+)", (process / "status").read_text(), re.M)
+        pending = re.findall(r"^(?:SigPnd|ShdPnd):\s*(\w+)", (process / "status").read_text(encoding="utf-8"), re.M)
         is_killed = any(int(signals, 16) >> signal.SIGKILL - 1 & 1 for signals in pending)
         return bool((process / "cmdline").read_bytes()) and not is_killed
     except OSError:
         return False
+
+
+def _takes_signals(pid) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:  # another user's
+        return True
+    except (OSError, TypeError):
+        return False
+    return True
 
 
 def _refused(path: Path, owner: dict, hint: str = "") -> UserError:

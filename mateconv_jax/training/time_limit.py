@@ -69,7 +69,14 @@ class SaveTimer:
         return seconds is not None and self._agreed.reached(step, lambda: time.monotonic() - self._since >= seconds)
 
 
+_IMPORTED = time.monotonic()
+
+
 def process_age() -> float:
-    """Seconds since this process started: imports and joining the other processes count."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()  # from the third field on; see proc(5)
+    """Seconds since this process started: imports and joining the other processes count, but not on macOS."""
+    try:
+        stat = Path("/proc/self/stat").read_text(encoding="utf-8")
+    except OSError:
+        return time.monotonic() - _IMPORTED
+    fields = stat.rpartition(")")[2].split()  # from the third field on; see proc(5)
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")

@@ -139,7 +139,7 @@ class WandbWriter:
             dir=folder,
             project=options.project,
             name=options.run_name or folder.absolute().name,
-            id=id_file.read_text(),
+            id=id_file.read_text(encoding="utf-8"),
             resume="allow",
             config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
         )

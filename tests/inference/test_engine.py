@@ -11,7 +11,7 @@ import pytest
 
 from mateconv_jax import GenerationConfig, TextGenerator
 from mateconv_jax.errors import UserError
-from mateconv_jax.inference import engine as engine_lib
+from mateconv_jax.inference import engine as engine_lib, slots
 from mateconv_jax.inference.engine import Engine, Failed, Finished, Piece, QueueFull, Started
 from tests import llama2_tokenizer
 
@@ -44,10 +44,14 @@ class Listener:
 
 @pytest.fixture(scope="module")
 def engine(generator):
-    engine = Engine(generator, max_batch=4)
-    engine.start()
-    yield engine
-    engine.stop()
+    """With a short cache for its largest prefill, as 16 slots have."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(slots, "SHORT_PREFILL_ROWS", 4)
+        monkeypatch.setattr(slots, "SMALLEST_LENGTH", 32)
+        engine = Engine(generator, max_batch=4)
+        engine.start()
+        yield engine
+        engine.stop()
 
 
 def ask(engine, ids, config, **options):
@@ -223,9 +227,10 @@ def test_stopping_fails_what_is_unfinished(model, generator):
 def test_prompts_are_read_in_chunks_that_waste_at_most_half(engine):
     chunk = engine_lib.SlotPrograms(engine._generator.graph, engine._generator.model_config, (), 4, 512).chunk
     assert [chunk(1, n) for n in (1, 16, 20, 33, 64, 100, 130, 256, 400)] == [16, 16, 16, 64, 64, 64, 256, 256, 256]
-    groups = engine._programs.prefill_groups([9, 90, 9, 9, 9, 9, 9])
+    groups = engine._programs.prefill_groups([9, 90, 9, 9, 9, 9, 9], [9, 90, 9, 9, 9, 9, 9])
     assert groups == [(4, [0, 2, 3, 4]), (1, [1]), (1, [5]), (1, [6])]
-    assert engine._programs.prefill_groups([20, 9, 9, 9]) == [(4, [0, 1, 2, 3])]
+    assert engine._programs.prefill_groups([20, 9, 9, 9], [20, 9, 9, 9]) == [(4, [0, 1, 2, 3])]
+    assert engine._programs.prefill_groups([90, 9, 9, 9], [9, 9, 9, 9]) == [(4, [1, 2, 3]), (1, [0])]  # too long for its cache
 
 
 def test_a_generator_may_be_used_by_several_threads(model, dataset_folder):

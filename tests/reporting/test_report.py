@@ -283,8 +283,8 @@ def test_wrong_input_names_argument_value_and_what_was_expected(make_run, tmp_pa
     )
     Path(no_metrics, "metrics.jsonl").unlink()
     not_json, foreign = make_run("not_json"), make_run("foreign")
-    Path(not_json, "config.json").write_text("{")
-    Path(foreign, "config.json").write_text('{"vocab_size": 3}')
+    Path(not_json, "config.json").write_text("{", encoding="utf-8")
+    Path(foreign, "config.json").write_text('{"vocab_size": 3}', encoding="utf-8")
     cases = [
         ([str(tmp_path / "no")], "no' (expected a run folder, which has a config.json)"),
         ([good, str(tmp_path)], f"RUN: no run at {str(tmp_path)!r}"),

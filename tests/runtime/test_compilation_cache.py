@@ -1,7 +1,9 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import jax
 import pytest
 
 from mateconv_jax import train
@@ -65,3 +67,22 @@ def test_an_entry_cut_off_in_writing_spoils_nothing(tmp_path):
     assert entry.stat().st_size > 100
     hits = run()
     assert hits == len(list(tmp_path.glob("*-cache")))
+
+
+def test_without_a_home_or_a_folder_that_can_be_written_there_is_no_cache(monkeypatch, tmp_path):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    updates = {}
+    monkeypatch.setattr(jax.config, "update", updates.__setitem__)
+    compilation_cache.enable()
+    assert updates["jax_compilation_cache_dir"] is None
+
+    def read_only(path):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(compilation_cache.filelock, "FileLock", read_only)
+    compilation_cache.enable(str(tmp_path))
+    assert updates["jax_compilation_cache_dir"] == str(tmp_path)  # what is there can be read

@@ -5,8 +5,10 @@ import pytest
 
 from mateconv_jax import config as config_lib, evaluate, sample
 from mateconv_jax.errors import UserError, exit_code
+from mateconv_jax.inference import engine
 from mateconv_jax.inference.text_generator import TextGenerator
 from mateconv_jax.runtime import device_memory, out_of_memory
+from mateconv_jax.serving import server
 from mateconv_jax.training import checkpoints, loop
 from tests.training.runs import steps_in, train
 
@@ -43,6 +45,7 @@ def test_what_cudnn_rejects_is_one_line(tiny_config, monkeypatch):
         loop.train(config_lib.resolve(tiny_config))
 
 
+@pytest.mark.slow
 def test_samples_that_do_not_fit_have_their_own_advice(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(loop.Samples, "write", failing(MESSAGE))
     with pytest.raises(UserError, match=r"training.sample_prompts: out of memory .*training.samples_interval=None"):
@@ -78,12 +81,18 @@ def test_sample_names_its_flags(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: --max_new_tokens: out of memory on cpu: 276.17GiB more requested")
 
 
+def test_a_command_that_says_no_more_about_it(capsys):
+    """As convert, which has no key to lower."""
+    assert exit_code(lambda: jax.numpy.zeros(10**14).block_until_ready()) == 2  # bytes that no machine has
+    assert capsys.readouterr().err.startswith("error: out of memory (Out of memory allocating 400000000000000 bytes")
+
+
 def test_a_host_without_memory(capsys):
     def numpy():
         raise MemoryError("Unable to allocate 2 GiB for an array")
 
     assert exit_code(numpy) == 2
-    assert capsys.readouterr().err == "error: this machine has too little memory (Unable to allocate 2 GiB for an array)\n"
+    assert capsys.readouterr().err == "error: out of memory (Unable to allocate 2 GiB for an array)\n"
     with pytest.raises(UserError, match="--batch_size: out of memory on this machine: 2 GiB more requested"):
         with out_of_memory.as_user_error("--batch_size", "lower it"):
             numpy()
@@ -104,3 +113,16 @@ def test_what_cannot_fit_is_said_before_the_first_step(monkeypatch):
             out_of_memory.check(compiled, "key", "advice")
     with pytest.raises(UserError, match=r"key: .* needs 8.0 GB, 3.0 of it for state and batch; 7.9 GB available .*\(advice\)"):
         out_of_memory.check(compiled, "key", "advice")
+
+
+def test_a_server_without_room_says_so_and_ends(caplog):
+    def start(progress):
+        with out_of_memory.as_user_error(*engine.LOWER):
+            failing(MESSAGE)()
+
+    service = types.SimpleNamespace(engine=types.SimpleNamespace(start=start), status=types.SimpleNamespace(is_draining=False))
+    uvicorn = types.SimpleNamespace(has_failed=False, should_exit=False)
+    server._start_engine(service, uvicorn)
+    assert uvicorn.has_failed and uvicorn.should_exit
+    assert "cannot start: max_batch: out of memory on cpu: 276.17GiB more requested" in caplog.text
+    assert "Traceback" not in caplog.text

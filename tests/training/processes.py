@@ -25,7 +25,7 @@ def _main(flags: list[str], log: str, environment: dict[str, str], stop_at: int 
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    sys.stderr = open(2, "w", buffering=1, closefd=False)
+    sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)
     faulthandler.dump_traceback_later(200, file=2)  # where it hangs, before `finish` gives up
     os.environ.update(environment)
     from mateconv_jax import train

@@ -175,6 +175,8 @@ def test_validation_sets_that_are_none(tiny_config, sets, message):
 def test_a_path_with_an_equals_sign_is_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert validation_paths("data/a=b") == {"": "data/a=b"} and validation_paths("a=b,c=d/e=f") == {"a": "b", "c": "d/e=f"}
+    monkeypatch.setenv("HOME", "/home/me")
+    assert validation_paths("a=~/b") == {"a": "/home/me/b"}
     (tmp_path / "a=b").mkdir()
     assert validation_paths("a=b") == {"": "a=b"}
 

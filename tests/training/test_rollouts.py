@@ -12,7 +12,7 @@ from mateconv_jax.inference.text_generator import TextGenerator
 from mateconv_jax.model.transformer import init_params
 from mateconv_jax.runtime import sharding
 from mateconv_jax.training.rollouts import DecodingWeights, Rollouts
-from tests import llama
+from tests import llama, llama2_tokenizer
 
 HOW = GenerationConfig(temperature=1.3, top_k=0, top_p=0.95, max_new_tokens=50)
 
@@ -47,6 +47,17 @@ def test_answers_are_those_that_sample_gives(generator, rollouts):
         assert answer.token_ids == [*same.token_ids, *end]
     again = decode(weights, ids[::-1], 7, 0, lambda: False)
     assert list(map(str, again)) != list(map(str, answers[4:] + answers[:4]))  # a prompt's place counts
+
+
+def test_the_space_between_a_text_and_its_answer_stays():
+    """Where decoding strips it, as with Llama 2's tokenizer. An answer in a dialogue begins a text."""
+    tokenizer = llama2_tokenizer.make()
+    decode = Rollouts.__new__(Rollouts)
+    decode._tokenizer, decode._end_ids = tokenizer, (tokenizer.eos_token_id,)
+    prompt, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("ab", "ab cd"))
+    ids = [tokenizer.bos_token_id, *prompt, *answer]
+    texts = [decode._generation(ids, len(prompt) + 1, is_text) for is_text in (True, False)]
+    assert texts == [" ab cd", "ab cd"]
 
 
 def test_decoding_stops_within_a_dispatch_when_it_is_asked_to(rollouts):

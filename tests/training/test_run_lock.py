@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -108,3 +109,10 @@ def test_only_the_first_process_of_a_run_holds_it(tmp_path, monkeypatch):
         monkeypatch.setattr(run_lock.distributed, "is_first", lambda: False)
         with run_lock.held(tmp_path):
             assert os.listdir(tmp_path) == [".lock"]
+
+
+def test_without_proc_a_signal_tells_whether_a_process_lives(monkeypatch):
+    """As on macOS."""
+    monkeypatch.setattr(run_lock, "Path", lambda path: Path("/nowhere"))
+    alive = {"host": socket.gethostname(), "pid": os.getpid()}
+    assert run_lock._is_alive(alive) and not run_lock._is_alive(alive | {"pid": 2**22 + 1}) and not run_lock._is_alive({})

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mateconv_jax import GenerationConfig, TextGenerator
 from mateconv_jax.errors import UserError
-from mateconv_jax.inference.terminal import escaped
+from mateconv_jax.terminal import escaped
 from mateconv_jax.training import loop
 from mateconv_jax.training.train_state import LossAverage
 from tests.training.runs import losses_of, metrics_of, train

@@ -116,7 +116,7 @@ def _gather(chunks: list[Path], folder: Path, vocab_size: int) -> tuple[Statisti
     with (folder / "rejected.jsonl").open("wb") as rejected:
         for chunk in chunks:
             statistics += Statistics.load(chunk / "statistics.npz")
-            for split, counts in json.loads((chunk / "chunk.json").read_text())["splits"].items():
+            for split, counts in json.loads((chunk / "chunk.json").read_text(encoding="utf-8"))["splits"].items():
                 shards[split].append((chunk / split, counts))
             with (chunk / "rejected.jsonl").open("rb") as lines:
                 shutil.copyfileobj(lines, rejected)

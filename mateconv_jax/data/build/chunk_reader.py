@@ -11,7 +11,7 @@ from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.build.statistics import Statistics
 from mateconv_jax.data.dialogue import Preference
 from mateconv_jax.data.text import duplicates, encodings
-from mateconv_jax.data.text.cleaning import Cleaner, control_token_pattern
+from mateconv_jax.data.text.cleaning import DOCUMENT_TOKENS, Cleaner, control_token_pattern, split_at_tokens
 from mateconv_jax.data.text.jsonl import Document, parse_line, parse_text
 from mateconv_jax.data.text.rejected import Rejected
 from mateconv_jax.data.text.sources import Chunk
@@ -93,6 +93,10 @@ class CleanChunk:
     statistics: Statistics
     inputs: list[InputCounts]
 
+    def reject(self, input: int, line: int, error: Rejected, record: bytes) -> None:
+        self.rejects.append((input, line, error.rule, str(error)))
+        self.inputs[input].add(error.rule, line, str(error), record)
+
 
 def digest(chunk: Chunk) -> str:
     """Hash of the chunk's input."""
@@ -109,9 +113,9 @@ def digest(chunk: Chunk) -> str:
 def read_chunk(chunk: Chunk, options: PrepareOptions, special_tokens: tuple[str, ...], vocab_size: int) -> CleanChunk:
     """Parse and clean a chunk's records."""
     cleaner = Cleaner(options.cleaning, control_token_pattern(special_tokens))
+    control_tokens = (*special_tokens, *DOCUMENT_TOKENS)
     result = CleanChunk(chunk.name, digest(chunk), [], [], np.zeros(0), [], Statistics(vocab_size), [])
-    cleaned: Counter[str] = Counter()
-    keys = []
+    statistics, cleaned, keys = result.statistics, Counter[str](), []
     for i, part in enumerate(chunk.parts):
         counts = InputCounts(part.source.name, len(part.records) + len(part.rejects))
         result.inputs.append(counts)
@@ -120,52 +124,61 @@ def read_chunk(chunk: Chunk, options: PrepareOptions, special_tokens: tuple[str,
             counts.add(rule, line, reason)
         for line, record in part.records:
             try:
-                if part.source.format == "bin":
-                    pieces, key = _token_ids_of(record, vocab_size)
-                else:
-                    parsed, schema, dropped = _parse(record, part.source.format, options)
-                    result.statistics.schemas[schema] += 1
-                    counts.add_parsed(line, isinstance(parsed, Preference))
-                    if dropped:
-                        result.statistics.ignored_fields.update(dropped)
-                    pieces, key, changed, text = _document_of(parsed, cleaner, options)
-                    result.statistics.control_tokens_as_text += any(token in text for token in special_tokens)
-                    if changed or len(pieces) > 1:  # Counter.update would take a tenth of the time of a short text
-                        cleaned.update(changed, split=len(pieces) > 1)
+                documents = _documents(record, line, part.source.format, options, vocab_size, counts, statistics)
             except Rejected as error:
-                result.rejects.append((i, line, error.rule, str(error)))
-                counts.add(error.rule, line, str(error), record)
+                result.reject(i, line, error, record)
                 continue
-            result.documents.append(pieces)
-            result.places.append((i, line))
-            keys.append(key)
-        result.statistics.lines += counts.records
-        result.statistics.bytes_in += sum(len(record) for _, record in part.records)
+            for document in documents:
+                try:
+                    pieces, key, changed, text = _cleaned(document, cleaner, options)
+                except Rejected as error:
+                    result.reject(i, line, error, record)
+                    continue
+                statistics.control_tokens_as_text += any(token in text for token in control_tokens)
+                if changed or len(pieces) > 1:  # Counter.update would take a tenth of the time of a short text
+                    cleaned.update(changed, split=len(pieces) > 1)
+                result.documents.append(pieces)
+                result.places.append((i, line))
+                keys.append(key)
+        statistics.lines += counts.records
+        statistics.bytes_in += sum(len(record) for _, record in part.records)
     n_bands = duplicates.bands(options.near_threshold)[0] if options.dedup == "near" else 0
     result.keys = np.array(keys, np.uint64).reshape(len(keys), 1 + n_bands)
-    result.statistics.cleaned.update(+cleaned)
+    statistics.cleaned.update(+cleaned)
     return result
 
 
-def _token_ids_of(record: bytes, vocab_size: int) -> tuple[Sequence[np.ndarray], list[int]]:
-    """A document of a .bin file as its only piece, and its key."""
-    ids = np.frombuffer(record, np.uint16)
-    if ids.max() >= vocab_size:
-        raise Rejected("no_such_token", f"token id {ids.max()} (the vocabulary has {vocab_size})")
-    return [ids], [int.from_bytes(blake2b(record, digest_size=8).digest(), "little")]
-
-
-def _parse(record: bytes, format: str, options: PrepareOptions) -> tuple[Document, str, Set[str]]:
+def _documents(
+    record: bytes, line: int, format: str, options: PrepareOptions, vocab_size: int, counts: InputCounts, statistics: Statistics
+) -> Sequence[Document | np.ndarray]:
+    """What a record holds: one document or, of a text that is split at control tokens, several; token ids of a .bin file."""
+    if format == "bin":
+        ids = np.frombuffer(record, np.uint16)
+        if ids.max() >= vocab_size:
+            raise Rejected("no_such_token", f"token id {ids.max()} (the vocabulary has {vocab_size})")
+        return [ids]
     if format == "txt":
-        return parse_text(record), "text", frozenset()
-    return parse_line(record, options.text_key, options.ignore_fields)
+        parsed, schema, dropped = parse_text(record), "text", frozenset()
+    else:
+        parsed, schema, dropped = parse_line(record, options.text_key, options.ignore_fields)
+    statistics.schemas[schema] += 1
+    counts.add_parsed(line, isinstance(parsed, Preference))
+    if dropped:
+        statistics.ignored_fields.update(dropped)
+    if options.split_at_tokens and isinstance(parsed, str):
+        documents = split_at_tokens(parsed, options.split_at_tokens)
+        statistics.cleaned.update(["split_at_tokens"] * (len(documents) > 1))
+        return documents or [""]  # which is rejected as empty
+    return [parsed]
 
 
-def _document_of(
-    parsed: Document, cleaner: Cleaner, options: PrepareOptions
-) -> tuple[Sequence[Document], list[int], set[str], str]:
+def _cleaned(
+    document: Document | np.ndarray, cleaner: Cleaner, options: PrepareOptions
+) -> tuple[Sequence[Document | np.ndarray], list[int], Set[str], str]:
     """(pieces, keys, rules that changed the document, its text)."""
-    document, changed = cleaner.clean(parsed)
+    if isinstance(document, np.ndarray):
+        return [document], [int.from_bytes(blake2b(document.tobytes(), digest_size=8).digest(), "little")], frozenset(), ""
+    document, changed = cleaner.clean(document)
     text = duplicates.document_text(document)
     key = [duplicates.document_key(document)]
     if options.dedup == "near":

@@ -91,7 +91,7 @@ class ChunkWriter:
             errors="backslashreplace",  # a file name may not be valid UTF-8
         )
         inputs = [dataclasses.asdict(counts) for counts in chunk.inputs]
-        (folder / "chunk.json").write_text(json.dumps({"digest": chunk.digest, "splits": splits, "inputs": inputs}))
+        files.write_text(folder / "chunk.json", json.dumps({"digest": chunk.digest, "splits": splits, "inputs": inputs}))
 
     def _encode_dialogues(self, chunk: CleanChunk, codes: np.ndarray) -> dict[int, RowDialogue | RowPair]:
         """{document: tokens} of the dialogues and preferences to keep. Those that cannot be encoded become rejects."""

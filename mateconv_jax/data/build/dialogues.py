@@ -1,7 +1,9 @@
 """Encode dialogues into at most one row each."""
 
+import array
 import dataclasses
 import functools
+import gc
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,11 +92,12 @@ class RowDialogues:
                 self._encoder = ChatEncoder(tokenizer, self._options.learn)
             except UserError as error:  # no chat template
                 raise Rejected("chat_template", str(error).removeprefix("chat: ")) from error
+            gc.freeze()  # what was imported for it would be searched for garbage every few dialogues, a sixth of the time
         try:
             ids, learned = self._encoder.encode(dialogue, n_prompt)
         except TemplateRefuses as error:
             raise Rejected(error.rule, error.reason) from error
-        return RowDialogue(np.array(ids, np.uint32), np.array(learned, bool))
+        return RowDialogue(np.frombuffer(array.array("I", ids), np.uint32), np.frombuffer(bytes(learned), bool))
 
     def _shortened(self, dialogue: Dialogue, most: int, length: int) -> RowDialogue:
         if self._options.too_long_dialogue == "drop":

@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
 END_BYTES = 1 << 16  # compared at each end of an input
 # Options that earlier versions lacked, with the values that reproduce their behaviour.
-ADDED_OPTIONS = {"encoding": "utf-8", "ignore_fields": [], "learn": "everything", "too_long_dialogue": "shorten"}
+ADDED_OPTIONS = {
+    "encoding": "utf-8",
+    "ignore_fields": [],
+    "learn": "everything",
+    "split_at_tokens": None,
+    "too_long_dialogue": "shorten",
+}
 
 
 def inputs(sources: list[Source]) -> list[list]:

@@ -4,7 +4,7 @@ import dataclasses
 
 from mateconv_jax.data.dialogue import LEARN
 from mateconv_jax.data.text import encodings
-from mateconv_jax.data.text.cleaning import CleaningOptions
+from mateconv_jax.data.text.cleaning import DOCUMENT_TOKENS, CleaningOptions
 from mateconv_jax.data.text.lines import TXT_DOCUMENTS
 from mateconv_jax.data.text.sources import ChunkSizes
 from mateconv_jax.errors import check_values
@@ -23,6 +23,8 @@ class PrepareOptions:
       encoding: of text files without a byte order mark, by any name that Python knows.
       ignore_fields: sorted keys of records and messages to drop unread.
       txt_document: what a document is in a .txt file, one of lines.TXT_DOCUMENTS.
+      split_at_tokens: texts are cut into documents at these control tokens, spelt out in them, and lose them; None: they are
+        not; empty: the tokenizer's begin and end tokens and cleaning.DOCUMENT_TOKENS.
       seq_len: targets per row.
       learn: which tokens of a dialogue are targets, one of dialogue.LEARN. With "everything" a dialogue is packed like a text
         and cut at row ends; otherwise it stays whole.
@@ -39,6 +41,7 @@ class PrepareOptions:
     encoding: str = encodings.UTF8
     ignore_fields: tuple[str, ...] = ()
     txt_document: str = "line"
+    split_at_tokens: tuple[str, ...] | None = None
     seq_len: int = 512
     learn: str = "assistant"
     too_long_dialogue: str = "shorten"
@@ -60,6 +63,14 @@ class PrepareOptions:
                 ("too_long_dialogue", self.too_long_dialogue in TOO_LONG_DIALOGUE, " or ".join(TOO_LONG_DIALOGUE)),
                 ("val_fraction", 0 <= self.val_fraction < 1, "a share from 0 to below 1"),
                 ("dedup", self.dedup in DEDUP, " or ".join(DEDUP)),
+                ("split_at_tokens", self.split_at_tokens is None or "" not in self.split_at_tokens, "tokens, not empty"),
                 ("near_threshold", 0 < self.near_threshold < 1, "a number between 0 and 1"),
             ],
         )
+
+    def split_at(self, begin: str | None, end: str) -> "PrepareOptions":
+        """With split_at_tokens, if that is empty, for a tokenizer with this begin and end token."""
+        if self.split_at_tokens != ():
+            return self
+        tokens = dict.fromkeys([begin, end, *DOCUMENT_TOKENS])
+        return dataclasses.replace(self, split_at_tokens=tuple(filter(None, tokens)))

@@ -13,7 +13,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -109,14 +109,14 @@ def _without_records(chunk: Chunk) -> Chunk:
 
 
 def counts_of_done(folder: Path) -> list[InputCounts]:
-    return [InputCounts(**counts) for counts in json.loads((folder / "chunk.json").read_text())["inputs"]]
+    return [InputCounts(**counts) for counts in json.loads((folder / "chunk.json").read_text(encoding="utf-8"))["inputs"]]
 
 
 def _keys_of_done(folder: Path, chunk: Chunk) -> np.ndarray | None:
     done = folder / chunk.name
     if not done.exists():
         return None
-    if json.loads((done / "chunk.json").read_text())["digest"] != chunk_reader.digest(chunk):
+    if json.loads((done / "chunk.json").read_text(encoding="utf-8"))["digest"] != chunk_reader.digest(chunk):
         first = chunk.parts[0]
         raise UserError(
             f"--input: {first.source.name!r} has changed since part of it was prepared, near line "
@@ -160,7 +160,7 @@ def _pool(num_workers: int, setup: WorkerSetup) -> concurrent.futures.Executor:
 
 _setup: WorkerSetup
 _writer: ChunkWriter
-_lock: TextIO  # held until the worker ends
+_lock: BinaryIO  # held until the worker ends
 
 
 def _start(setup: WorkerSetup) -> None:

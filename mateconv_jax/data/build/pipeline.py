@@ -15,6 +15,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO
 
+from mateconv_jax import disk
 from mateconv_jax.data.build import chunk_reader, identity, parallel_chunks, tokenizer_sample, work_folder
 from mateconv_jax.data.build.input_progress import InputProgress
 from mateconv_jax.data.build.options import PrepareOptions
@@ -63,7 +64,7 @@ def prepare(
     partial = work_folder.path_for(output)
     work_folder.check_outside(sources, partial)
     work_folder.restore_replaced(output)
-    training, given, described = _described(sources, tokenizer, options, also_bin)
+    training, given, options, described = _described(sources, tokenizer, options, also_bin)
     bos_eos = None if given is None else (given.bos_token_id, given.eos_token_id)
     read = functools.partial(all_chunks, sources, options, bos_eos, open_file)
     if output.exists() and not overwrite:
@@ -74,7 +75,7 @@ def prepare(
     versions = {"row_version": VERSION, "chunk_version": CHUNK_VERSION}  # chunks of other versions cannot be mixed with these
     unreadable = UnreadableInputs(keep_going, options.txt_document == "file")
     try:
-        with work_folder.opened(partial, described | versions, overwrite) as folder:
+        with disk.os_errors(partial), work_folder.opened(partial, described | versions, overwrite) as folder:
             names = _make_chunks(folder, sources, read, given, training, options, num_workers, run_chunks, unreadable)
             figures = _assemble(folder, names, output, options, described, also_bin, start)
         work_folder.remove(partial)
@@ -87,20 +88,25 @@ def prepare(
 
 
 def _described(sources: list[Source], tokenizer: str | TokenizerTraining, options: PrepareOptions, also_bin: bool):
-    """(TokenizerTraining or None, the given tokenizer or None, everything that determines the dataset's bytes, as JSON)."""
+    """(TokenizerTraining or None, the given tokenizer or None, `options` with all that follows from the tokenizer, everything
+    that determines the dataset's bytes, as JSON).
+    """
     from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib  # imports transformers, 2 s
 
     if isinstance(tokenizer, TokenizerTraining):
         training, given, vocab_size = tokenizer, None, tokenizer.vocab_size
+        begin_end = [tokenizer_lib.SPECIAL_TOKENS[name] for name in ("bos_token", "eos_token")]
         made_with = {"tokenizer": dataclasses.asdict(tokenizer), "tokenizer_settings": None}
     else:
         training, given = None, tokenizer_lib.load(tokenizer, "--tokenizer")
         vocab_size = tokenizer_lib.vocab_size(given)
+        begin_end = [given.bos_token, given.eos_token]
         settings = identity.tokenizer_settings(given)
         made_with = {"tokenizer": tokenizer_lib.fingerprint(given), "tokenizer_settings": settings}
     _check_bin(sources, training is not None, also_bin, vocab_size)
+    options = options.split_at(*begin_end)
     described = {"input": identity.inputs(sources), **made_with, **dataclasses.asdict(options), "also_bin": also_bin}
-    return training, given, described
+    return training, given, options, described
 
 
 def _check_there(output: Path, described: dict, read: Callable[[], Iterator[Chunk]]) -> None:
@@ -186,7 +192,7 @@ def _assemble(
     made, replaced = folder / "dataset", folder / "replaced"
     shutil.rmtree(made, ignore_errors=True)
     chunks = [folder / "chunks" / name for name in names]
-    digest = identity.input_digest(json.loads((chunk / "chunk.json").read_text())["digest"] for chunk in chunks)
+    digest = identity.input_digest(json.loads((chunk / "chunk.json").read_text(encoding="utf-8"))["digest"] for chunk in chunks)
     seconds = time.perf_counter() - start
     figures = assemble(chunks, made, folder / "tokenizer", options.seq_len, described, digest, seconds, also_bin)
     if output.exists():

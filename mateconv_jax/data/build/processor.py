@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -27,15 +28,26 @@ class DataProcessor:
       tokenizer_path: a tokenizer's folder.
       max_length: most characters of a document, longer ones are dropped as in MateConv; also the targets per row.
       chunk_size: records per chunk; a chunk becomes a shard.
+      save_interval: most records between two durable points. A finished chunk is one, so only values below chunk_size matter.
       num_workers: number of processes. With more than 1, the calling script needs `if __name__ == "__main__":`.
     """
 
-    def __init__(self, tokenizer_path: str, max_length: int = 512, chunk_size: int = 50_000, num_workers: int = 1):
-        self.tokenizer_path = tokenizer_path
+    def __init__(
+        self,
+        tokenizer_path: str,
+        max_length: int = 512,
+        chunk_size: int = 50_000,
+        save_interval: int = 1_000_000,
+        num_workers: int = 1,
+    ):
+        for name, value in (("chunk_size", chunk_size), ("save_interval", save_interval)):
+            if value < 1:
+                raise UserError(f"{name}: {value!r} is invalid (expected at least 1)")
+        self.tokenizer_path = os.path.expanduser(tokenizer_path)
         self.num_workers = num_workers
         self._options = PrepareOptions(
             seq_len=max_length,
-            sizes=ChunkSizes(records=chunk_size),
+            sizes=ChunkSizes(records=min(chunk_size, save_interval)),
             cleaning=CleaningOptions(max_chars=max_length, too_long="drop"),
         )
         self._statistics: dict | None = None
@@ -49,9 +61,9 @@ class DataProcessor:
         Raises:
           UserError: no such input, or the output would replace it.
         """
-        output, seen, counts = Path(output_path), duplicates.SeenKeys(), Counter(lines=0, documents=0)
+        output, seen, counts = Path(os.path.expanduser(output_path)), duplicates.SeenKeys(), Counter(lines=0, documents=0)
         rejected_path = output.with_name(output.name + ".rejected.jsonl")
-        found = sources.find([str(input_path)])
+        found = sources.find([os.path.expanduser(input_path)])
         for path in (output, rejected_path):
             _check_not_an_input(path, found)
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -90,10 +102,10 @@ class DataProcessor:
           UserError: no such input or tokenizer; the output exists and was made with other options (if `resume`), or not by this
             method.
         """
-        output = Path(output_path)
+        output = Path(os.path.expanduser(output_path))
         flat = output.suffix == ".bin"
         folder = output.with_name(output.name + ".dataset") if flat else output
-        found = sources.find([str(input_path)])
+        found = sources.find([os.path.expanduser(input_path)])
         if flat and output.exists() and not is_dataset(folder):
             raise UserError(f"output_path: {str(output)!r} is there, and process_dataset did not make it (choose another name)")
         _check_not_an_input(output, found)
@@ -117,7 +129,7 @@ class DataProcessor:
         """
         if self._statistics is None:
             raise UserError("save_statistics: nothing was processed yet (expected process_dataset before)")
-        files.write_text(Path(path), json.dumps(self._statistics, indent=2, ensure_ascii=False) + "\n")
+        files.write_text(Path(os.path.expanduser(path)), json.dumps(self._statistics, indent=2, ensure_ascii=False) + "\n")
 
 
 def _check_not_an_input(output: Path, inputs: list[sources.Source]) -> None:

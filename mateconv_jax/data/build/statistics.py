@@ -355,7 +355,7 @@ def print_table(summary: dict, folder: str | Path) -> None:
     if summary["ignored_fields"]:
         figures["ignored fields"] = _by_rule(summary["ignored_fields"])
     if n := summary["control_tokens_as_text"]:
-        figures["control tokens"] = f"spelt out in {n:,} documents, encoded as plain text (see --strip_control_tokens)"
+        figures["control tokens"] = f"spelt out in {n:,} documents, encoded as plain text (see --split_at_tokens)"
     if summary["characters"]:
         shares = {script: n / summary["characters"] for script, n in summary["characters_by_script"].items()}
         figures["text"] = f"a token is {summary['characters_per_token']:.3f} characters, {summary['bytes_per_token']:.3f} bytes"

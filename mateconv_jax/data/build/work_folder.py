@@ -6,14 +6,16 @@ tokenizer, sample.json, chunks, beam, dataset, replaced
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 from mateconv_jax import files
 from mateconv_jax.data import dataset
@@ -21,6 +23,7 @@ from mateconv_jax.data.build import identity
 from mateconv_jax.data.text.sources import Source
 from mateconv_jax.errors import UserError, check_name
 
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 LOCK_SECONDS = 10.0  # a killed run keeps its lock until the system has freed its memory: seconds for some GB
 _OURS = {"options.json", "lock", "workers", "tokenizer", "sample.json", "chunks", "beam", "dataset", "replaced"}
 _OURS |= {f"{name}.partial" for name in _OURS}
@@ -73,7 +76,7 @@ def opened(folder: Path, options: dict, overwrite: bool) -> Iterator[Path]:
     """
     _check_ours(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    with (folder / "lock").open("wb") as lock:
         _wait_for(lock, folder)
         there = folder / "options.json"
         if there.exists():
@@ -100,7 +103,7 @@ def remove(folder: Path) -> None:
     if not folder.exists():
         return
     _check_ours(folder)
-    with (folder / "lock").open("w") as lock:
+    with (folder / "lock").open("wb") as lock:
         _wait_for(lock, folder)
         _clear(folder, but=set())
     with contextlib.suppress(OSError):  # a foreign file was put there meanwhile
@@ -114,21 +117,37 @@ def restore_replaced(output: Path) -> None:
         replaced.rename(output)
 
 
-def hold_for_worker(folder: Path) -> TextIO:
+def hold_for_worker(folder: Path) -> BinaryIO:
     """A lock that a worker holds until it dies, so that no later run starts while it still writes."""
-    file = (folder / "workers").open("w")
-    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    file = (folder / "workers").open("wb")
+    _lock(file, fcntl.LOCK_SH)
     return file
 
 
-def _wait_for(lock: TextIO, folder: Path) -> None:
+def _lock(file: BinaryIO, how: int) -> bool:
+    """Lock an open file, unless another process holds it. Returns whether the disk has locks, as some network disks have not.
+
+    Raises:
+      BlockingIOError: another process holds it.
+    """
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def _wait_for(lock: BinaryIO, folder: Path) -> None:
     """Take the lock, and wait for the workers of an earlier run to end."""
-    with (folder / "workers").open("w") as workers:
+    with (folder / "workers").open("wb") as workers:
         deadline = time.monotonic() + LOCK_SECONDS
         for file in (lock, workers):
             while True:
                 try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if not _lock(file, fcntl.LOCK_EX) and file is lock:
+                        print(f"--output: no file locks on the disk of {str(folder)!r}: start no second run", file=sys.stderr)
                     break
                 except BlockingIOError as error:
                     if time.monotonic() > deadline:

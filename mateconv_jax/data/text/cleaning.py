@@ -76,6 +76,23 @@ _SENTENCE_END = re.compile(r"""[。！？!?…；;\n]+[”’」』）)"']*|\.\s
 _CLAUSE_END = re.compile(r"[，、,：:\s]")
 
 
+# Between which the documents of pretraining corpora stand that a tokenizer without these tokens may be trained on, too:
+# MiniMind's pretrain_hq.jsonl has lines of "<|im_start|>…<|im_end|> <|im_start|>…<|im_end|>".
+DOCUMENT_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+_ROLE_LINE = "(?:(?:system|user|assistant)\n)?"
+
+
+def split_at_tokens(text: str, tokens: Sequence[str]) -> list[str]:
+    """The texts between control tokens, without these, a role behind one of them, and white space around; not empty ones."""
+    pieces = _token_pattern(tuple(tokens)).split(text)
+    return [piece for piece in map(str.strip, pieces) if piece]
+
+
+@functools.lru_cache(8)
+def _token_pattern(tokens: tuple[str, ...]) -> re.Pattern:
+    return re.compile(f"(?:{'|'.join(map(re.escape, sorted(tokens, key=len)[::-1]))}){_ROLE_LINE}")
+
+
 def control_token_pattern(special_tokens: Iterable[str]) -> re.Pattern:
     """Matches control tokens spelt out in a text, and chat template headers (`<s>user` and its line feed)."""
     return re.compile("|".join(["<s>(?:user|assistant|system)\n?", *map(re.escape, sorted(special_tokens, key=len)[::-1])]))

@@ -1,7 +1,9 @@
 """Dialogues as token ids, through a tokenizer's chat template."""
 
 import bisect
-from typing import NamedTuple
+import operator
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
@@ -78,6 +80,7 @@ def encode_chat(
     add_generation_prompt: bool,
     tools: list[dict] | None = None,
     complete: bool = False,
+    variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """A dialogue as a prompt: token ids as transformers' `apply_chat_template` gives them.
 
@@ -87,11 +90,12 @@ def encode_chat(
       messages: [{"role": …, "content": …}, …].
       add_generation_prompt: end with the header of an assistant's answer.
       complete: refuse what the template leaves out: roles, tools, calls.
+      variables: the template's own, such as Qwen3's enable_thinking.
 
     Raises:
-      UserError: the tokenizer has no chat template, or it does not take these messages.
+      UserError: the tokenizer has no chat template, or it does not take these messages or variables.
     """
-    renderer = DialogueRenderer(_template(tokenizer), messages, tools)
+    renderer = DialogueRenderer(_template(tokenizer, variables), messages, tools)
     rendering = renderer.whole(add_generation_prompt)
     if complete:
         written.check(renderer, rendering, messages, tools)
@@ -99,10 +103,10 @@ def encode_chat(
     return ids
 
 
-def _template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
+def _template(tokenizer: PreTrainedTokenizerFast, variables: Mapping[str, Any] | None = None) -> ChatTemplate:
     if not tokenizer.chat_template:
         raise UserError("chat: this tokenizer has no chat template (expected one in tokenizer_config.json)")
-    return ChatTemplate(tokenizer)
+    return ChatTemplate(tokenizer, variables)
 
 
 def _tokens_within(spans: list[tuple[int, int]], offsets: list[tuple[int, int]]) -> list[bool]:
@@ -111,13 +115,13 @@ def _tokens_within(spans: list[tuple[int, int]], offsets: list[tuple[int, int]])
     Some tokenizers leave white space out of a token's offsets: it belongs to the token behind it. A token of no characters,
     as SentencePiece's prefix, belongs to the character behind it.
     """
-    starts = [start for start, _ in offsets]
-    ends = [end for _, end in offsets]
+    start_of, end_of = operator.itemgetter(0), operator.itemgetter(1)
     learned = [False] * len(offsets)
     for start, end in spans:
-        first = bisect.bisect_right(ends, start)
+        first = bisect.bisect_right(offsets, start, key=end_of)
         while first and offsets[first - 1] == (start, start):
             first -= 1
-        after = max(first, min(bisect.bisect_left(ends, end) + 1, len(ends)), bisect.bisect_left(starts, end))
+        last = min(bisect.bisect_left(offsets, end, key=end_of) + 1, len(offsets))
+        after = max(first, last, bisect.bisect_left(offsets, end, key=start_of))
         learned[first:after] = [True] * (after - first)
     return learned

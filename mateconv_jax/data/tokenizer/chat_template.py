@@ -7,12 +7,13 @@ texts with). If putting the characters back gives the first rendering, each char
 """
 
 import functools
+import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jinja2
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from mateconv_jax.data.dialogue import texts_in
@@ -22,6 +23,13 @@ from mateconv_jax.errors import UserError
 
 Tools = list[Any] | None  # JSON schemas
 ROLES = {"system", "developer", "user", "assistant", "tool"}
+# What transformers gives to every template, and what apply_chat_template itself takes.
+RESERVED = {
+    "messages",
+    "strftime_now",
+    "raise_exception",
+    *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
+}
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")  # where a template says itself what the assistant writes
 
 
@@ -56,12 +64,31 @@ class ChatTemplate:
       control_ids: their ids.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, variables: Mapping[str, Any] | None = None):
+        """
+        Args:
+          variables: the template's own, such as Qwen3's enable_thinking.
+
+        Raises:
+          UserError: a variable that the template does not name, or a text with control tokens.
+        """
         self.tokenizer = tokenizer
+        self._variables = dict(variables or {})
         control = {token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         longest_first = sorted(map(re.escape, control.values()), key=len, reverse=True)
         self.control_token = re.compile("|".join(longest_first) or r"(?!)")
         self.control_ids = set(control)
+        for name, value in self._variables.items():
+            self._check(name, value)
+
+    def _check(self, name: str, value: Any) -> None:
+        known = _names(self.source(None)) - RESERVED
+        if name not in known:
+            raise UserError(f"{name}: the chat template has no such variable (expected one of those that it tests)")
+        if not isinstance(value, bool | int | float | str | None):
+            raise UserError(f"{name}: {value!r} is invalid (expected a boolean, a number or a text)")
+        if isinstance(value, str) and self.is_unsafe(value):
+            raise UserError(f"{name}: control tokens are not allowed in it")
 
     def write(self, messages: list[dict], tools: Tools, add_generation_prompt: bool) -> str:
         """transformers' rendering.
@@ -71,7 +98,7 @@ class ChatTemplate:
         """
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **self._variables
             )
         except Exception as error:  # whatever the template raises
             reason = f"the chat template does not take these messages ({error})"
@@ -105,6 +132,15 @@ class Compared(NamedTuple):
     words: frozenset[str]
     symbols: re.Pattern
     kept: re.Pattern
+
+
+@functools.lru_cache(32)
+def _names(source: str) -> frozenset[str]:
+    """All names in a template."""
+    try:
+        return frozenset(text for _, kind, text in jinja2.Environment().lex(source) if kind == "name")
+    except jinja2.TemplateSyntaxError:
+        return frozenset()  # rendering says so
 
 
 @functools.lru_cache(32)

@@ -23,7 +23,7 @@ LEARNED, NOT_LEARNED = "bold green", "dim"
 Piece = tuple[str, list[int], bool]  # text, its ids, whether it is learned
 
 
-def show(tokenizer: PreTrainedTokenizerFast, file: str, text_key: str, learn: str, as_json: bool) -> bool:
+def show(tokenizer: PreTrainedTokenizerFast, file: str, text_key: str, learn: str, as_json: bool, ignore_fields=()) -> bool:
     """Print every dialogue of a file, of a preference both. A malformed line, or one that the chat template refuses, is an
     error on standard error.
 
@@ -32,6 +32,7 @@ def show(tokenizer: PreTrainedTokenizerFast, file: str, text_key: str, learn: st
 
     Args:
       file: a path, a glob or -, as `prepare --input` takes them.
+      ignore_fields: as in PrepareOptions.
 
     Returns:
       Whether there were no errors.
@@ -44,7 +45,7 @@ def show(tokenizer: PreTrainedTokenizerFast, file: str, text_key: str, learn: st
     n_errors = n_texts = 0
     for place, record in _records(file):
         try:
-            document = _document(record, text_key)
+            document = _document(record, text_key, ignore_fields)
             if isinstance(document, str):
                 n_texts += 1
                 continue
@@ -97,10 +98,10 @@ def _records(file: str) -> Iterator[tuple[str, bytes | Rejected]]:
                 yield f"{source.path}:{line}", record
 
 
-def _document(record: bytes | Rejected, text_key: str) -> jsonl.Document:
+def _document(record: bytes | Rejected, text_key: str, ignore_fields: tuple[str, ...]) -> jsonl.Document:
     if isinstance(record, Rejected):
         raise record
-    document, _, _ = jsonl.parse_line(record, text_key)
+    document, _, _ = jsonl.parse_line(record, text_key, ignore_fields)
     return document
 
 

@@ -181,6 +181,35 @@ def test_control_tokens_in_texts_are_counted(tmp_path, dataset_folder, capsys):
     assert "spelt out" not in capsys.readouterr().out
 
 
+def test_control_tokens_in_texts_may_end_documents(tmp_path, dataset_folder):
+    """As in MiniMind's pretrain_hq.jsonl. Each document is one of its own: duplicates among them are dropped."""
+    texts = [
+        "<|im_start|>甲。<|im_end|> <|im_start|>user\n乙<|im_end|>",
+        "丙<|im_end|>\n<|im_start|>甲。</s>",
+        "<|im_end|>",
+        "没有",
+    ]
+    path = write_jsonl(tmp_path / "raw.jsonl", [{"text": text} for text in texts])
+    flags = ("--tokenizer", dataset_folder / "tokenizer", "--val_fraction", "0")
+    folder = prepare(path, tmp_path / "split", *flags, "--split_at_tokens")
+    assert documents_of_text(folder) == ["甲。", "乙", "丙", "没有"]
+    figures = stats(folder)
+    assert figures["control_tokens_as_text"] == 0 and figures["cleaned"]["split_at_tokens"] == 2
+    assert figures["rejects"] == {"duplicate": 1, "empty": 1}
+    with pytest.raises(UserError, match="split_at_tokens"):
+        prepare(path, tmp_path / "split", *flags)
+
+
+@pytest.mark.slow
+def test_they_may_when_the_tokenizer_is_trained(tmp_path):
+    path = write_jsonl(tmp_path / "raw.jsonl", [{"text": "<|im_start|>甲<|im_end|> <|im_start|>乙有丙<|im_end|>"}])
+    flags = (*TRAIN_TOKENIZER, "--val_fraction", "0")
+    assert stats(prepare(path, tmp_path / "plain", *flags))["control_tokens_as_text"] == 1
+    assert documents_of_text(prepare(path, tmp_path / "default", *flags, "--split_at_tokens")) == ["甲", "乙有丙"]
+    own = ("--split_at_tokens", "有", "<|im_start|>", "<|im_end|>")
+    assert documents_of_text(prepare(path, tmp_path / "own", *flags, *own)) == ["甲", "乙", "丙"]
+
+
 def test_a_vocabulary_may_leave_out_ids(tmp_path, dataset_folder):
     """Its embedding has largest id + 1 rows; `len(tokenizer)` is less."""
     shutil.copytree(dataset_folder / "tokenizer", tmp_path / "tokenizer")

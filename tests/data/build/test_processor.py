@@ -49,3 +49,38 @@ def test_process_dataset_writes_a_flat_file(processor, raw, tmp_path):
     figures = processor.process_dataset(str(raw), str(tmp_path / "pretrain_data.bin"))
     tokens = np.fromfile(tmp_path / "pretrain_data.bin", np.uint16)
     assert len(tokens) == figures["tokens"] and (tokens == 1).sum() == (tokens == 2).sum() == 6
+
+
+SNIPPET = """
+processor = OptimizedDataProcessor(
+    tokenizer_path=TOKENIZER,
+    max_length=512,
+    chunk_size=50000,
+    save_interval=4
+)
+processor.validate_and_clean_jsonl(
+    input_path='./dataset/raw_data.jsonl',
+    output_path='./dataset/cleaned_data.jsonl'
+)
+processor.process_dataset(
+    input_path='./dataset/cleaned_data.jsonl',
+    output_path='./dataset/pretrain_data.bin',
+    resume=True
+)
+processor.save_statistics('./dataset/data_stats.json')
+"""
+
+
+def test_the_pytorch_mateconvs_script_runs_with_its_import_changed(dataset_folder, tmp_path, monkeypatch):
+    """By the names of its arguments. A chunk, the durable unit, has save_interval records at most."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dataset").mkdir()
+    write_jsonl(tmp_path / "dataset" / "raw_data.jsonl", [{"text": f"第{i}个故事"} for i in range(10)])
+    names = {"TOKENIZER": str(dataset_folder / "tokenizer")}
+    exec("from mateconv_jax import DataProcessor as OptimizedDataProcessor" + SNIPPET, names)
+    assert (np.fromfile("dataset/pretrain_data.bin", np.uint16) == 2).sum() == 10
+    assert json.loads((tmp_path / "dataset" / "data_stats.json").read_text(encoding="utf-8"))["documents"] == 10
+    shards = list((tmp_path / "dataset" / "pretrain_data.bin.dataset").glob("mateconv-train.array_record-*"))
+    assert len(shards) == 3
+    with pytest.raises(UserError, match="save_interval: 0"):
+        DataProcessor("tokenizer", save_interval=0)

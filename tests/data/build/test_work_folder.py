@@ -1,3 +1,6 @@
+import errno
+import fcntl
+import os
 import subprocess
 import sys
 
@@ -36,3 +39,15 @@ with work_folder.opened(__import__("pathlib").Path(sys.argv[1]), {"input": []}, 
     assert process.stdout.readline() == "locked\n" and process.poll() is None
     prepare(path, tmp_path / "zh", *TRAIN_TOKENIZER, "--overwrite")
     process.wait()
+
+
+def test_a_disk_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
+    def no_locks(file, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with work_folder.opened(tmp_path / "zh.partial", {}, False) as folder:
+        work_folder.hold_for_worker(folder).close()
+    assert capsys.readouterr().err.count("no file locks on the disk") == 1
+    work_folder.remove(tmp_path / "zh.partial")
+    assert not (tmp_path / "zh.partial").exists()

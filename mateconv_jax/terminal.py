@@ -1,4 +1,4 @@
-"""What a model writes, made safe for a terminal."""
+"""What a model or a file says, made safe for a terminal."""
 
 import re
 import sys
@@ -17,3 +17,8 @@ def escaped(text: str) -> str:
     its input. Line breaks and tabs stay.
     """
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def escaped_json(text: str) -> str:
+    """JSON that says the same without control characters; `json.dumps` itself leaves U+007F to U+009F as they are."""
+    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
