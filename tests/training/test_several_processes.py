@@ -309,3 +309,36 @@ def test_what_takes_long_in_one_process_is_no_hang(config, tmp_path):  # noqa: F
     for training in start_two(config, tmp_path / "out", flags, (slow_everywhere, None), devices=1):
         assert "hang_timeout" not in training.finish().replace("--config", "")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["training"]["hang_timeout"] == 4
+
+
+# ---- stress -------------------------------------------------------------------------------------------------------------
+
+
+def every_evaluation_is_the_best():
+    from mateconv_jax.training.checkpoints import Progress
+
+    wrap(Progress, "evaluated")
+    evaluated = Progress.evaluated
+    Progress.evaluated = lambda self, step, loss: evaluated(self, step, loss) or True
+
+
+SAVES = int(os.environ.get("MATECONV_STRESS_SAVES", "500"))
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_best_and_latest_beside_each_other_never_wait_for_ever(config, tmp_path, devices):  # noqa: F811
+    """A run with a save of both at every step once hung in thirty; if one does, the stacks say where."""
+    flags = [
+        f"--config.training.{flag}"
+        for flag in (
+            f"max_steps={SAVES // 2}", "save_interval=1", "eval_interval=1", "eval_iters=1", "keep_latest=2", "log_interval=1",
+            "hang_timeout=60", "lr_scheduler=constant",
+        )
+    ]  # fmt: skip
+    prepare = [every_evaluation_is_the_best] * 2
+    for training in start_two(config, tmp_path / "out", flags, prepare, devices):
+        training.process.join(60 + SAVES)
+        assert training.process.exitcode == 0, training.output()[-20000:]
+    last = SAVES // 2
+    assert steps_in(tmp_path / "out") == [last - 1, last]
+    assert [path.name for path in (tmp_path / "out" / "best").iterdir()] == [str(last)]
