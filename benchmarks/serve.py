@@ -39,7 +39,8 @@ def main(args):
     config = config_lib.resolve(config_lib.default_config())
     model = Transformer(ModelConfig.make(config_lib.options(ModelOptions, config.model), "float32"), nnx.Rngs(0))
     params = nnx.split(model)[1]
-    tokenizer = bpe.train(["长江是中国最长的河流。"] * 5, 280)
+    # Nearly every token is a character: one without a text of its own would reach no client.
+    tokenizer = bpe.train([chr(0x4E00 + i) for i in range(6100)] * 2, 6400)
     console, report = Console(), {}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         stored = StoredModel(Path(folder), config, tokenizer, False, None, None)

@@ -29,12 +29,12 @@ from mateconv_jax.runtime import xla_flags
 MAX_STEPS = 16  # decode steps of one dispatch, at most
 TOP_LOGPROBS = 20  # alternatives recorded for each token: OpenAI's limit
 # Few sizes, so that few programs serve all. Prefills (P, C): four short prompts together take 0.7 of the time of four, but four
-# of 256 tokens twice as long (2 cores). 16 are for short questions that come at once, none longer than SMALLEST_LENGTH: a cache
-# of 512 for each would take as long to fill and to attend over as all the rest (193 instead of 94 ms). Batches: B grows by a
-# factor of 4 and T of 2, 3 x 3 programs for 16 slots and a context of 512.
+# of 256 tokens twice as long (2 cores). Several are prefilled together only where none is longer than SMALLEST_LENGTH, as
+# questions that begin a dialogue are: a cache of 512 for each would take as long to fill and to attend over as all the rest (16
+# prompts: 193 instead of 94 ms). Batches: B grows by a factor of 4 and T of 2, 3 x 4 programs for 16 slots and a context of
+# 512. A step of 16 rows takes 14.5, 17.5 and 31 ms at a T of 64, 128 and 512.
 PREFILL_TOKENS = {1: (16, 64, 256), 4: (16, 64), 16: (16,)}
-BATCH_ROWS, SMALLEST_LENGTH = 4, 128
-SHORT_PREFILL_ROWS = 16
+BATCH_ROWS, SMALLEST_LENGTH = 4, 64
 
 
 @flax.struct.dataclass
@@ -163,7 +163,7 @@ class SlotPrograms:
 
     def prefill_length(self, P: int) -> int:
         """T: how long the prompts of a prefill of P rows may be."""
-        return min(SMALLEST_LENGTH, self.context) if P >= SHORT_PREFILL_ROWS else self.context
+        return self.context if P == 1 else min(SMALLEST_LENGTH, self.context)
 
     def prefill_groups(self, lengths: list[int], n_tokens: list[int]) -> list[tuple[int, list[int]]]:
         """How to prefill the last n_tokens of prompts of these lengths: (P, indices of at most P prompts) of each prefill. Of P

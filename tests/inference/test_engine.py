@@ -44,9 +44,8 @@ class Listener:
 
 @pytest.fixture(scope="module")
 def engine(generator):
-    """With a short cache for its largest prefill, as 16 slots have."""
+    """With caches for prefills together that are shorter than the context, as they are by default."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(slots, "SHORT_PREFILL_ROWS", 4)
         monkeypatch.setattr(slots, "SMALLEST_LENGTH", 32)
         engine = Engine(generator, max_batch=4)
         engine.start()
