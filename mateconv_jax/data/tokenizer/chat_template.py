@@ -82,8 +82,7 @@ class ChatTemplate:
             self._check(name, value)
 
     def _check(self, name: str, value: Any) -> None:
-        known = _names(self.source(None)) - RESERVED
-        if name not in known:
+        if name in RESERVED or ("name", name) not in _lexed(self.source(None)):
             raise UserError(f"{name}: the chat template has no such variable (expected one of those that it tests)")
         if not isinstance(value, bool | int | float | str | None):
             raise UserError(f"{name}: {value!r} is invalid (expected a boolean, a number or a text)")
@@ -135,12 +134,12 @@ class Compared(NamedTuple):
 
 
 @functools.lru_cache(32)
-def _names(source: str) -> frozenset[str]:
-    """All names in a template."""
+def _lexed(source: str) -> list[tuple[str, str]]:
+    """(kind, text) of a template's tokens, without white space; none if it is not valid, which rendering says."""
     try:
-        return frozenset(text for _, kind, text in jinja2.Environment().lex(source) if kind == "name")
+        return [(kind, text) for _, kind, text in jinja2.Environment().lex(source) if kind != "whitespace"]
     except jinja2.TemplateSyntaxError:
-        return frozenset()  # rendering says so
+        return []
 
 
 @functools.lru_cache(32)
@@ -158,11 +157,8 @@ def _compared(source: str, control_token: re.Pattern) -> Compared:
 
 def _compared_constants(source: str) -> Iterator[str]:
     """String constants of a template that stand beside a comparison, or in brackets: 'a' in x, x == 'a', f('a'), ['a']."""
-    try:
-        tokens = [(kind, text) for _, kind, text in jinja2.Environment().lex(source) if kind != "whitespace"]
-    except jinja2.TemplateSyntaxError:
-        return  # rendering says so
     comparing = {"==", "!=", "in", "not", "(", ",", "["}
+    tokens = _lexed(source)
     around = [("", ""), *tokens, ("", "")]
     for (_, before), (kind, text), (_, after) in zip(around, tokens, around[2:], strict=False):
         if kind == "string" and len(text) > 2 and ({before, after} & comparing):
