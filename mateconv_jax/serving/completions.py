@@ -6,7 +6,7 @@ import json
 import uuid
 from collections.abc import AsyncIterator, Iterator
 
-from mateconv_jax.inference.engine import Finished, Piece, TokenLogprob
+from mateconv_jax.inference.request import Finished, Piece, TokenLogprob
 from mateconv_jax.serving import openai_schema
 from mateconv_jax.serving.answer_parts import AnswerParts, Part
 from mateconv_jax.serving.openai_schema import FINISH_REASONS

@@ -6,7 +6,8 @@ import time
 from collections.abc import AsyncIterator
 
 from mateconv_jax.generation_config import GenerationConfig
-from mateconv_jax.inference.engine import Engine, Event, Failed, Finished, Piece, QueueFull, Request, Started
+from mateconv_jax.inference.engine import Engine
+from mateconv_jax.inference.request import Event, Failed, Finished, Piece, QueueFull, Request, Started
 from mateconv_jax.serving.guard import Refusal
 from mateconv_jax.serving.limits import Limits
 from mateconv_jax.serving.metrics import Metrics

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mateconv_jax.data.tokenizer.pieces import BYTES, is_byte_level
 from mateconv_jax.inference import detokenizer
-from mateconv_jax.inference.engine import TokenLogprob
+from mateconv_jax.inference.request import TokenLogprob
 
 
 class TokenTexts:

@@ -12,7 +12,8 @@ import pytest
 from mateconv_jax import GenerationConfig, TextGenerator
 from mateconv_jax.errors import UserError
 from mateconv_jax.inference import engine as engine_lib, slots
-from mateconv_jax.inference.engine import Engine, Failed, Finished, Piece, QueueFull, Started
+from mateconv_jax.inference.engine import Engine
+from mateconv_jax.inference.request import Failed, Finished, Piece, QueueFull, Started
 from tests import llama2_tokenizer
 
 PROMPTS = ["小明", "今天早上，老王去公园", "法", "熊猫最爱吃竹子。法国的首都是巴黎。", ""]

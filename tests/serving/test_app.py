@@ -8,7 +8,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from mateconv_jax import GenerationConfig
-from mateconv_jax.inference.engine import QueueFull
+from mateconv_jax.inference.request import QueueFull
 from mateconv_jax.serving.app import Service, make_app
 from mateconv_jax.serving.guard import Access, Status
 from mateconv_jax.serving.limits import Limits
