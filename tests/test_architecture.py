@@ -30,7 +30,7 @@ ROOMS = {
     "serving": "cores data errors generation_config inference",
     "evaluation": "config cores data errors inference generation_config interop losses model runtime training",
     "planning": "config_keys data errors inference generation_config model runtime training",
-    "reporting": "errors plotting",
+    "reporting": "errors files plotting",
 }
 # Only preparing needs these: training must start without them, and without what they import.
 PREPARING = ("data.build", "data.text", "data.tokenizer.bpe", "data.tokenizer.report", "plotting")

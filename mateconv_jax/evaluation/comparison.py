@@ -188,7 +188,11 @@ def difference_text(difference: dict, form: str) -> str:
     if difference["low"] is None:
         return "-"
     low, high = (_written(difference[side], form) for side in ("low", "high"))
-    return f"{difference['value']:+{form}} [{low}, {high}] p {difference['p']:.3f}"
+    return f"{difference['value']:+{form}} [{low}, {high}] p {p_text(difference['p'])}"
+
+
+def p_text(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _written(value: float | None, form: str) -> str:

@@ -28,6 +28,7 @@ from mateconv_jax.errors import UserError
 from mateconv_jax.evaluation import documents as documents_lib, held_out, references
 from mateconv_jax.evaluation.comparison import Measure, Paired, Plain, ratio
 from mateconv_jax.evaluation.documents import Document
+from mateconv_jax.evaluation.table import print_numbers
 from mateconv_jax.interop.formats import open_model
 from mateconv_jax.losses.next_token import token_losses
 from mateconv_jax.model.config import ModelConfig, ModelOptions
@@ -228,26 +229,13 @@ def _rows(encoded: Sequence[Encoded], windows: list[tuple[int, int]], length: in
 
 def print_result(result: dict) -> None:
     """Print a result of `evaluator` to standard output."""
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     found = result.get("references", {}).get("bits_per_byte", {})
-    headings = ("documents", "bytes", "bits per byte", *found)
     rows = {}
     for group, scores in result["groups"].items():
         values = [scores["bits_per_byte"], *(of_groups.get(group) for of_groups in found.values())]
-        cells = ("-" if value is None else f"{value:.3f}" for value in values)
-        rows[group or "all"] = (f"{scores['documents']:,}", f"{scores['bytes']:,}", *cells)
-    table = Table(escape(result["by"] or ""), box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for heading, cells in zip(headings, zip(*rows.values(), strict=True), strict=True):
-        table.add_column(escape(heading), justify="right", min_width=max(map(len, (*cells, *heading.split()))))
-    for group, cells in rows.items():
-        table.add_row(escape(group), *cells)
-    console = Console()
-    console.print("\n".join(described(result)), markup=False, highlight=False, soft_wrap=True)
-    console.print(table)
+        cells = ["-" if value is None else f"{value:.3f}" for value in values]
+        rows[group or "all"] = [f"{scores['documents']:,}", f"{scores['bytes']:,}", *cells]
+    print_numbers(described(result), result["by"] or "", ["documents", "bytes", "bits per byte", *found], rows)
 
 
 def described(result: dict) -> list[str]:

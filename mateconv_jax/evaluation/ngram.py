@@ -100,6 +100,8 @@ def _all_orders(symbol_N: np.ndarray, vocabulary: int, longest: int) -> list[_Or
     contexts_N = np.zeros(len(symbol_N), np.int64)
     for n in range(1, longest + 1):
         places = np.flatnonzero(depth_N >= n - 1)
+        if not len(places):  # all texts are shorter
+            break
         context = contexts_N[places - 1]
         longer_key_G, longer = np.unique(context * vocabulary + symbol_N[places], return_inverse=True)
         if n > 1:

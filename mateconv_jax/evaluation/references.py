@@ -17,7 +17,7 @@ from mateconv_jax.evaluation.ngram import END, CharacterNgrams
 
 ORDER = 5
 MAX_BYTES = 64_000_000  # of training text: with more the n-gram model takes more than a minute
-XZ_BYTES = 8_000_000  # of that: xz reads 2 MB/s
+XZ_BYTES = 6_000_000  # of that: xz looks back 8 MB, and reads 2 MB/s
 
 
 def bits_per_byte(paths: list[str], documents: Sequence[Document], reading: dict) -> dict:
@@ -67,7 +67,7 @@ def _byte_unigram(training: Sequence[str], texts: Sequence[str]) -> np.ndarray:
 
 
 def _compressed(training: Sequence[str], texts: Sequence[str], groups: dict[str, np.ndarray]) -> dict[str, dict[str, int]]:
-    """{name: {group: bits}} of each group as one file: by gzip -9, by xz -9, and what it adds to xz of training text before it.
+    """{name: {group: bits}} of each group as one file: by gzip -9, by xz, and what it adds to xz of training text before it.
 
     Compressors learn from the file itself, so a group's documents help each other.
     """
@@ -91,4 +91,4 @@ def _gzip(data: bytes) -> int:
 
 
 def _xz(data: bytes) -> int:
-    return 8 * len(lzma.compress(data, preset=9))
+    return 8 * len(lzma.compress(data))

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mateconv_jax.errors import UserError
 from mateconv_jax.evaluation.comparison import EVERYTHING, Measure, Paired, Plain
+from mateconv_jax.evaluation.table import print_numbers
 from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.inference.batch_file import read_requests
 from mateconv_jax.inference.text_generator import Generation, History, TextGenerator
@@ -21,6 +22,7 @@ from mateconv_jax.inference.text_generator import Generation, History, TextGener
 BATCH_SIZE = 16
 GRAM = 4  # characters of the n-grams of which a repetition is counted
 DISTINCT = (1, 2, 3)
+NOT_SET = ("use_cache", "stop", "logit_bias")
 SHOWN = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")  # of the settings
 TEXTS, DIALOGUES = "texts", "dialogues"
 
@@ -136,7 +138,7 @@ def says(generator: TextGenerator, prompts: Sequence[str | History], config: Gen
     for i, start in zip(asked, range(0, len(answers), n_samples), strict=True):
         of_prompt[i] = answers[start : start + n_samples]
     return {
-        "settings": {name: value for name, value in dataclasses.asdict(config).items() if name not in ("use_cache", "stop")},
+        "settings": {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_SET},
         "samples": n_samples,
         "left_out": dict(Counter(filter(None, problems))),
         "groups": _by_group(prompts, of_prompt),
@@ -226,20 +228,12 @@ COLUMNS = {  # heading, how it is written
 
 def print_result(result: dict) -> None:
     """Print a result of `evaluator` to standard output."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("", *(heading for heading, _ in COLUMNS.values()), box=box.SIMPLE)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    rows = {}
     for group, scores in result["groups"].items():
         values = [(scores[name], form) for name, (_, form) in COLUMNS.items()]
-        table.add_row(group or "all", *("-" if value is None else f"{value:{form}}" for value, form in values))
-    console = Console()
-    console.print("\n".join(described(result)), markup=False, highlight=False, soft_wrap=True)
-    console.print(table)
-    console.print("--json prints the answers, --output=answers.html writes them as a page", markup=False, highlight=False)
+        rows[group or "all"] = ["-" if value is None else f"{value:{form}}" for value, form in values]
+    print_numbers(described(result), "", [heading for heading, _ in COLUMNS.values()], rows)
+    print("--json prints the answers, --output=answers.html writes them as a page")
 
 
 def described(result: dict) -> list[str]:

@@ -150,7 +150,8 @@ def _cell(score: dict, difference: dict | None, form: str, lower_is_better: bool
     if difference is None or difference["low"] is None:
         return cell
     bounds = f"[{written(difference['low'], '+')}, {written(difference['high'], '+')}]"
-    cell["difference"] = f"{written(difference['value'], '+')} {bounds}, p {difference['p']:.3f}"
+    p = "<0.001" if difference["p"] < 0.001 else f"{difference['p']:.3f}"
+    cell["difference"] = f"{written(difference['value'], '+')} {bounds}, p {p}"
     if difference["p"] < SIGNIFICANT and lower_is_better is not None:
         cell["kind"] = "better" if (difference["value"] < 0) == lower_is_better else "worse"
     return cell
