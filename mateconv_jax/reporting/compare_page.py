@@ -21,10 +21,11 @@ PAGE = """<!DOCTYPE html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Evaluation: {{ models | map(attribute="name") | join(", ") }}</title>
-<style>{{ style }}
+<style>{{ style | safe }}
 td, th { min-width: 6rem; }
 .group th { padding-left: 1.2rem; color: var(--quiet); min-width: 0; overflow-wrap: anywhere; }
-.best { font-weight: 600; }
+.best { font-weight: 600; } .best .note { font-weight: normal; }
+p.note { margin: .2rem 0; } h2 + .note { margin-bottom: .6rem; }
 .better { color: var(--better); } .worse { color: var(--worse); }
 .item { border-top: 1px solid var(--line); padding: .8rem 0; }
 .prompt { margin: 0 0 .5rem; font-weight: 600; }
@@ -131,7 +132,7 @@ def _about(model: dict) -> str:
 
 def _row(row: dict) -> dict:
     values = [score["value"] for score in row["scores"] if score["value"] is not None]
-    best = {True: min, False: max}.get(row["lower_is_better"]) if len(values) > 1 else None
+    best = {True: min, False: max}.get(row["lower_is_better"]) if len(set(values)) > 1 else None
     best_value = best(values) if best else None
     cells = []
     for score, difference in zip(row["scores"], [None, *row["differences"]], strict=False):

@@ -19,7 +19,7 @@ PAGE = """<!DOCTYPE html>
 <meta name="generator" content="{{ made_by }}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Training report: {{ names | join(", ") }}</title>
-<style>{{ style }}</style>
+<style>{{ style | safe }}</style>
 </head>
 <body>
 {% macro table(rows, kind) %}

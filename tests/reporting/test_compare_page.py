@@ -72,6 +72,7 @@ def test_what_a_model_writes_is_text():
     text = page()
     assert "<script" not in text and "<img" not in text and "<b>runs" not in text and "<i>技术" not in text
     assert text.count(html.escape(HOSTILE, quote=False).replace("'", "&#39;")) == 4
+    assert '[lang="zh"]' in text  # the style sheet is not escaped
     assert "default-src 'none'" in text and not re.search(r"(https?:)?//[\w-]+\.\w", text)
 
 
