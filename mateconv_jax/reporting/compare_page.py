@@ -22,9 +22,9 @@ PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Evaluation: {{ models | map(attribute="name") | join(", ") }}</title>
 <style>{{ style | safe }}
-td, th { min-width: 6rem; }
+td { min-width: 5rem; }
 .group th { padding-left: 1.2rem; color: var(--quiet); min-width: 0; overflow-wrap: anywhere; }
-.best { font-weight: 600; } .best .note { font-weight: normal; }
+.best { font-weight: 600; }
 p.note { margin: .2rem 0; } h2 + .note { margin-bottom: .6rem; }
 .better { color: var(--better); } .worse { color: var(--worse); }
 .item { border-top: 1px solid var(--line); padding: .8rem 0; }

@@ -19,9 +19,10 @@ th, td { padding: .38rem 1.4rem .38rem 0; text-align: left; vertical-align: top;
 thead th { border-bottom: 2px solid var(--strong); overflow-wrap: anywhere; min-width: 8rem; }
 tbody th { font-weight: normal; min-width: 14rem; }
 .key tbody th { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .82rem; }
-.note { display: block; color: var(--quiet); font-size: .8rem; }
+.note { display: block; color: var(--quiet); font-size: .8rem; font-weight: normal; }
 .color { display: inline-block; width: 1.1em; height: .3em; border-radius: .15em; margin-right: .5em; vertical-align: middle; }
 img { width: 100%; height: auto; margin-top: .5rem; }
-@media (max-width: 40rem) { body { margin: 1.2rem auto; padding: 0 .9rem; } tbody th { min-width: 8rem; } }
+@media (max-width: 40rem) { body { margin: 1.2rem auto; padding: 0 .9rem; }
+  th, td { padding-right: .7rem; } thead th, tbody th { min-width: 5rem; } }
 @media print { body { margin: 0; max-width: none; } table, img { break-inside: avoid; } }
 """
