@@ -1,0 +1,79 @@
+"""Contexts and answers as token ids, cut as lm_eval cuts them."""
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
+from mateconv_jax.data.tokenizer.chat import encode_chat
+from mateconv_jax.errors import UserError
+from mateconv_jax.tasks.prompts import Prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """An answer in its context.
+
+    Attributes:
+      ids: int32, of both.
+      n_answer: tokens of the answer, at the end.
+      is_truncated: the context has lost its beginning.
+    """
+
+    ids: np.ndarray
+    n_answer: int
+    is_truncated: bool
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt], max_seq_len: int) -> list[list[Scored]]:
+    """Each prompt's answers.
+
+    As in lm_eval with add_bos_token: a text begins with <s>, where the tokenizer has it; white space at the context's end goes
+    to the answer; both are encoded together, and the answer is what is behind the context's own tokens; of what does not fit
+    the model, max_seq_len inputs and one more target, the beginning is cut off, <s> included. Other than there, control tokens
+    that a text spells out are plain characters.
+
+    Raises:
+      UserError: an answer has no tokens, or more than max_seq_len.
+    """
+    pairs = [[_moved_space(prompt.context, answer) for answer in prompt.answers] for prompt in prompts]
+    texts = {text for pair in pairs for context, answer in pair for text in _texts(context, answer)}
+    ids_of = dict(zip(texts, tokenizer_lib.encode(tokenizer, list(texts)), strict=True)) if texts else {}
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    found = []
+    for prompt, pair in zip(prompts, pairs, strict=True):
+        if isinstance(prompt.context, list):
+            header = encode_chat(tokenizer, prompt.context, add_generation_prompt=True)
+            whole = [(header, ids_of[answer]) for _, answer in pair]
+        else:
+            whole = []
+            for context, answer in pair:
+                read = begin + ids_of[context]
+                answer_ids = ids_of[context + answer][len(ids_of[context]) :]
+                whole.append((read or [tokenizer.eos_token_id], answer_ids))
+        found.append([_fitted(prompt, read, answer_ids, max_seq_len) for read, answer_ids in whole])
+    return found
+
+
+def _moved_space(context: str | list[dict], answer: str) -> tuple[str, str]:
+    """White space at the context's end belongs to the answer: tokens of words begin with their space."""
+    if isinstance(context, list):
+        return "", answer
+    stripped = context.rstrip()
+    return stripped, context[len(stripped) :] + answer
+
+
+def _texts(context: str, answer: str) -> Iterable[str]:
+    return {context, context + answer}
+
+
+def _fitted(prompt: Prompt, read: list[int], answer: list[int], max_seq_len: int) -> Scored:
+    where = prompt.question.where
+    if not answer:
+        raise UserError(f"{where}: an answer has no tokens of its own")
+    if len(answer) > max_seq_len:
+        raise UserError(f"{where}: an answer has {len(answer)} tokens, more than the model's context of {max_seq_len}")
+    ids = read + answer
+    return Scored(np.array(ids[-(max_seq_len + 1) :], np.int32), len(answer), len(ids) > max_seq_len + 1)
