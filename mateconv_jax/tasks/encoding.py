@@ -45,8 +45,9 @@ def encode(tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt], max_seq_le
     found = []
     for prompt, pair in zip(prompts, pairs, strict=True):
         if isinstance(prompt.context, list):
-            header = encode_chat(tokenizer, prompt.context, add_generation_prompt=True)
-            whole = [(header, ids_of[answer]) for _, answer in pair]
+            ids = encode_chat(tokenizer, prompt.context, add_generation_prompt=True)
+            end = _without_space(tokenizer, ids)  # there, too
+            whole = [(ids[:end], ids[end:] + ids_of[answer]) for _, answer in pair]
         else:
             whole = []
             for context, answer in pair:
@@ -67,6 +68,14 @@ def _moved_space(context: str | list[dict], answer: str) -> tuple[str, str]:
 
 def _texts(context: str, answer: str) -> Iterable[str]:
     return {context, context + answer}
+
+
+def _without_space(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> int:
+    """How many tokens there are before the white space at the end."""
+    end = len(ids)
+    while end > 1 and tokenizer.decode(ids[end - 1 : end]).isspace():
+        end -= 1
+    return end
 
 
 def _fitted(prompt: Prompt, read: list[int], answer: list[int], max_seq_len: int) -> Scored:

@@ -27,7 +27,7 @@ EXAM = {
 }
 TEXTS = {
     "doc_to_text": "问题：{{question.strip()}}\n答案：",
-    "doc_to_choice": ["{{A}}", "{{B}}", "{{C}}", "{{D}}"],
+    "doc_to_choice": "{{[A, B, C, D]}}",
     "target_delimiter": "",
 }
 METRICS = [{"metric": metric} for metric in ("acc", "acc_norm", "acc_bytes")]
@@ -66,10 +66,10 @@ print(json.dumps(found, default=str))
 @pytest.fixture(scope="module")
 def model(dataset_folder, tmp_path_factory):
     """Weights that were a Hugging Face folder, then a run of ours, and were exported with `convert` in the end: (run, exported). The
-    context of 512 tokens cuts prompts with examples.
+    context of 320 tokens cuts prompts with examples.
     """
     folder = tmp_path_factory.mktemp("model")
-    llama.from_ours(llama.peaked_model(512)).save_pretrained(folder / "hf")
+    llama.from_ours(llama.peaked_model(320)).save_pretrained(folder / "hf")
     for file in (dataset_folder / "tokenizer").iterdir():
         (folder / "hf" / file.name).write_bytes(file.read_bytes())
     for source, target in (("hf", "run"), ("run", "exported")):

@@ -93,7 +93,9 @@ def test_tokens(tmp_path, dataset_folder):
     assert cut.ids.tolist() == answer.ids.tolist()[-21:] and cut.is_truncated and cut.n_answer == answer.n_answer
     messages = asked(exam, chat=True)[0]
     ids = encode_chat(tokenizer, messages.context, add_generation_prompt=True)
-    assert encode(tokenizer, [messages], 1000)[0][0].ids.tolist() == ids + tokenizer_lib.encode(tokenizer, ["A"])[0]
+    answer = encode(tokenizer, [messages], 1000)[0][0]
+    assert answer.ids.tolist() == ids + tokenizer_lib.encode(tokenizer, ["A"])[0]
+    assert answer.n_answer == 2  # with the line break behind "assistant"
     exams.jsonl(tmp_path / "a.jsonl", [{"context": "white space ", "continuation": "moves"}])
     [[moved]] = encode(tokenizer, asked(tmp_path / "a.jsonl"), 1000)
     space = tokenizer_lib.encode(tokenizer, ["white space", "white space moves"])
