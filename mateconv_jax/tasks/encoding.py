@@ -32,8 +32,11 @@ def encode(tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt], max_seq_le
 
     As in lm_eval with add_bos_token: a text begins with <s>, where the tokenizer has it; white space at the context's end goes
     to the answer; both are encoded together, and the answer is what is behind the context's own tokens; of what does not fit
-    the model, max_seq_len inputs and one more target, the beginning is cut off, <s> included. Other than there, control tokens
-    that a text spells out are plain characters.
+    the model, max_seq_len inputs and one more target, the beginning is cut off, <s> included.
+
+    Other than there, control tokens that a text spells out are plain characters. And where a token begins in the context and
+    ends in an answer, as in Chinese, which has no spaces (位于 and 欧洲 may be one), all answers to the question count from
+    the last token that they share with the context: lm_eval drops what such a token has of the answer.
 
     Raises:
       UserError: an answer has no tokens, or more than max_seq_len.
@@ -49,11 +52,9 @@ def encode(tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt], max_seq_le
             end = _without_space(tokenizer, ids)  # there, too
             whole = [(ids[:end], ids[end:] + ids_of[answer]) for _, answer in pair]
         else:
-            whole = []
-            for context, answer in pair:
-                read = begin + ids_of[context]
-                answer_ids = ids_of[context + answer][len(ids_of[context]) :]
-                whole.append((read or [tokenizer.eos_token_id], answer_ids))
+            both = [begin + ids_of[context + answer] for context, answer in pair]
+            end = min(_shared(begin + ids_of[context], ids) for (context, _), ids in zip(pair, both, strict=True))
+            whole = [(ids[:end] or [tokenizer.eos_token_id], ids[end:]) for ids in both]
         found.append([_fitted(prompt, read, answer_ids, max_seq_len) for read, answer_ids in whole])
     return found
 
@@ -70,10 +71,16 @@ def _texts(context: str, answer: str) -> Iterable[str]:
     return {context, context + answer}
 
 
+def _shared(context: list[int], whole: list[int]) -> int:
+    """How many tokens `whole` has of the context, at most all but its last."""
+    n = next((i for i, (a, b) in enumerate(zip(context, whole, strict=False)) if a != b), min(len(context), len(whole)))
+    return min(n, len(whole) - 1)
+
+
 def _without_space(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> int:
     """How many tokens there are before the white space at the end."""
     end = len(ids)
-    while end > 1 and tokenizer.decode(ids[end - 1 : end]).isspace():
+    while end > 1 and str(tokenizer.decode(ids[end - 1 : end])).isspace():
         end -= 1
     return end
 

@@ -1,5 +1,8 @@
 """Prompts as lm_eval's tasks write them: see its tasks/ceval, cmmlu, mmlu and arc."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 
 from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
@@ -102,3 +105,24 @@ def test_tokens(tmp_path, dataset_folder):
     assert moved.n_answer == len(space[1]) - len(space[0])
     with pytest.raises(UserError, match="ceval/val/law_val.csv:2: an answer has 11 tokens, more than the model's context of 1"):
         encode(tokenizer, asked(exam, score="texts"), 1)
+
+
+def test_a_token_over_the_edge_of_context_and_answer(tmp_path, monkeypatch):
+    """位于欧洲 is one token: all choices count from 位于 on, so that they are compared over the same text."""
+    words = ["<s>", "</s>", "中国", "位于欧洲", "位于", "南美洲", "。"]
+
+    def encode_by_words(tokenizer, texts):
+        return [[words.index(word) for word in re.findall("|".join(words[2:]), text)] for text in texts]
+
+    monkeypatch.setattr(tokenizer_lib, "encode", encode_by_words)
+    exams.jsonl(tmp_path / "a.jsonl", [{"text": "中国位于____。", "choices": ["欧洲", "南美洲"], "answer": 0}])
+    tokenizer = SimpleNamespace(bos_token_id=0, eos_token_id=1)
+    [[europe, america]] = encode(tokenizer, asked(tmp_path / "a.jsonl"), 10)
+    assert (europe.ids.tolist(), europe.n_answer) == ([0, 2, 3, 6], 2)
+    assert (america.ids.tolist(), america.n_answer) == ([0, 2, 4, 5, 6], 3)
+    exams.jsonl(tmp_path / "b.jsonl", [{"context": "中国位于", "continuation": "欧洲"}])
+    [[europe]] = encode(SimpleNamespace(bos_token_id=None, eos_token_id=1), asked(tmp_path / "b.jsonl"), 10)
+    assert (europe.ids.tolist(), europe.n_answer) == ([2, 3], 1)
+    exams.jsonl(tmp_path / "c.jsonl", [{"context": "位于", "continuation": "欧洲"}])
+    [[europe]] = encode(SimpleNamespace(bos_token_id=None, eos_token_id=1), asked(tmp_path / "c.jsonl"), 10)
+    assert (europe.ids.tolist(), europe.n_answer) == ([1, 3], 1)  # </s> stands in for the context

@@ -11,7 +11,9 @@ from mateconv_jax.training.best_metric import BestMetric
 from mateconv_jax.training.checkpoints import Progress
 from mateconv_jax.training.task_evaluator import TaskEvaluator
 from tests.tasks import exams
+from tests.training.processes import Training  # noqa: F401
 from tests.training.runs import assert_equal_checkpoints, metrics_of, saved, steps_in, train
+from tests.training.test_devices import config, start, start_two  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +96,18 @@ def test_metrics_that_there_are_not(tiny_config, tmp_path, tasks):
     of_other_loss.check([""], [], None)  # only an evaluation knows
     with pytest.raises(UserError, match="expected val/loss"):
         BestMetric("val/x/margin").check([""], [], None)
+
+
+@pytest.mark.slow
+def test_two_processes_of_four_devices_find_what_one_does(config, tmp_path, tasks):  # noqa: F811
+    """Their weights split over two devices each; the first alone writes answers."""
+    flags = f"--config.training.eval_tasks={tasks}", "--config.training.best_metric=tasks/next/perplexity"
+    start(config, tmp_path / "one", 1, flags).finish()
+    for training in start_two(config, tmp_path / "two", (*flags, "--config.mesh.fsdp=2")):
+        training.finish()
+    one, two = ([m for m in metrics_of(tmp_path / name) if "tasks/exam/acc" in m] for name in ("one", "two"))
+    assert [m["step"] for m in one] == [m["step"] for m in two] == [3, 6]
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-2) and "tasks/sums/number_match" in ours
+    best = [(tmp_path / name / "best") for name in ("one", "two")]
+    assert [path.name for path in best[0].iterdir()] == [path.name for path in best[1].iterdir()]
