@@ -14,8 +14,8 @@ from mateconv_jax.tasks.subjects import CEVAL, CMMLU
 
 
 def records(prompts: list[Prompt], answers: list[list[Scored]], scores: Scores, first: int = 0) -> list[dict]:
-    """One for each question: id, subject, answer (index), truncated, log_likelihoods, and 0 or 1 for each metric, all as
-    lm_eval defines them:
+    """One for each question: id, subject, answer (index), truncated, log_likelihoods (None if one is not finite), and 0 or 1 for
+    each metric, all as lm_eval defines them:
 
       acc        the right choice has the highest log-likelihood
       acc_norm   the highest, divided by its number of characters
@@ -32,20 +32,21 @@ def records(prompts: list[Prompt], answers: list[list[Scored]], scores: Scores, 
         place = slice(first, first + len(of_prompt))
         first = place.stop
         log_likelihoods, question = scores.log_likelihood_N[place], prompt.question
+        is_finite = bool(np.isfinite(log_likelihoods).all())  # not of a model that diverged
         record = {
             "id": question.id,
             "subject": question.subject,
             "answer": question.answer,
             "truncated": any(answer.is_truncated for answer in of_prompt),
-            "log_likelihoods": log_likelihoods.tolist(),
+            "log_likelihoods": log_likelihoods.tolist() if is_finite else None,
         }
         if len(of_prompt) == 1:
-            found.append(record | {"acc": int(scores.is_likeliest_N[place][0])})
+            found.append(record | {"acc": int(is_finite and scores.is_likeliest_N[place][0])})
             continue
         characters = np.array([len(choice) for choice in prompt.choices], np.float64)
         n_bytes = np.array([len(choice.encode()) for choice in prompt.choices], np.float64)
         for metric, sizes in (("acc", 1), ("acc_norm", characters), ("acc_bytes", n_bytes)):
-            record[metric] = int(np.argmax(log_likelihoods / sizes) == question.answer)
+            record[metric] = int(is_finite and np.argmax(log_likelihoods / sizes) == question.answer)
         found.append(record)
     return found
 
@@ -83,7 +84,7 @@ def _figures(task: Task, pairs: list[tuple[Question, dict]], metrics: list[str])
         "metrics": {metric: _metric([record[metric] for record in some], n_choices) for metric in metrics},
     }
     if task.kind == "continuation":
-        mean = sum(record["log_likelihoods"][0] for record in some) / len(some)
+        mean = sum((record["log_likelihoods"] or [-math.inf])[0] for record in some) / len(some)
         found["perplexity"] = math.exp(-mean) if mean > -700 else None
     return found
 

@@ -203,7 +203,7 @@ class Run:
       best: what decides which checkpoint is the best.
       samples: None: the run writes none.
       patience: evaluations without a new best after which it stops early; None: never.
-      has_evaluated: in this process.
+      evaluated: in this process, whether on rows and whether on benchmark questions.
     """
 
     folder: Path
@@ -221,7 +221,7 @@ class Run:
     watch: HangWatch
     max_bad_steps: int
     patience: int | None
-    has_evaluated: bool = False
+    evaluated: set[tuple[bool, bool]] = dataclasses.field(default_factory=set)
 
     def steps(self, state: TrainState, progress: Progress) -> int:
         """From the state's step to the end, or until the run is asked to stop. Returns the exit code."""
@@ -302,7 +302,7 @@ class Run:
 
         of_rows, of_tasks = self.due(step)
         # The first time it is compiled, and the first process writes answers alone: nobody knows how long that takes.
-        pauses = not self.has_evaluated or of_tasks and self.tasks is not None and self.tasks.writes_answers
+        pauses = (of_rows, of_tasks) not in self.evaluated or self.tasks is not None and self.tasks.writes_answers
         with self.metrics.not_training(), self.watch.paused() if pauses else contextlib.nullcontext():
             losses = validation_losses(self.evaluators, state, should_stop) if of_rows else {}
             if losses is not None and of_tasks and self.tasks is not None:
@@ -311,7 +311,7 @@ class Run:
                 losses = None if scores is None else losses | scores
             # All processes have summed the same numbers, but best and patience must not hang on that.
             losses = agreement.from_first("losses", losses)
-            self.has_evaluated = True
+            self.evaluated.add((of_rows, of_tasks))
             if losses is None:
                 return
             self.metrics.write(step, losses)

@@ -18,11 +18,10 @@ from tests.training.test_devices import config, start, start_two  # noqa: F401
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """training.eval_tasks: an exam, a continuation and sums."""
+    """training.eval_tasks: an exam and a continuation."""
     folder = tmp_path_factory.mktemp("tasks")
     exams.jsonl(folder / "next.jsonl", [{"context": "明明在", "continuation": "公园"}])
-    exams.jsonl(folder / "sums.jsonl", [{"question": "1+1=?", "answer": 2}])
-    return f"exam={exams.ceval(folder / 'ceval')},{folder / 'next.jsonl'}, {folder / 'sums.jsonl'}"
+    return f"exam={exams.ceval(folder / 'ceval')}, {folder / 'next.jsonl'}"
 
 
 def test_a_run_that_asks_is_the_run_that_does_not(tiny_config, tmp_path, tasks, caplog):
@@ -33,7 +32,7 @@ def test_a_run_that_asks_is_the_run_that_does_not(tiny_config, tmp_path, tasks, 
     assert_equal_checkpoints(tmp_path / "plain", tmp_path / "asks", 6)
     scores = {m["step"]: m for m in metrics_of(tmp_path / "asks") if "tasks/exam/acc" in m}
     assert list(scores) == [2, 4, 6]
-    names = ["exam/acc", "exam/acc_macro", "exam/chance", "next/acc", "next/perplexity", "sums/number_match"]
+    names = ["exam/acc", "exam/acc_macro", "exam/chance", "next/acc", "next/perplexity"]
     assert [name for name in scores[6] if name.startswith("tasks/")] == [f"tasks/{name}" for name in names]
     assert "val/loss" in scores[6] and "val/loss" not in scores[2] and scores[2]["tasks/exam/chance"] == 0.25
     log = (tmp_path / "asks" / "train.log").read_text(encoding="utf-8")
@@ -101,7 +100,11 @@ def test_metrics_that_there_are_not(tiny_config, tmp_path, tasks):
 @pytest.mark.slow
 def test_two_processes_of_four_devices_find_what_one_does(config, tmp_path, tasks):  # noqa: F811
     """Their weights split over two devices each; the first alone writes answers."""
-    flags = f"--config.training.eval_tasks={tasks}", "--config.training.best_metric=tasks/next/perplexity"
+    exams.jsonl(tmp_path / "sums.jsonl", [{"question": "1+1=?", "answer": 2}])
+    flags = (
+        f"--config.training.eval_tasks={tasks},{tmp_path / 'sums.jsonl'}",
+        "--config.training.best_metric=tasks/next/perplexity",
+    )
     start(config, tmp_path / "one", 1, flags).finish()
     for training in start_two(config, tmp_path / "two", (*flags, "--config.mesh.fsdp=2")):
         training.finish()
