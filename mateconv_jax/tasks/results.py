@@ -14,8 +14,8 @@ from mateconv_jax.tasks.subjects import CEVAL, CMMLU
 
 
 def records(prompts: list[Prompt], answers: list[list[Scored]], scores: Scores, first: int = 0) -> list[dict]:
-    """One for each question: id, subject, answer (index), truncated, log_likelihoods (None if one is not finite), and 0 or 1 for
-    each metric, all as lm_eval defines them:
+    """One for each question: id, subject, answer (index), truncated, log_likelihoods (None if one is not finite), and 0 or 1
+    for each metric, all as lm_eval defines them:
 
       acc        the right choice has the highest log-likelihood
       acc_norm   the highest, divided by its number of characters
