@@ -2,6 +2,7 @@
 
 import csv
 import io
+import sys
 from pathlib import Path
 
 from mateconv_jax.evaluation import outputs
@@ -54,18 +55,20 @@ def print_table(result: dict) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)  # a file has no 80 columns
     step = "" if result["step"] is None else f", step {result['step']:,}"
     n = sum(task["questions"] for task in result["tasks"])
     how = f"{result['shots']} shots, {result['score']} scored" + ", chat template" * result["chat"]
     speed = f"{n:,} questions in {result['seconds']:.1f} s ({n / result['seconds']:,.1f} questions/s)"
     console.print(f"[bold]{escape(result['model_path'])}[/bold]{step}: {how}\n{speed}", soft_wrap=True, highlight=False)
     for task in result["tasks"]:
-        table = Table(box=box.SIMPLE, title=f"{escape(task['name'])}  {task['kind']}", title_justify="left")
+        table = Table(
+            box=box.SIMPLE, padding=(0, 1, 0, 0), title=f"{escape(task['name'])}  {task['kind']}", title_justify="left"
+        )
         names = list(task["metrics"])
         if len({task["metrics"][name]["value"] for name in names}) == 1 and result["score"] == "letters" and len(names) == 3:
             names = names[:1]  # letters have the same length
-        for heading in ("subject", "questions", "chance", *(h for name in names for h in (name, "95 %", "p"))):
+        for heading in ("subject", "questions", "chance", names[0], "95 %", "p", *names[1:]):
             table.add_column(heading, justify="left" if heading == "subject" else "right")
         subjects = task["subjects"] if len(task["subjects"]) > 1 else []
         for subject in subjects:
@@ -107,14 +110,11 @@ def titled(subject: dict) -> str:
 
 
 def _cells(name: str, part: dict, metrics: dict, names: list[str]) -> list[str]:
-    cells = [name, f"{part['questions']:,}", "-" if part["chance"] is None else f"{part['chance']:.1%}"]
-    for metric in names:
-        figures = metrics[metric]
-        if figures["value"] is None:
-            cells += ["-", "-", "-"]
-            continue
-        error = "" if figures["stderr"] is None else f" ± {100 * figures['stderr']:.1f}"
-        low_high = "-" if figures["interval"] is None else "{:.1f}–{:.1f}".format(*(100 * x for x in figures["interval"]))
-        p_value = figures.get("p_value")
-        cells += [f"{100 * figures['value']:.1f}{error}", low_high, "-" if p_value is None else f"{p_value:.2g}"]
-    return cells
+    """Of the first metric also its error, interval and p: eight columns fit a terminal. JSON and CSV have those of all."""
+    chance = "-" if part["chance"] is None else f"{part['chance']:.1%}"
+    first = metrics[names[0]]
+    low_high = "-" if first["interval"] is None else "{:.1f}–{:.1f}".format(*(100 * x for x in first["interval"]))
+    p = first.get("p_value")
+    values = ["-" if metrics[name]["value"] is None else f"{100 * metrics[name]['value']:.1f}" for name in names]
+    error = "" if first["stderr"] is None else f" ± {100 * first['stderr']:.1f}"
+    return [name, f"{part['questions']:,}", chance, values[0] + error, low_high, "-" if p is None else f"{p:.2g}", *values[1:]]
