@@ -66,7 +66,7 @@ def print_table(result: dict) -> None:
             box=box.SIMPLE, padding=(0, 1, 0, 0), title=f"{escape(task['name'])}  {task['kind']}", title_justify="left"
         )
         names = list(task["metrics"])
-        if len({task["metrics"][name]["value"] for name in names}) == 1 and result["score"] == "letters" and len(names) == 3:
+        if task["kind"] == "choice" and result["score"] == "letters":
             names = names[:1]  # letters have the same length
         for heading in ("subject", "questions", "chance", names[0], "95 %", "p", *names[1:]):
             table.add_column(heading, justify="left" if heading == "subject" else "right")

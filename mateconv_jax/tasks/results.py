@@ -105,5 +105,8 @@ def _macro(of_subjects: list[dict]) -> dict[str, float | list[float] | None]:
     values = [metric["value"] for metric in of_subjects if metric["value"] is not None]
     if not values:
         return {"value": None, "stderr": None, "interval": None}
-    error = statistics.stderr_of_macro([metric["stderr"] for metric in of_subjects])
-    return {"value": float(np.mean(values)), "stderr": error, "interval": statistics.around(float(np.mean(values)), error)}
+    mean, error = float(np.mean(values)), statistics.stderr_of_macro([metric["stderr"] for metric in of_subjects])
+    interval = statistics.around(mean, error)
+    if interval is not None and all(0 <= value <= 1 for value in values):
+        interval = [max(0.0, interval[0]), min(1.0, interval[1])]
+    return {"value": mean, "stderr": error, "interval": interval}
