@@ -68,12 +68,11 @@ def test_order_and_batch_size_change_nothing(model):
     shuffled = score(model, [answers[i] for i in order])
     np.testing.assert_array_equal(shuffled.log_likelihood_N, expected.log_likelihood_N[order])
     np.testing.assert_array_equal(shuffled.is_likeliest_N, expected.is_likeliest_N[order])
-    for batch_size in (1, 7):
-        found = score(model, answers, batch_size)
-        np.testing.assert_allclose(found.log_likelihood_N, expected.log_likelihood_N, rtol=1e-5, atol=1e-5)
-        by_question = found.log_likelihood_N.reshape(-1, 3).argmax(1), expected.log_likelihood_N.reshape(-1, 3).argmax(1)
-        np.testing.assert_array_equal(*by_question)
-        np.testing.assert_array_equal(found.is_likeliest_N, expected.is_likeliest_N)
+    found = score(model, answers, batch_size=7)
+    np.testing.assert_allclose(found.log_likelihood_N, expected.log_likelihood_N, rtol=1e-5, atol=1e-5)
+    by_question = found.log_likelihood_N.reshape(-1, 3).argmax(1), expected.log_likelihood_N.reshape(-1, 3).argmax(1)
+    np.testing.assert_array_equal(*by_question)
+    np.testing.assert_array_equal(found.is_likeliest_N, expected.is_likeliest_N)
 
 
 def test_what_batches_look_like():
