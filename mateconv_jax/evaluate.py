@@ -1,6 +1,7 @@
 """Evaluate models.
 
 Held-out text:       python -m mateconv_jax.evaluate --model_path=out --data=data/zh
+Benchmark questions: … --tasks data/ceval data/cmmlu --shots 5 --plot tasks.png
 What it says:        python -m mateconv_jax.evaluate --model_path=out --says
 Side by side:        … --says --model_path=a --model_path=b --output=compare.html
 Rewards of answers:  … --prompts=held_out.jsonl --reward mateconv_jax.rewards:number_match
@@ -13,6 +14,7 @@ import importlib
 import json
 import os
 import sys
+from pathlib import Path
 
 from mateconv_jax.data.text.lines import TXT_DOCUMENTS
 from mateconv_jax.errors import exit_code, program
@@ -20,8 +22,8 @@ from mateconv_jax.errors import exit_code, program
 # The module of mateconv_jax.evaluation that answers each flag. It has `evaluator(args)`, which returns a function from the path
 # of a model to a result that JSON can hold, and `print_result(result)`. Those that compare models also have `paired(results)`,
 # see evaluation/comparison.py, `side_by_side(results)`, see reporting/compare_page.py, and `described(result)`.
-KINDS = {"data": "held_out", "says": "says", "prompts": "reward_score", "demo": "demo_score"}
-COMPARED = ("data", "says")
+KINDS = {"data": "held_out", "tasks": "benchmark_command", "says": "says", "prompts": "reward_score", "demo": "demo_score"}
+COMPARED = ("data", "tasks", "says")
 LOWER = "lower it; where answers are generated --max_new_tokens; or --dtype bfloat16"
 
 
@@ -29,9 +31,10 @@ def main(args):
     from mateconv_jax.runtime import compilation_cache, out_of_memory  # the 3 s of imports come after checking the command line
 
     if args.output is not None:
+        from mateconv_jax.evaluation import outputs
         from mateconv_jax.reporting import compare_page
 
-        compare_page.check(args.output)
+        outputs.check(args.output, "--output", ".html", compare_page.MADE_BY)
     compilation_cache.enable()
     kind = importlib.import_module(f"mateconv_jax.evaluation.{module_for(args)}")
     results = []
@@ -64,9 +67,11 @@ def show_comparison(kind, results: list[dict], args) -> None:
 
     compared = comparison.compare(results, kind.paired(results))
     if args.output is not None:
+        from mateconv_jax.evaluation import outputs
         from mateconv_jax.reporting import compare_page
 
-        compare_page.write(args.output, compared, kind.side_by_side(results), kind.described(results[0])[1:])
+        page = compare_page.html(compared, kind.side_by_side(results), kind.described(results[0])[1:])
+        outputs.write(args.output, page.encode())
     if args.json:
         print(json.dumps({"models": results, "comparison": compared}, ensure_ascii=False))
     else:
@@ -104,13 +109,8 @@ def parse_args(argv):
     )
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="compute dtype (default: auto)")
     add("--json", action="store_true", help="print one JSON object")
-    add(
-        "--output",
-        type=os.path.expanduser,
-        metavar="FILE",
-        help="with --data or --says: write a page with the models side by side, a self-contained .html file",
-    )
-    belongs = _add_data(parser) | _add_answers(parser)
+    add("--output", type=_path, metavar="FILE", help="write a page with the models side by side, a self-contained .html file")
+    belongs = _add_data(parser) | _add_tasks(parser) | _add_answers(parser)
     args = parser.parse_args(argv)
     _check(parser, args, belongs)
     return args
@@ -127,6 +127,13 @@ def _add_kinds(parser: argparse.ArgumentParser) -> None:
         "tfds:…), which is tokenised with the model's tokenizer",
     )
     what.add_argument(
+        "--tasks",
+        type=os.path.expanduser,
+        nargs="+",
+        metavar="[NAME=]PATH",
+        help="benchmark questions: C-Eval or CMMLU folders, or .csv or .jsonl files (docs/evaluation.md has the formats)",
+    )
+    what.add_argument(
         "--says",
         type=os.path.expanduser,
         nargs="?",
@@ -141,7 +148,7 @@ def _add_kinds(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--demo", action="store_true", help="score a model trained on the demo corpus")
 
 
-def _add_data(parser: argparse.ArgumentParser) -> dict[str, tuple[str, ...]]:
+def _add_data(parser: argparse.ArgumentParser) -> dict[str, str]:
     """{flag: those it is allowed with}"""
     group = parser.add_argument_group("with --data")
     add = group.add_argument
@@ -156,7 +163,7 @@ def _add_data(parser: argparse.ArgumentParser) -> dict[str, tuple[str, ...]]:
             "a dataset folder",
         ),
         add("--split", help="split of a dataset folder (default: validation)"),
-        add("--batch_size", type=int, help="rows over all devices (default: 8)"),
+        add("--batch_size", type=int, help="rows over all devices (default: 8; with --tasks 8,192 tokens a device)"),
         add("--max_batches", type=int, help="stop after this many batches (default: score everything)"),
         add("--text_key", metavar="KEY", help="JSON key, or column, that holds a raw file's text (default: text)"),
         add("--encoding", help="of raw text without a byte order mark: gb18030, big5, utf-16-le … (default: utf-8)"),
@@ -164,46 +171,74 @@ def _add_data(parser: argparse.ArgumentParser) -> dict[str, tuple[str, ...]]:
         add("--split_at_tokens", nargs="*", metavar="TOKEN", help="cut texts at control tokens, as prepare does"),
         add("--txt_document", choices=TXT_DOCUMENTS, help="what counts as a document in a .txt file (default: line)"),
     ]
-    return {action.dest: ("data",) for action in own}
+    return {action.dest: "data" for action in own} | {"batch_size": "data tasks"}
 
 
-def _add_answers(parser: argparse.ArgumentParser) -> dict[str, tuple[str, ...]]:
+def _add_tasks(parser: argparse.ArgumentParser) -> dict[str, str]:
     """{flag: those it is allowed with}"""
-    add = parser.add_argument_group("with --prompts and --says").add_argument
-    both = [add("--max_new_tokens", type=int, help="longest answer (default: 64 with --prompts, 128 with --says)")]
-    add = parser.add_argument_group("with --prompts").add_argument
-    prompts = [add("--reward", nargs="+", metavar="MODULE:FUNCTION", help="functions that score the answers")]
+    add = parser.add_argument_group("with --tasks").add_argument
+    own = [
+        add("--shots", type=int, metavar="N", help="solved examples before each question, from dev/ (default: 0)"),
+        add(
+            "--score",
+            choices=("letters", "texts"),
+            help="of an exam, compare the log-likelihoods of the letters or of the choices' texts (default: letters)",
+        ),
+        add("--chat", action="store_true", help="put the questions through the chat template (default: plain text)"),
+        add("--limit", type=int, metavar="N", help="ask only the first N questions of each subject"),
+        add("--records", action="store_true", help="with --json: every question's result, too"),
+        add("--csv", type=_path, metavar="FILE", help="write accuracies by subject"),
+        add("--plot", type=_path, metavar="FILE", help="draw them, with 95 %% intervals and chance (.png)"),
+    ]
+    return {action.dest: "tasks" for action in own}
+
+
+def _add_answers(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """{flag: those it is allowed with}"""
+    add = parser.add_argument_group("with --prompts, --says, and --tasks whose answers the model writes").add_argument
+    add("--max_new_tokens", type=int, help="longest answer (default: 64, with --says 128)")
+    add(
+        "--reward",
+        nargs="+",
+        metavar="MODULE:FUNCTION",
+        help="with --prompts and --tasks: functions that score the answers (with --tasks there are defaults)",
+    )
     add = parser.add_argument_group("with --says").add_argument
     says = [
         add("--num_samples", type=int, metavar="N", help="answers to each prompt (default: 2)"),
         add("--seed", type=int, help="of the sampling (default: 0)"),
         add("--temperature", type=float, metavar="T", help="of the sampling (default: 0.8)"),
     ]
-    return {
-        action.dest: allowed
-        for actions, allowed in ((both, ("prompts", "says")), (prompts, ("prompts",)), (says, ("says",)))
-        for action in actions
-    }
+    return {action.dest: "says" for action in says} | {"max_new_tokens": "prompts tasks says", "reward": "prompts tasks"}
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def is_given(args, flag: str) -> bool:
     return getattr(args, flag) not in (None, False)
 
 
-def _check(parser: argparse.ArgumentParser, args, belongs: dict[str, tuple[str, ...]]) -> None:
+def _check(parser: argparse.ArgumentParser, args, belongs: dict[str, str]) -> None:
     """Ends the program where flags do not fit together. belongs: {flag: those it is allowed with}."""
     if args.prompts and not args.reward:
         parser.error("argument --reward: required with --prompts (for example mateconv_jax.rewards:number_match)")
     for flag, allowed in belongs.items():
-        if is_given(args, flag) and not any(is_given(args, kind) for kind in allowed):
-            parser.error(f"argument --{flag}: only allowed with argument {' or '.join(f'--{kind}' for kind in allowed)}")
+        if is_given(args, flag) and not any(is_given(args, kind) for kind in allowed.split()):
+            parser.error(
+                f"argument --{flag}: only allowed with argument {' or '.join(f'--{kind}' for kind in allowed.split())}"
+            )
     if compares(args) and not any(is_given(args, kind) for kind in COMPARED):
         flag = "output" if args.output is not None else "model_path"
         parser.error(f"argument --{flag}: models are compared with {' or '.join(f'--{kind}' for kind in COMPARED)}")
     if args.max_batches is not None and module_for(args) == "document_score":
         parser.error("argument --max_batches: not allowed where documents are scored one by one (give fewer of them)")
-    if args.output is not None and not args.output.endswith(".html"):
-        parser.error(f"argument --output: {args.output!r} is invalid (expected a name that ends in .html)")
+    for flag in ("csv", "plot"):
+        if is_given(args, flag) and compares(args):
+            parser.error(
+                f"argument --{flag}: not allowed where models are compared (expected one --model_path and no --output)"
+            )
 
 
 def command() -> int:

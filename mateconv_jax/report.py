@@ -5,8 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from mateconv_jax import files
 from mateconv_jax.errors import UserError, exit_code, program
-from mateconv_jax.reporting import page_file
 from mateconv_jax.reporting.history import MADE_BY, read_runs
 
 
@@ -27,8 +27,7 @@ def write_report(folders: list[str], output: str | None = None, smooth: int | No
     path = Path(folders[0], "report.html") if output is None else Path(output)
     if path.suffix not in (".html", ".png"):
         raise UserError(f"--output: {output!r} is invalid (expected a name that ends in .html or .png)")
-    # The title: pages written before they said what had made them.
-    page_file.check_ours(path, (MADE_BY, "<title>Training report: "), "report")
+    _check_ours(path)
     if smooth is not None and smooth < 0:
         raise UserError(f"--smooth: {smooth} is invalid (expected a number of steps, 0 for none)")
     runs = read_runs(folders)
@@ -38,8 +37,26 @@ def write_report(folders: list[str], output: str | None = None, smooth: int | No
     from mateconv_jax.reporting import curves, report_page  # matplotlib takes 1 s, so it comes after checking the input
 
     content = curves.draw(runs, smooth, "png") if path.suffix == ".png" else report_page.html(runs, smooth).encode()
-    page_file.write(path, content)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with files.aside(path) as written:
+            written.write_bytes(content)
+    except OSError as error:
+        raise UserError(
+            f"--output: cannot write {str(path)!r} ({error.strerror}; expected a path that a file can be written to)"
+        ) from error
     return path
+
+
+def _check_ours(path: Path) -> None:
+    """Raises UserError unless `path` is free or holds a report."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        start = file.read(1000)
+    # The title: pages written before they said what had made them.
+    if not any(mark in start for mark in (MADE_BY.encode(), b"<title>Training report: ")):
+        raise UserError(f"--output: {str(path)!r} is not a report and is not replaced (choose another file)")
 
 
 def main(args):

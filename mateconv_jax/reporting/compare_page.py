@@ -3,11 +3,8 @@
 What is on it may come from a model or a file: it is escaped, and the page's policy forbids scripts and all that is elsewhere.
 """
 
-from pathlib import Path
-
 import jinja2
 
-from mateconv_jax.reporting import page_file
 from mateconv_jax.reporting.page_style import PALETTE, STYLE
 
 MADE_BY = "mateconv_jax evaluate"  # in the page's metadata: tells a comparison from what is not to be replaced
@@ -85,21 +82,6 @@ Each p is of one comparison: among twenty groups of equal models one is coloured
 </body>
 </html>
 """
-
-
-def check(output: str) -> None:
-    """Raises UserError where something else is at `output`."""
-    page_file.check_ours(Path(output), (MADE_BY,), "comparison")
-
-
-def write(output: str, compared: dict, sections: list[dict], about: list[str]) -> None:
-    """Write the page, see `html`.
-
-    Raises:
-      UserError: it cannot be written, or something else is there.
-    """
-    check(output)
-    page_file.write(Path(output), html(compared, sections, about).encode())
 
 
 def html(compared: dict, sections: list[dict], about: list[str]) -> str:

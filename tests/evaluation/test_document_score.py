@@ -239,4 +239,4 @@ def test_what_cannot_be_scored(model, jsonl, dataset_folder, tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text("no JSON\n")
     fails(r"--reference: .*bad\.jsonl' is mostly unusable", "--data", jsonl, "--reference", tmp_path / "bad.jsonl")
     (tmp_path / "page.html").write_text("mine")
-    fails("--output: .* is not a comparison and is not replaced", "--data", jsonl, "--output", tmp_path / "page.html")
+    fails("--output: .* was not written by evaluate and is not replaced", "--data", jsonl, "--output", tmp_path / "page.html")
