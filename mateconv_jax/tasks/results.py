@@ -1,6 +1,7 @@
 """Which questions a model gets right, by subject and in all."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,22 @@ def records(prompts: list[Prompt], answers: list[list[Scored]], scores: Scores, 
     return found
 
 
+def means(task: Task, of_questions: list[dict], metrics: list[str]) -> dict[str, float]:
+    """What training logs of a task: each metric over all questions, METRIC_macro over its subjects' means, and the perplexity
+    of a continuation. Numbers that there are not are left out.
+    """
+    found: dict[str, float | None] = {}
+    for metric in metrics:
+        by_subject: dict[str, list[float | None]] = {subject: [] for subject in task.subjects}
+        for record in of_questions:
+            by_subject[record["subject"]].append(record[metric])
+        found[metric] = _mean([value for values in by_subject.values() for value in values])
+        found[f"{metric}_macro"] = _mean([_mean(values) for values in by_subject.values()])
+    if task.kind == "continuation":
+        found["perplexity"] = _perplexity(of_questions)
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def summary(task: Task, of_questions: list[dict], metrics: list[str]) -> dict:
     """A task's figures. `metrics`: which numbers of the records are averaged.
 
@@ -84,17 +101,30 @@ def _figures(task: Task, pairs: list[tuple[Question, dict]], metrics: list[str])
         "metrics": {metric: _metric([record[metric] for record in some], n_choices) for metric in metrics},
     }
     if task.kind == "continuation":
-        mean = sum((record["log_likelihoods"] or [-math.inf])[0] for record in some) / len(some)
-        found["perplexity"] = math.exp(-mean) if mean > -700 else None
+        found["perplexity"] = _perplexity(some)
     return found
 
 
+def _perplexity(of_questions: list[dict]) -> float | None:
+    """As lm_eval's; None: too large for a float."""
+    mean = sum((record["log_likelihoods"] or [-math.inf])[0] for record in of_questions) / len(of_questions)
+    return math.exp(-mean) if mean > -700 else None
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]  # a function may give an answer no reward
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    return float(np.mean(known)) if (known := _known(values)) else None
+
+
 def _metric(values: list[float | None], n_choices: list[int] | None) -> dict[str, float | list[float] | None]:
-    known = [value for value in values if value is not None]  # a function may give an answer no reward
+    known = _known(values)
     if not known:
         return {"value": None, "stderr": None, "interval": None, "p_value": None}
     return {
-        "value": float(np.mean(known)),
+        "value": _mean(known),
         "stderr": statistics.stderr(known),
         "interval": statistics.interval(known),
         "p_value": None if n_choices is None else statistics.p_value(int(sum(known)), n_choices),
@@ -102,7 +132,7 @@ def _metric(values: list[float | None], n_choices: list[int] | None) -> dict[str
 
 
 def _macro(of_subjects: list[dict]) -> dict[str, float | list[float] | None]:
-    values = [metric["value"] for metric in of_subjects if metric["value"] is not None]
+    values = _known([metric["value"] for metric in of_subjects])
     if not values:
         return {"value": None, "stderr": None, "interval": None}
     mean, error = float(np.mean(values)), statistics.stderr_of_macro([metric["stderr"] for metric in of_subjects])

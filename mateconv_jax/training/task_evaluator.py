@@ -116,11 +116,8 @@ class TaskEvaluator:
                     found += [(task, answer_records(generator, task, rewards, *how)) for task, rewards in self._written]
         scalars = {}
         for task, records in found:
-            summary = results.summary(task, records, self._metrics[task.name])
-            values = {metric: figures["value"] for metric, figures in summary["metrics"].items()}
-            values |= {f"{metric}_macro": figures["value"] for metric, figures in summary["macro"].items()}
-            values["perplexity"] = summary.get("perplexity")
-            of_task = {f"tasks/{task.name}/{metric}": value for metric, value in values.items() if value is not None}
+            values = results.means(task, records, self._metrics[task.name])
+            of_task = {f"tasks/{task.name}/{metric}": value for metric, value in values.items()}
             scalars |= {name: of_task[name] for name in self._names(task) if name in of_task}
             if task.chance is not None:
                 scalars[f"tasks/{task.name}/chance"] = task.chance

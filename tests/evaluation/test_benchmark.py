@@ -12,7 +12,9 @@ from PIL import Image
 from mateconv_jax import evaluate
 from mateconv_jax.errors import UserError
 from mateconv_jax.evaluation import benchmark, benchmark_table
+from mateconv_jax.tasks import results
 from mateconv_jax.tasks.benchmark import AskOptions
+from mateconv_jax.tasks.files import read_tasks
 from tests import llama
 from tests.tasks import exams
 
@@ -51,6 +53,8 @@ def test_what_is_reported(model, exam, tmp_path, capsys):
     assert (law["subject"], law["title"], law["questions"], logic["questions"]) == ("law", "法学", 3, 4)
     assert law["metrics"]["acc"]["value"] == np.mean(right[:3])
     assert task["macro"]["acc"]["value"] == pytest.approx((np.mean(right[:3]) + np.mean(right[3:])) / 2)
+    logged = results.means(read_tasks([str(exam)], "")[0], task["records"], ["acc"])  # by training
+    assert logged == {"acc": micro["value"], "acc_macro": task["macro"]["acc"]["value"]}
 
     first = csv_path.read_text(encoding="utf-8-sig")
     rows = list(csv.DictReader(first.splitlines()))

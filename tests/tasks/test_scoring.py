@@ -79,6 +79,9 @@ def test_what_batches_look_like():
     answers = answers_of(3, 40)
     batches = make_batches(answers, 64, N_TOKENS, 2)
     assert sorted(n for batch in batches for n, *_ in batch.members) == list(range(120))
+    for batch, other in zip(batches, make_batches(answers[::-1], 64, N_TOKENS, 2), strict=True):  # whatever the order
+        np.testing.assert_array_equal(batch.tokens_BS, other.tokens_BS)
+        np.testing.assert_array_equal(batch.candidates_BK, other.candidates_BK)
     lengths = [batch.tokens_BS.shape[1] for batch in batches]
     assert lengths == sorted(lengths, reverse=True) and set(lengths) == {32, 48}
     assert len({(*batch.tokens_BS.shape, batch.candidates_BK.shape, batch.n_positions) for batch in batches}) == len(
