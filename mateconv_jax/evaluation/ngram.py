@@ -40,9 +40,9 @@ class CharacterNgrams:
     def __init__(self, texts: Sequence[str], order: int = 5):
         """texts: at least one, none with END. order: characters of the longest n-gram, END among them; at least 1."""
         stream_N = _stream(texts)
-        self._known, symbol_N = np.unique(stream_N, return_inverse=True)  # END is symbol 0
+        self._known = np.flatnonzero(np.bincount(stream_N, minlength=1))  # code points, in order: END is symbol 0
         self._vocabulary = len(self._known) + 1  # the last symbol is an unknown character
-        self._orders = _all_orders(symbol_N.astype(np.int64), self._vocabulary, order)
+        self._orders = _all_orders(np.searchsorted(self._known, stream_N), self._vocabulary, order)
 
     def bits(self, texts: Sequence[str]) -> np.ndarray:
         """(texts,) float64: bits of each text and its end, by itself."""
