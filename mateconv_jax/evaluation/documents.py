@@ -118,7 +118,7 @@ def _read_raw(
         found = sources.find(paths)
         if any(source.format == "bin" for source in found):
             raise UserError(f"--input: {' '.join(paths)!r} holds token ids (expected text, or a dataset folder)")
-        every = 1 if max_bytes is None else max(1, sum(source.size or 0 for source in found) // max_bytes)
+        every = 1 if max_bytes is None else max(1, -(-sum(source.size or 0 for source in found) // max_bytes))
         for number, chunk in enumerate(pipeline.all_chunks(found, options, None)):
             if number % every or max_bytes is not None and size >= max_bytes:
                 continue
@@ -176,7 +176,7 @@ def _read_dataset(path: str, key: str, split: str, max_bytes: int | None) -> lis
     rows = dataset.rows(split, (tokenizer.bos_token_id, tokenizer.eos_token_id))
     if rows is None:
         raise UserError(f"--split: {path!r} has no split {split!r} (available: {', '.join(dataset.splits or ())})")
-    every = 1 if max_bytes is None else max(1, _likely_bytes(dataset, split) // max_bytes)
+    every = 1 if max_bytes is None else max(1, -(-_likely_bytes(dataset, split) // max_bytes))
     documents, backend = [], tokenizer.backend_tokenizer
     for ids in _whole_documents(rows, every):
         documents += _decoded(backend, ids)

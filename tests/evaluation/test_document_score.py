@@ -162,6 +162,7 @@ def test_groups_and_reference_points(model, jsonl, dataset_folder, capsys):
     assert 0 < found["char 5-gram"][""] < 20 and found["char 5-gram"]["丙"] > 0
     printed = run(capsys, *arguments)
     assert f"{result['groups']['甲']['bits_per_byte']:.3f}" in printed and f"{found['gzip']['乙']:.3f}" in printed
+    assert f"{found['xz after training text']['']:.3f}" in printed and "丙" in printed  # no column is left out
     training = documents.read([str(dataset_folder)], "", "train", {})[0]
     assert result["references"]["documents"] == len(training)
 
@@ -201,6 +202,8 @@ def test_of_a_large_text_evenly_spaced_pieces_are_read(tmp_path, monkeypatch):
     read, _ = documents.read([str(tmp_path / "a.txt")], "", None, {}, max_bytes=1_200)
     numbers = [int(document.content[5:]) for document in read]
     assert 60 < len(numbers) <= 140 and numbers[0] == 0 and numbers[-1] > 850 and numbers == sorted(numbers)
+    half, _ = documents.read([str(tmp_path / "a.txt")], "", None, {}, max_bytes=7_000)  # of 11,000: not its first 7,000
+    assert 400 < len(half) < 600 and half[-1].content > "line 00950"
 
 
 def test_several_models_are_compared(model, uniform, jsonl, tmp_path, capsys, monkeypatch):
