@@ -48,9 +48,10 @@ def log_header(
     )  # fmt: skip
     if idle := distributed.idle_gpus():
         logging.warning("%d of this machine's GPUs are not used (CUDA_VISIBLE_DEVICES, or the tasks per node)", idle)
+    datasets = f" in {len(order.parts)} datasets" if order is not None and len(order.parts) > 1 else ""
     logging.info(
-        "data: %s rows of %s%d tokens, %s tokens per epoch; %.2f epochs in %s steps of %s tokens",
-        f"{len(rows):,}", f"{shape.sequences} x " if shape.sequences > 1 else "", shape.seq_len,
+        "data: %s rows of %s%d tokens%s, %s tokens per epoch; %.2f epochs in %s steps of %s tokens",
+        f"{len(rows):,}", f"{shape.sequences} x " if shape.sequences > 1 else "", shape.seq_len, datasets,
         f"{len(rows) * shape.sequences * shape.seq_len:,}",
         total_steps * shape.rows / len(rows), f"{total_steps:,}", f"{shape.tokens:,}",
     )  # fmt: skip
@@ -77,10 +78,10 @@ def _log_mixture(order: Order, position: Position, total_steps: int, shape: Batc
     now = order.read_before(position.rows)
     end = order.read_before(position.rows + max(0, total_steps - position.step) * shape.rows)
     for part, n_now, n_end in zip(order.parts, now, end, strict=True):
-        so_far = f", {n_now / part.n_rows:.2f} times so far" if n_now else ""
+        so_far = f" ({n_now / part.n_rows:.2f} so far)" if n_now else ""
         logging.info(
-            "data: %s of the rows from %s: its %s rows are seen %.2f times in this run%s",
-            mixing.share(part.count), part.name, f"{part.n_rows:,}", n_end / part.n_rows, so_far,
+            "data: %s from %s, %s rows: %.2f epochs in %s steps%s",
+            mixing.share(part.count), part.name, f"{part.n_rows:,}", n_end / part.n_rows, f"{total_steps:,}", so_far,
         )  # fmt: skip
 
 

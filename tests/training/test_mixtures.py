@@ -84,8 +84,11 @@ def test_a_run_on_two_datasets_and_how_it_goes_on(config, sets, tmp_path, rows_r
     of_noise = [noise[row] for row in straight if row in noise]
     assert len(straight) == 48 and len(of_noise) == sum(row not in demo for row in straight) == 19
     log = log_of(tmp_path / "straight")
-    assert "data: 60 % of the rows from demo: its" in log
-    assert "data: 40 % of the rows from noise: its 30 rows are seen 0.63 times in this run" in log
+    assert (
+        f"data: {len(demo) + 30} rows of 32 tokens in 2 datasets, " in log
+        and f"data: 60 % from demo, {len(demo)} rows: 0.03 epochs" in log
+    )
+    assert "data: 40 % from noise, 30 rows: 0.63 epochs in 6 steps\n" in log
     [evaluation] = [m for m in metrics_of(tmp_path / "straight") if "val/loss" in m]
     assert evaluation["val/loss"] == evaluation["val/demo/loss"] and "val/noise/loss" not in evaluation  # a file has no split
 
@@ -267,7 +270,7 @@ def test_a_mixture_that_is_stopped_and_goes_on_equals_one_that_never_stopped(ser
     for step in (4, 9, 12):
         assert_equal_checkpoints(tmp_path / "out", tmp_path / "straight", step)
     assert losses_of(tmp_path / "out") == losses_of(tmp_path / "straight")
-    assert "noise: its 30 rows are seen 1.93 times in this run, " in log_of(tmp_path / "out")
+    assert "data: 30 % from noise, 30 rows: 1.93 epochs in 12 steps (" in log_of(tmp_path / "out")
     assert {"val/demo/loss", "val/talk/loss"} <= set(metrics_of(tmp_path / "out")[-1])
 
 
@@ -277,7 +280,7 @@ def test_killed_without_warning(server, config, sets, tmp_path):
     config.training.update(dict(max_steps=40, save_interval=2, eval_interval=100, keep_latest=99))
     Training(flags_of(config, tmp_path / "straight"), tmp_path / "log").finish()
     training = Training(flags_of(config, tmp_path / "out"), tmp_path / "log1")
-    training.wait_for("step 9/40")
+    training.wait_for("step 10/40")
     training.process.kill()
     training.process.join()
     assert 2 <= steps_in(tmp_path / "out")[-1] < 40
