@@ -286,3 +286,28 @@ def test_killed_without_warning(server, config, sets, tmp_path):
     assert 2 <= steps_in(tmp_path / "out")[-1] < 40
     Training(flags_of(config, tmp_path / "out"), tmp_path / "log2").finish()
     assert_equal_checkpoints(tmp_path / "out", tmp_path / "straight", 40)
+
+
+@pytest.mark.slow
+def test_pairs_mix_with_pairs_and_have_their_reference(config, sets, tmp_path):
+    """The reference scores the rows of both; the first loss is ln 2; weights change, and a pair is compared with its own numbers."""
+    for name, answer in (("short", "好。"), ("long", "好好好好好。")):
+        records = [{"prompt": f"{i}？", "chosen": answer, "rejected": "不" * (1 + i % 4)} for i in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        flags = ["--tokenizer", f"{sets['demo']}/tokenizer", "--seq_len", "32", "--val_fraction", "0.2", "--num_workers", "1"]
+        prepare(parse_args(["--input", str(tmp_path / f"{name}.jsonl"), "--output", str(tmp_path / name), *flags]))
+    train(config, tmp_path / "start", max_steps=2)
+    config.loss.kind, config.training.init_from = "sigmoid", str(tmp_path / "start")
+    config.data.train_data_path = f"{tmp_path}/short:0.75,{tmp_path}/long:0.25"
+    train(config, tmp_path / "out", max_steps=4, eval_interval=2)
+    lines = metrics_of(tmp_path / "out")
+    assert lines[0]["train/loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert {"val/short/margin", "val/long/margin"} <= {name for line in lines for name in line}
+    config.data.train_data_path = f"{tmp_path}/short:0.25,{tmp_path}/long:0.75"
+    train(config, tmp_path / "out", max_steps=6, eval_interval=2)
+    log = log_of(tmp_path / "out")
+    assert "short 75 %, long 25 %, now short 25 %, long 75 %; short goes on after 24 rows, long goes on after 8 rows" in log
+    assert log.count("pairs of train") == 1  # the numbers are of the same rows
+    config.data.train_data_path = f"{sets['demo']}:0.25,{tmp_path}/long:0.75"
+    with pytest.raises(UserError, match="loss.kind: sigmoid learns from pairs, but '.*demo' holds texts"):
+        train(config, tmp_path / "out", max_steps=8)
