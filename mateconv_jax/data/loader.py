@@ -1,5 +1,6 @@
 """Batches of rows. What a batch holds is a pure function of (seed, its first row), whatever the number of processes."""
 
+import functools
 from collections.abc import Callable, Iterator
 
 import grain
@@ -56,11 +57,17 @@ def rows_at(position_B: np.ndarray, n_rows: int, seed: int, shuffle: bool) -> np
         return position_B % n_rows
     epoch_B, place_B = (part.tolist() for part in np.divmod(position_B, n_rows))
     # Hashed, not seed + epoch: the second epoch would be the first of the next seed's run.
-    seeds = {epoch: int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]) for epoch in set(epoch_B)}
+    seeds = {epoch: hashed(seed, epoch) for epoch in set(epoch_B)}
     shuffled = grain.experimental.index_shuffle
     return np.array(
         [shuffled(place, n_rows - 1, seeds[epoch], 4) for epoch, place in zip(epoch_B, place_B, strict=True)], np.int64
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def hashed(seed: int, *numbers: int) -> int:
+    """A seed of 32 bits for each number."""
+    return int(np.random.SeedSequence((seed, *numbers)).generate_state(1)[0])
 
 
 def validation_batches(rows: Rows, batch_size: int, max_batches: int, first_row: int = 0) -> Iterator[Batch]:

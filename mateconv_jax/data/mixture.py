@@ -145,7 +145,7 @@ class MixedRows:
         """Rows by number (B,), in any order: one read of each dataset."""
         batch = {name: np.empty((len(indices), *shape), dtype) for name, (dtype, shape) in self._fields.items()}
         part_B = np.searchsorted(self._ends, indices, side="right")
-        for number in np.unique(part_B).tolist():
+        for number in set(part_B.tolist()):
             at = np.flatnonzero(part_B == number)
             read = self.parts[number].rows.read(indices[at] - self.starts[number])
             for name, values in batch.items():
@@ -183,7 +183,7 @@ class PartOrder:
     def rows_at(self, index_B: np.ndarray, seed: int, shuffle: bool) -> np.ndarray:
         """Numbers in the mixture of the rows that it reads since the mixture began to hold."""
         if self.salt:
-            seed = int(np.random.SeedSequence((seed, self.salt)).generate_state(1)[0])
+            seed = loader.hashed(seed, self.salt)
         return self.start + loader.rows_at(self.before + index_B, self.n_rows, seed, shuffle)
 
 
@@ -207,7 +207,7 @@ class Order:
         """Which rows (B,) int64 of the mixture stand at positions of the run's endless sequence of rows."""
         part_B, index_B = self.schedule.at(position_B - self.since)
         rows_B = np.empty(len(position_B), np.int64)
-        for number in np.unique(part_B).tolist():
+        for number in set(part_B.tolist()):
             at = np.flatnonzero(part_B == number)
             rows_B[at] = self.parts[number].rows_at(index_B[at], seed, shuffle)
         return rows_B
