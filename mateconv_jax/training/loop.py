@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from mateconv_jax import config as config_lib, disk, run_folder
+from mateconv_jax.data import mixture
 from mateconv_jax.data.dataset import Rows, fingerprint
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop.stored_model import write_end_ids
@@ -21,7 +22,7 @@ from mateconv_jax.model.attention import cudnn
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.runtime import agreement, distributed, out_of_memory, sharding
 from mateconv_jax.runtime.notices import Notices
-from mateconv_jax.training import objective as objective_lib, reinforcement, resume, run_lock, setup
+from mateconv_jax.training import mixing, objective as objective_lib, reinforcement, resume, run_lock, setup
 from mateconv_jax.training.batch_shape import BatchShape
 from mateconv_jax.training.batches import Source
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
@@ -110,21 +111,19 @@ def _train(config: ConfigDict, signals: Signals, notices: Notices, time_limit: T
     differences = resume.check_compatible(origin, config, tokenizer)
     if training.keep_best:
         resume.bring_best(origin, folder)
-    with (
-        logging_to(folder / "train.log"),
-        _checkpoints(training, folder, time_limit, notices) as checkpoints,
-    ):
+    with logging_to(folder / "train.log"), _checkpoints(training, folder, time_limit, notices) as checkpoints:
         state, progress, read, start = resume.start(origin, checkpoints, programs.init, programs.abstract_state)
         if read != position:  # the newest checkpoint was damaged
             length = Length.of(training, len(train_rows), read)
             programs = setup.build(config, c, mesh, length.total_steps, objective)
-        differences += progress.reads(*_fingerprints(train_rows, val_sets, training))
+        order, mixed = mixing.order_of(train_rows, Path(config.data.train_data_path).name, progress)
+        differences += mixed + progress.reads(*_fingerprints(train_rows, val_sets, training))
         end_ids = resume.end_ids(origin, c.vocab_size)
         if distributed.is_first():
             _describe(folder, config, tokenizer, end_ids)
         if shape_taken:
             logging.info("%s", shape_taken)
-        log_header(c, programs.abstract_params, train_rows, val_sets, objective, length.total_steps, read, start, differences)
+        log_header(programs, train_rows, order, val_sets, objective, length.total_steps, read, start, differences)
 
         # ---- the reference, batches, validation ---------------------------------------------------------------------
         if objective.needs_reference:
@@ -133,7 +132,7 @@ def _train(config: ConfigDict, signals: Signals, notices: Notices, time_limit: T
             if joined is None:
                 return RESUMABLE
             train_rows, val_sets = joined
-        context = objective_lib.Context(folder, end_ids, progress, signals.poll)
+        context = objective_lib.Context(folder, end_ids, progress, signals.poll, order)
         source = objective.source(c, mesh, train_rows, tokenizer, read, context)
         if length.samples_interval is not None and objective.samples is not None:
             samples = objective.samples(source)
@@ -334,7 +333,8 @@ def _losses_of_set(evaluator: Callable[..., Evaluation | None], state: TrainStat
 
 def _fingerprints(train_rows: Rows, val_sets: Mapping[str, Rows], training: ConfigDict) -> tuple[str, str | None]:
     """Of the training rows, and of what the loss that decides what is best is measured on: the first validation set."""
-    train = fingerprint(train_rows, len(train_rows))
+    mixed = isinstance(train_rows, mixture.MixedRows)
+    train = mixture.fingerprint(train_rows.parts) if mixed else fingerprint(train_rows, len(train_rows))
     if not val_sets:
         return check_same_data(train, None)
     val_rows = next(iter(val_sets.values()))
