@@ -27,9 +27,10 @@ ROOMS = {
     "losses": "data model",
     "interop": "config data errors files generation_config model run_folder",
     "inference": "config data errors files generation_config interop model runtime terminal",
-    "training": "config config_keys data disk errors files inference generation_config interop intervals losses model run_folder runtime terminal weighted_paths",
+    "tasks": "data errors model runtime",
+    "training": "config config_keys data disk errors files inference generation_config interop intervals losses model run_folder runtime tasks terminal weighted_paths",
     "serving": "cores data errors generation_config inference",
-    "evaluation": "config cores data errors inference generation_config interop losses model runtime training weighted_paths",
+    "evaluation": "config cores data errors files inference generation_config interop losses model plotting runtime tasks training weighted_paths",
     "planning": "config_keys data errors inference generation_config model runtime training weighted_paths",
     "reporting": "errors plotting",
 }
@@ -129,6 +130,7 @@ def test_no_imports_go_round_in_circles():
         ("interop", ("training", "data.build")),
         ("model", ("config", "data", "files", "run_folder")),
         ("losses", ("training", "inference")),
+        ("tasks", ("training", "inference", "data.build", "data.text")),
     ],
 )
 def test_a_room_does_not_reach(start, forbidden):

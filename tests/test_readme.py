@@ -23,6 +23,7 @@ import pytest
 
 from mateconv_jax.data import demo
 from mateconv_jax.evaluation import demo_score
+from tests.tasks import exams
 
 ROOT = Path(__file__).parents[1]
 # In this order: the README makes what the others work on.
@@ -95,6 +96,8 @@ def checkout(tmp_path_factory):
         file.writelines(json.dumps(document, ensure_ascii=False) + "\n" for document in demo.corpus(200, 0, "dialogues"))
     with (folder / "preferences.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(document, ensure_ascii=False) + "\n" for document in demo.corpus(200, 0, "preferences"))
+    exams.ceval(folder / "data" / "ceval")
+    exams.cmmlu(folder / "data" / "cmmlu")
     return folder
 
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from mateconv_jax.data.prompts import read_prompts
 from mateconv_jax.generation_config import GenerationConfig
-from mateconv_jax.training.rewards import Rewards, collect
+from mateconv_jax.training.rewards import Rewards
 
 
 def score_prompts(generator, path: str, functions: list[str], max_new_tokens: int) -> dict[str, float]:
@@ -23,12 +23,7 @@ def score_prompts(generator, path: str, functions: list[str], max_new_tokens: in
     prompts = read_prompts(path, "--prompts", generator.tokenizer, generator.max_seq_len - max_new_tokens)
     how = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens)
     answers = generator.batch_answer(prompts.prompts, how, 128)
-    futures = [
-        rewards.start(prompt, [answer], record)
-        for prompt, answer, record in zip(prompts.prompts, answers, prompts.records, strict=True)
-    ]
-    reward_FN = collect(futures)
-    assert reward_FN is not None  # nobody asks it to stop
+    reward_FN = rewards.of(prompts.prompts, answers, prompts.records)
     means = {name: float(np.nanmean(reward_N)) for name, reward_N in zip(rewards.names, reward_FN, strict=True)}
     return {"prompts": prompts.n_prompts, "unrewarded": int(np.isnan(reward_FN).any(axis=0).sum())} | means
 

@@ -139,6 +139,7 @@ def results(runs: list[Run], smooth: int) -> list[tuple[str, str, list]]:
     ):
         rows.append((label, chinese, [_last(run, key, 0) for run in runs]))
     rows += [
+        *_task_rows(runs),
         ("Bits per byte, last", "每字节比特数（最后）", [_last(run, "val/bits_per_byte", 0) for run in runs]),
         ("Median tokens/s", "每秒 token 数（中位数）", [_median_speed(run) for run in runs]),
         ("Training time, steps only", "训练用时（仅训练步）", [_training_time(run) for run in runs]),
@@ -150,6 +151,17 @@ def results(runs: list[Run], smooth: int) -> list[tuple[str, str, list]]:
         ),
     ]
     return [row for row in rows if any(value != ABSENT for value, _ in row[2])]
+
+
+def _task_rows(runs: list[Run]) -> list[tuple[str, str, list]]:
+    rows = []
+    for key in dict.fromkeys(key for run in runs for key in run.task_metrics):
+        name = "/".join(key.split("/")[1:])
+        rows += [
+            (f"{name}, last", f"{name}（最后）", [_share_at(run, key, -1) for run in runs]),
+            (f"{name}, highest", f"{name}（最高）", [_share_at(run, key, None) for run in runs]),
+        ]
+    return rows
 
 
 # ---- cells: (value, note) -----------------------------------------------------------------------------------------
@@ -182,6 +194,16 @@ def _loss_at(run: Run, key: str, index: int | None) -> tuple[str, str]:
     with np.errstate(over="ignore"):  # inf if the run diverged
         perplexity = np.exp(curve.values[index])
     return f"{curve.values[index]:.4f}", f"perplexity {perplexity:,.5g}, at step {curve.steps[index]:,}"
+
+
+def _share_at(run: Run, key: str, index: int | None) -> tuple[str, str]:
+    """A task's score at `index` of the curve; None: at its maximum."""
+    curve, chance = run.curve(key), run.curve(key.rpartition("/")[0] + "/chance")
+    if not len(curve):
+        return ABSENT, ""
+    index = int(np.argmax(curve.values)) if index is None else index
+    guessing = f"guessing {chance.values[-1]:.1%}, " if len(chance) else ""
+    return f"{curve.values[index]:.1%}", f"{guessing}at step {curve.steps[index]:,}"
 
 
 def _median_speed(run: Run) -> tuple[str, str]:

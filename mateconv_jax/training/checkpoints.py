@@ -30,7 +30,8 @@ class Progress:
     """What a run knows besides its TrainState.
 
     Attributes:
-      best_loss, best_step: of all evaluations on what is measured now; None: there is none.
+      best_loss, best_step: of all evaluations on what is measured now; None: there is none. With training.best_metric the best
+        value of that.
       bad_evaluations: since the best one.
       evaluated_step: of the last evaluation.
       rows, train_data, measured: rows read so far; fingerprints of what is read, see `reads`. None in older checkpoints.
@@ -60,17 +61,22 @@ class Progress:
         if measured is None:
             return changes
         if self.measured not in (None, measured):
-            changes.append("the validation loss is measured on other rows than before: best loss and patience start anew")
+            changes.append(
+                "what decides the best checkpoint is measured on other rows than before: best and patience start anew"
+            )
             self.best_loss, self.best_step, self.bad_evaluations = None, None, 0
         self.measured = measured
         return changes
 
-    def evaluated(self, step: int, loss: float) -> bool:
-        """Record the loss of an evaluation. Returns whether it is the best so far; NaN and infinity never are."""
+    def evaluated(self, step: int, loss: float, shall_be_high: bool = False) -> bool:
+        """Record an evaluation's loss, or other metric that decides. Returns whether it is the best so far; NaN and infinity
+        never are.
+        """
         self.evaluated_step = step
         # NaN: older versions took it for the best, and nothing is below it.
-        best = math.inf if self.best_loss is None or math.isnan(self.best_loss) else self.best_loss
-        if loss < best:
+        sign = -1 if shall_be_high else 1
+        best = math.inf if self.best_loss is None or math.isnan(self.best_loss) else sign * self.best_loss
+        if math.isfinite(loss) and sign * loss < best:
             self.best_loss, self.best_step, self.bad_evaluations = loss, step, 0
             return True
         self.bad_evaluations += 1

@@ -71,7 +71,7 @@ def log_header(
         logging.info("validation: none (there is no validation split and no data.val_data_path)")
     if any(val_sets):
         sets = ", ".join(f"{name} {len(rows):,}" for name, rows in val_sets.items())
-        logging.info("validation: rows of %s; val/loss and the best checkpoint are by %s", sets, next(iter(val_sets)))
+        logging.info("validation: rows of %s; val/loss is that of %s", sets, next(iter(val_sets)))
 
 
 def _log_mixture(order: Order, position: Position, total_steps: int, shape: BatchShape) -> None:
