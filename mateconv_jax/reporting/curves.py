@@ -14,11 +14,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mateconv_jax import plotting
-from mateconv_jax.plotting import BLUE, DARK, GREEN, RED, drawable, log_ticks, short
+from mateconv_jax.plotting import DARK, drawable, log_ticks, short
 from mateconv_jax.reporting.history import MADE_BY, Curve, Run, smoothed, thinned
+from mateconv_jax.reporting.page_style import PALETTE
 
 LineStyle = Literal["-", "--", "-.", ":"]
-PALETTE = [BLUE, RED, GREEN, "#b08a3e", "#8569a8", "#4c9fae", "#c47fa6", "#777777"]
 POINTS = 30  # curves of at most this many points get markers
 BUCKETS = 600  # per curve, two points each: more than a panel has pixels ...
 ALL_BUCKETS = 4000  # ... and per panel, so that many runs do not make the page huge

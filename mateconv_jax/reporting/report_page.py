@@ -8,6 +8,7 @@ import numpy as np
 
 from mateconv_jax.reporting import curves
 from mateconv_jax.reporting.history import MADE_BY, Run, smoothed
+from mateconv_jax.reporting.page_style import STYLE
 
 ABSENT = "–"
 
@@ -18,24 +19,7 @@ PAGE = """<!DOCTYPE html>
 <meta name="generator" content="{{ made_by }}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Training report: {{ names | join(", ") }}</title>
-<style>
-body { margin: 2.5rem auto; max-width: 68rem; padding: 0 1.5rem; background: #fff; color: #222; line-height: 1.45;
-  font-family: "Helvetica Neue", Arial, "Noto Sans CJK SC", "Noto Sans SC", "PingFang SC", "Microsoft YaHei", sans-serif; }
-h1 { font-size: 1.6rem; font-weight: 600; margin: 0 0 .3rem; }
-h2, summary { font-size: 1.1rem; font-weight: 600; margin: 2rem 0 .6rem; }
-summary { cursor: pointer; }
-[lang="zh"] { color: #666; font-weight: normal; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .38rem 1.4rem .38rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e4e4e4; }
-thead th { border-bottom: 2px solid #999; overflow-wrap: anywhere; min-width: 8rem; }
-tbody th { font-weight: normal; min-width: 14rem; }
-.key tbody th { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .82rem; }
-.note { display: block; color: #777; font-size: .8rem; }
-.color { display: inline-block; width: 1.1em; height: .3em; border-radius: .15em; margin-right: .5em; vertical-align: middle; }
-img { width: 100%; height: auto; margin-top: .5rem; }
-@media print { body { margin: 0; max-width: none; } table, img { break-inside: avoid; } }
-</style>
+<style>{{ style | safe }}</style>
 </head>
 <body>
 {% macro table(rows, kind) %}
@@ -84,6 +68,7 @@ def html(runs: list[Run], smooth: int) -> str:
         results=results(runs, smooth),
         differences=[(key, "", cells) for key, _, cells in every_setting if len(set(cells)) > 1 and key != "training.out_dir"],
         settings=every_setting,
+        style=STYLE,
         made_by=MADE_BY,
         image=base64.b64encode(curves.draw(runs, smooth, "svg")).decode(),
     )
