@@ -236,7 +236,7 @@ def test_a_model_that_diverged_has_no_figures():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "one of the arguments --data --prompts --demo is required"),
+        ([], "one of the arguments --data --prompts --tasks --demo is required"),
         (["--demo", "--data=x"], "not allowed with argument"),
         (["--demo", "--split=train"], "--split: only allowed with argument --data"),
         (["--prompts=x"], "--reward: required with --prompts"),
