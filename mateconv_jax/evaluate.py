@@ -129,8 +129,8 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         type=os.path.expanduser,
         nargs="+",
         metavar="PATH",
-        help="a dataset folder from prepare; a flat .bin file; or any raw text that prepare accepts (JSONL, .txt, globs, -, "
-        "tfds:…), which is tokenised with the model's tokenizer",
+        help="a dataset folder from prepare, or several, such as data/wiki:0.6,data/code:0.4; a flat .bin file; or any raw "
+        "text that prepare accepts (JSONL, .txt, globs, -, tfds:…), which is tokenised with the model's tokenizer",
     )
     what.add_argument(
         "--prompts", type=os.path.expanduser, metavar="FILE", help="a JSONL file of prompts, as for learning from reward"

@@ -15,10 +15,11 @@ LEAVES = {"cores", "disk", "errors", "files", "intervals", "plotting", "rewards"
 ROOMS = {
     "errors": "terminal",
     "disk": "errors",
+    "weighted_paths": "errors",
     "files": "disk",
     "config_keys": "intervals",
     "generation_config": "errors",
-    "config": "config_keys errors",
+    "config": "config_keys errors weighted_paths",
     "run_folder": "config disk errors files",
     "runtime": "errors",
     "model": "cores errors",
@@ -27,10 +28,10 @@ ROOMS = {
     "interop": "config data errors files generation_config model run_folder",
     "inference": "config data errors files generation_config interop model runtime terminal",
     "tasks": "data errors model runtime",
-    "training": "config config_keys data disk errors files inference generation_config interop intervals losses model run_folder runtime tasks terminal",
+    "training": "config config_keys data disk errors files inference generation_config interop intervals losses model run_folder runtime tasks terminal weighted_paths",
     "serving": "cores data errors generation_config inference",
-    "evaluation": "config cores data errors files inference generation_config interop losses model plotting runtime tasks training",
-    "planning": "config_keys data errors inference generation_config model runtime training",
+    "evaluation": "config cores data errors files inference generation_config interop losses model plotting runtime tasks training weighted_paths",
+    "planning": "config_keys data errors inference generation_config model runtime training weighted_paths",
     "reporting": "errors plotting",
 }
 # Only preparing needs these: training must start without them, and without what they import.

@@ -23,6 +23,7 @@ from mateconv_jax.data.text import sources
 from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.data.tokenizer.token_bytes import bytes_per_token
 from mateconv_jax.errors import UserError
+from mateconv_jax.evaluation import several_sets
 from mateconv_jax.interop.formats import open_model
 from mateconv_jax.interop.stored_model import StoredModel
 from mateconv_jax.losses.next_token import next_token_loss
@@ -37,6 +38,7 @@ READING = ("encoding", "ignore_fields", "split_at_tokens", "text_key", "txt_docu
 NO_SPLITS = "--split: {!r} has no splits (only dataset folders from python -m mateconv_jax.prepare do)"
 
 
+@several_sets.each
 def evaluate_run(
     model_path: str | Path,
     data: list[str],
@@ -52,8 +54,8 @@ def evaluate_run(
 
     Args:
       model_path: a run folder (its newest checkpoint), one of its checkpoints, a Hugging Face folder, a .pth or .gguf file.
-      data: a dataset folder; a flat .bin file; or raw files, as in `sources.find`, which are tokenised with the model's
-        tokenizer into a temporary folder ($TMPDIR), with the run's seq_len or, for other models, their context up to 512.
+      data: a dataset folder; a flat .bin file; raw files, as in `sources.find`, which are tokenised with the model's tokenizer
+        into a temporary folder, with the run's seq_len or, for others, their context up to 512; or see `several_sets.each`.
       split: of a dataset folder; None: validation.
       batch_size: rows over all devices; None: BATCH_SIZE rounded up to a multiple of the devices.
       max_batches: stop after this many; None: score everything.
@@ -228,6 +230,9 @@ def _prepare(
 
 def print_table(result: dict) -> None:
     """Print the result of `evaluate_run` to standard output."""
+    if "sets" in result:
+        _print_sets(result)
+        return
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -247,4 +252,27 @@ def print_table(result: dict) -> None:
         lines.append("rejected: " + ", ".join(f"{rule} {n:,}" for rule, n in result["rejected"].items()))
     console = Console()
     console.print("\n".join(lines), soft_wrap=True, highlight=False)
+    console.print(table)
+
+
+def _print_sets(result: dict) -> None:
+    """A row for each set and each kind of weights, then the means."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    for heading in ("set", "share", "weights", "targets", "nats/token", "perplexity", "bits per byte"):
+        table.add_column(heading, justify="left" if heading in ("set", "weights") else "right")
+    for name, of_set in result["sets"].items():
+        for weights, score in of_set["scores"].items():
+            values = ("-" if value is None else f"{value:,.4f}" for value in score.values())
+            table.add_row(escape(name), f"{of_set['weight']:.3f}", weights, f"{of_set['tokens']:,}", *values)
+    table.add_section()
+    for weights, score in result["scores"].items():
+        table.add_row("mean", "", weights, "", *("-" if value is None else f"{value:,.4f}" for value in score.values()))
+    console = Console()
+    step = "" if result["step"] is None else f", step {result['step']:,}"
+    console.print(f"[bold]{escape(result['model_path'])}[/bold]{step}", soft_wrap=True, highlight=False)
     console.print(table)

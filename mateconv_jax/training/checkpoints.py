@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jax
 import orbax.checkpoint as ocp
@@ -36,6 +36,7 @@ class Progress:
       evaluated_step: of the last evaluation.
       rows, train_data, measured: rows read so far; fingerprints of what is read, see `reads`. None in older checkpoints.
       reference: fingerprints of the reference's weights, rows and numbers, see reference.py; None: the loss has none.
+      mixture: what is read of each dataset, see mixing.py; None: the run has never read but one.
     """
 
     best_loss: float | None = None
@@ -46,6 +47,7 @@ class Progress:
     train_data: str | None = None
     measured: str | None = None
     reference: dict[str, str] | None = None
+    mixture: dict[str, Any] | None = None
 
     def reads(self, train_data: str, measured: str | None) -> list[str]:
         """Record fingerprints of the training rows, and of the rows that a validation loss is measured on (None: there are

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from mateconv_jax import config as config_lib, disk, run_folder
+from mateconv_jax.data import mixture
 from mateconv_jax.data.dataset import Rows, fingerprint
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop.stored_model import write_end_ids
@@ -21,7 +22,7 @@ from mateconv_jax.model.attention import cudnn
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.runtime import agreement, distributed, out_of_memory, sharding
 from mateconv_jax.runtime.notices import Notices
-from mateconv_jax.training import objective as objective_lib, reinforcement, resume, run_lock, setup
+from mateconv_jax.training import mixing, objective as objective_lib, reinforcement, resume, run_lock, setup
 from mateconv_jax.training.batch_shape import BatchShape
 from mateconv_jax.training.batches import Source
 from mateconv_jax.training.best_metric import BestMetric
@@ -119,12 +120,13 @@ def _train(config: ConfigDict, signals: Signals, notices: Notices, time_limit: T
         if read != position:  # the newest checkpoint was damaged
             length = Length.of(training, len(train_rows), read)
             programs = setup.build(config, c, mesh, length.total_steps, objective)
-        differences += progress.reads(*_fingerprints(train_rows, val_sets, training, tasks))
+        order, mixed = mixing.order_of(train_rows, Path(config.data.train_data_path).name, progress)
+        differences += mixed + progress.reads(*_fingerprints(train_rows, val_sets, training, tasks))
         end_ids = resume.end_ids(origin, c.vocab_size)
         if distributed.is_first():
             _describe(folder, config, tokenizer, end_ids)
         _log_choices(shape_taken, tasks, best)
-        log_header(c, programs.abstract_params, train_rows, val_sets, objective, length.total_steps, read, start, differences)
+        log_header(programs, train_rows, order, val_sets, objective, length.total_steps, read, start, differences)
 
         # ---- the reference, batches, validation ---------------------------------------------------------------------
         if objective.needs_reference:
@@ -132,7 +134,7 @@ def _train(config: ConfigDict, signals: Signals, notices: Notices, time_limit: T
             if (joined := reference.join(train_rows, val_sets, state.params, progress, signals.poll)) is None:
                 return RESUMABLE
             train_rows, val_sets = joined
-        context = objective_lib.Context(folder, end_ids, progress, signals.poll)
+        context = objective_lib.Context(folder, end_ids, progress, signals.poll, order)
         source = objective.source(c, mesh, train_rows, tokenizer, read, context)
         if length.samples_interval is not None and objective.samples is not None:
             samples = objective.samples(source)
@@ -376,7 +378,8 @@ def _fingerprints(
     """Of the training rows, and of what decides what is best is measured on: the first validation set, or what
     training.best_metric names.
     """
-    train = fingerprint(train_rows, len(train_rows))
+    mixed = isinstance(train_rows, mixture.MixedRows)
+    train = mixture.fingerprint(train_rows.parts) if mixed else fingerprint(train_rows, len(train_rows))
     of_sets = {}
     for name, rows in val_sets.items():
         n_measured = min(len(rows), training.eval_iters * training.batch_size)

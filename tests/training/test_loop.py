@@ -38,8 +38,8 @@ def spy(monkeypatch):
     spy = Spy()
     original_batches, original_save = loader.training_batches, Checkpoints.save
 
-    def batches(rows, batch_size, seed, shuffle, start_row, num_workers, accumulation_steps):
-        original = original_batches(rows, batch_size, seed, shuffle, start_row, num_workers, accumulation_steps)
+    def batches(rows, batch_size, seed, shuffle, start_row, num_workers, accumulation_steps, order):
+        original = original_batches(rows, batch_size, seed, shuffle, start_row, num_workers, accumulation_steps, order)
         for step, batch in enumerate(original, start_row // (batch_size * accumulation_steps) + 1):
             spy.batches[step] = batch["tokens"].copy()
             yield batch

@@ -249,6 +249,7 @@ def test_which_checkpoints_are_kept(tiny_config, tmp_path, monkeypatch):
         "evaluated_step": 10,
         "rows": 80,
         "reference": None,
+        "mixture": None,
     }
     assert all(len(fingerprint) == 16 for fingerprint in fingerprints)
     monkeypatch.setattr(loop, "validation_losses", lambda *args: {"val/loss": 1.0})
