@@ -51,7 +51,7 @@ class Case:
 
     dim: int
     log2_lr: float
-    tokens: int = M
+    tokens: int = M // 2
     batch_tokens: int = 2048
     rule: str = "one"
     seed: int = 1
@@ -70,30 +70,26 @@ def main(args):
 
 def campaign(runs: "Runs") -> None:
     """All runs, those first that matter most."""
-    best = {}
-    start = -7.0
-    for dim in (64, 128, 256):
+    for dim in (64, 128):
+        sweep(runs, Case(dim, -7.0, M))
+    best, start = {}, -7.0
+    for dim in WIDTHS[:-1]:
         best[dim] = start = sweep(runs, Case(dim, start))
-    last_widths = best[256] - best[64]
-    runs.of(Case(448, round(best[256] + last_widths / 2 * math.log2(448 / 256))))
-    for tokens in (M // 2, 2 * M, 4 * M):
-        sweep(runs, Case(64, best[64], tokens))
-    for batch_tokens in (1024, 4096, 8192):
-        sweep(runs, Case(64, best[64], batch_tokens=batch_tokens))
     for seed in (2, 3):
         runs.of(Case(64, best[64], seed=seed))
-        runs.of(Case(128, best[128], seed=seed))
-    sweep(runs, Case(128, best[128], rule="matrices"))
-    for tokens in (M // 2, 2 * M):
-        sweep(runs, Case(128, best[128], tokens))
-    sweep(runs, Case(256, best[256] + 1, rule="matrices"))
-    sweep(runs, Case(448, round(best[256] + last_widths / 2 * math.log2(448 / 256))))
-    for batch_tokens in (1024, 4096):
+    predicted = round(best[256] + (best[256] - best[64]) / 2 * math.log2(WIDTHS[-1] / 256))
+    runs.of(Case(WIDTHS[-1], predicted))
+    for dim, tokens in ((64, 2 * M), (256, M), (128, 2 * M)):
+        runs.of(Case(dim, best[dim], tokens))
+    for batch_tokens in (4096, 1024):
+        sweep(runs, Case(64, best[64], batch_tokens=batch_tokens))
+    for dim in (128, 256):
+        sweep(runs, Case(dim, best[64], rule="matrices"))
+    runs.of(Case(WIDTHS[-1], predicted + 1))
+    runs.of(Case(WIDTHS[-1], predicted, M))
+    runs.of(Case(64, best[64], 4 * M))
+    for batch_tokens in (4096, 1024):
         sweep(runs, Case(128, best[128], batch_tokens=batch_tokens))
-    for tokens in (M // 2, 2 * M, 4 * M):
-        runs.of(Case(256, best[256], tokens))
-    runs.of(Case(128, best[128], 4 * M))
-    runs.of(Case(448, best[256] - 1, 2 * M))
 
 
 def sweep(runs: "Runs", case: Case) -> float:

@@ -1,0 +1,204 @@
+"""A recipe: what to train, for how long, on given data and GPUs, from one dial: hours, parameters or tokens."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from mateconv_jax import config as config_lib
+from mateconv_jax.data.dataset import open_dataset, read_metadata
+from mateconv_jax.errors import UserError
+from mateconv_jax.planning import rules
+from mateconv_jax.planning.step_cost import StepCost
+
+SMALLEST_MICRO_BATCH = 2048  # tokens on a device; before going below, activations are recomputed (training.remat)
+TRIES = 3  # at the size for the given hours: each corrects the speed that the one before assumed
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Attributes:
+    tokens: in the rows of the training split.
+    bytes_per_token: of UTF-8 text; None: not known.
+    """
+
+    path: str
+    tokens: int
+    vocab_size: int
+    seq_len: int
+    has_validation: bool
+    bytes_per_token: float | None
+
+
+def read_data(path: str) -> Data:
+    """What a recipe needs to know of a dataset.
+
+    Raises:
+      UserError: no dataset of texts there.
+    """
+    if Path(path).suffix == ".bin":
+        raise UserError(
+            f"--data: {path!r} does not say its vocabulary (expected a dataset folder; make one with: python -m "
+            f"mateconv_jax.prepare --input {path} --tokenizer DIR --output DATASET)"
+        )
+    metadata = read_metadata(path, "--data")
+    dataset = open_dataset(path, "--data", metadata["seq_len"])
+    if dataset.content != "texts" or dataset.learned:
+        kind = "preferences" if dataset.content != "texts" else "dialogues"
+        raise UserError(f"--data: {path!r} has {kind}; recipes are for pretraining (expected texts; see configs/sft.py)")
+    statistics = Path(path, "stats.json")
+    known = json.loads(statistics.read_text(encoding="utf-8")) if statistics.is_file() else {}
+    tokens = dataset.n_rows("train") * dataset.seq_len
+    if not tokens:
+        raise UserError(f"--data: {path!r} has no training rows (prepare it again)")
+    has_validation = dataset.n_rows("validation") > 0
+    return Data(path, tokens, metadata["vocab_size"], dataset.seq_len, has_validation, known.get("bytes_per_token"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Dial:
+    """What is asked for: one of these, or two."""
+
+    hours: float | None = None
+    parameters: float | None = None
+    tokens: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Attributes:
+    name: for people.
+    devices: all of them.
+    cost: (resolved config) -> what its step takes.
+    flops_guess: FLOP/s of all devices in training, to begin with.
+    may_fit: (resolved config) -> whether it is worth asking for the cost; spares compilations.
+    """
+
+    name: str
+    devices: int
+    cost: Callable[[ConfigDict], StepCost]
+    flops_guess: float
+    may_fit: Callable[[ConfigDict], bool] = lambda config: True
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What was chosen, before it is put into words.
+
+    Attributes:
+      limited_by: see rules.Budget.
+      layout: keys of training and mesh that make a step fit: batch_size, accumulation_steps, remat; fsdp.
+      cost: of an optimizer step.
+    """
+
+    data: Data
+    dial: Dial
+    machine: Machine
+    shape: rules.Shape
+    steps: rules.Steps
+    limited_by: str | None
+    layout: ConfigDict
+    cost: StepCost
+
+    @property
+    def parameters(self) -> int:
+        return self.shape.parameters(self.data.vocab_size)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.steps.rows * self.data.seq_len
+
+    @property
+    def tokens(self) -> int:
+        return self.steps.steps * self.tokens_per_step
+
+    @property
+    def epochs(self) -> float:
+        return self.tokens / self.data.tokens
+
+    @property
+    def hours(self) -> float:
+        """Of training, expected; without evaluations and checkpoints."""
+        return self.steps.steps * self.cost.seconds / 3600
+
+    @property
+    def hours_at_best(self) -> float | None:
+        at_best = self.cost.seconds_at_best
+        return None if at_best is None else self.steps.steps * at_best / 3600
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Expected on text like that of the dataset; None: outside of what was measured."""
+        if self.data.bytes_per_token is None:
+            return None
+        return rules.bits_per_byte(self.shape.non_embedding, self.tokens * self.data.bytes_per_token)
+
+
+def make_recipe(data: Data, dial: Dial, machine: Machine) -> Recipe:
+    """Choose everything.
+
+    Raises:
+      UserError: the model does not fit the devices' memory.
+    """
+    rate, tried = machine.flops_guess, None
+    for _ in range(TRIES):
+        flops = None if dial.hours is None else rate * 3600 * dial.hours
+        budget = rules.budget(data.tokens, flops, dial.parameters, dial.tokens)
+        shape = rules.shape(budget.parameters, data.vocab_size)
+        steps = rules.steps(budget.tokens, data.seq_len, machine.devices)
+        if (shape, steps.rows) != tried:  # another number of steps changes no program
+            layout, cost = fit(_without_layout(data, shape), steps.rows, machine)
+        if dial.hours is None or (shape, steps.rows) == tried:
+            break
+        tried = shape, steps.rows
+        rate = rules.flops(shape.parameters(data.vocab_size), steps.rows * data.seq_len) / cost.seconds
+    if dial.hours is not None:
+        steps = dataclasses.replace(steps, steps=max(1, min(steps.steps, int(dial.hours * 3600 / cost.seconds))))
+    return Recipe(data, dial, machine, shape, steps, budget.limited_by, layout, cost)
+
+
+def _without_layout(data: Data, shape: rules.Shape) -> ConfigDict:
+    config = config_lib.default_config()
+    config.model.dim, config.model.n_layers = shape.dim, shape.n_layers
+    config.model.n_heads, config.model.n_kv_heads = shape.n_heads, shape.n_kv_heads
+    config.model.vocab_size, config.model.max_seq_len = data.vocab_size, data.seq_len
+    config.data.train_data_path, config.data.seq_len = data.path, data.seq_len
+    return config
+
+
+def fit(config: ConfigDict, rows: int, machine: Machine) -> tuple[ConfigDict, StepCost]:
+    """The config with the largest micro-batch that fits, and its cost: steps of `rows` rows in 1, 2, 4 … micro-batches.
+
+    Where nothing fits, activations are recomputed, and then parameters and optimizer state are spread over the devices.
+
+    Raises:
+      UserError: not even that fits.
+    """
+    smallest = None
+    for training, fsdp in _layouts(rows, config.data.seq_len, machine.devices):
+        candidate = ConfigDict(config)
+        candidate.training.update(training)
+        candidate.mesh.fsdp = fsdp
+        resolved = config_lib.resolve(candidate)
+        if machine.may_fit(resolved):
+            smallest = machine.cost(resolved)
+            if smallest.fits:
+                return candidate, smallest
+    parameters = rules.Shape(config.model.dim, config.model.n_layers).parameters(config.model.vocab_size)
+    needed = f"{smallest.memory / 1e9:,.1f} of {smallest.available / 1e9:,.1f} GB" if smallest else "far more than there is"
+    raise UserError(
+        f"--gpu: {parameters:,} parameters do not fit on {machine.devices} x {machine.name}: a row a device takes {needed} "
+        "(expected fewer --params, more --devices or a larger GPU)"
+    )
+
+
+def _layouts(rows: int, seq_len: int, devices: int) -> Iterator[tuple[dict, int]]:
+    """(keys of training, mesh.fsdp), those that train faster first."""
+    per_device = rows // devices
+    splits = [2**i for i in range(per_device.bit_length()) if per_device % 2**i == 0]
+    for remat, fsdp in (("none", 1), ("full", 1), *([("full", devices)] if devices > 1 else [])):
+        for n in splits:
+            if remat == "full" or n == 1 or per_device // n * seq_len >= SMALLEST_MICRO_BATCH:
+                yield dict(batch_size=rows // n, accumulation_steps=n, remat=remat), fsdp
