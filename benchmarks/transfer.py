@@ -70,21 +70,22 @@ def main(args):
 
 def campaign(runs: "Runs") -> None:
     """All runs, those first that matter most."""
-    for dim in (64, 128):
-        sweep(runs, Case(dim, -7.0, M))
+    sweep(runs, Case(64, -7.0, M))
     best, start = {}, -7.0
     for dim in WIDTHS[:-1]:
         best[dim] = start = sweep(runs, Case(dim, start))
+    predicted = round(best[256] + (best[256] - best[64]) / 2 * math.log2(WIDTHS[-1] / 256))
     for seed in (2, 3):
         runs.of(Case(64, best[64], seed=seed))
-    predicted = round(best[256] + (best[256] - best[64]) / 2 * math.log2(WIDTHS[-1] / 256))
     runs.of(Case(WIDTHS[-1], predicted))
-    for dim, tokens in ((64, 2 * M), (256, M), (128, 2 * M)):
+    for dim, tokens in ((128, M), (64, 2 * M), (256, M)):
         runs.of(Case(dim, best[dim], tokens))
+    sweep(runs, Case(128, best[64], rule="matrices"))
     for batch_tokens in (4096, 1024):
         sweep(runs, Case(64, best[64], batch_tokens=batch_tokens))
-    for dim in (128, 256):
-        sweep(runs, Case(dim, best[64], rule="matrices"))
+    sweep(runs, Case(256, best[64], rule="matrices"))
+    for tokens in (M, 2 * M):
+        sweep(runs, Case(128, best[128], tokens))
     runs.of(Case(WIDTHS[-1], predicted + 1))
     runs.of(Case(WIDTHS[-1], predicted, M))
     runs.of(Case(64, best[64], 4 * M))
@@ -106,7 +107,7 @@ def sweep(runs: "Runs", case: Case) -> float:
         best = min(losses, key=losses.__getitem__)
         if best - 1 in losses and best + 1 in losses:
             return best
-        loss(best + 1 if best + 1 not in losses else best - 1)
+        loss(best - 1 if best - 1 not in losses else best + 1)
 
 
 class TimeIsUp(Exception):

@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
 from mateconv_jax import config as config_lib, recipe as command
 from mateconv_jax.errors import exit_code
-from mateconv_jax.planning import machine as machine_lib, target
-from mateconv_jax.planning.step_cost import StepCost
+from mateconv_jax.planning import target
 from mateconv_jax.training import loop
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -111,7 +109,9 @@ def test_a_number_that_is_none_is_named(capsys, flag):
     assert error.value.code == 2 and flag.partition("=")[2] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text, value", [("100M", 1e8), ("1.5b", 1.5e9), ("2e9", 2e9), ("26,878,464", 26_878_464), ("3k", 3000)])
+@pytest.mark.parametrize(
+    "text, value", [("100M", 1e8), ("1.5b", 1.5e9), ("2e9", 2e9), ("26,878,464", 26_878_464), ("3k", 3000)]
+)
 def test_counts(text, value):
     assert command.count(text) == value
 

@@ -1,5 +1,6 @@
 """A recipe: what to train, for how long, on given data and GPUs, from one dial: hours, parameters or tokens."""
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from mateconv_jax.planning import rules
 from mateconv_jax.planning.step_cost import StepCost
 
 SMALLEST_MICRO_BATCH = 2048  # tokens on a device; before going below, activations are recomputed (training.remat)
-TRIES = 3  # at the size for the given hours: each corrects the speed that the one before assumed
+CORRECTIONS = 2  # of the size for the given hours, by the speed that the size before has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,20 +143,26 @@ def make_recipe(data: Data, dial: Dial, machine: Machine) -> Recipe:
     Raises:
       UserError: the model does not fit the devices' memory.
     """
-    rate, tried = machine.flops_guess, None
-    for _ in range(TRIES):
-        flops = None if dial.hours is None else rate * 3600 * dial.hours
-        budget = rules.budget(data.tokens, flops, dial.parameters, dial.tokens)
-        shape = rules.shape(budget.parameters, data.vocab_size)
-        steps = rules.steps(budget.tokens, data.seq_len, machine.devices)
-        if (shape, steps.rows) != tried:  # another number of steps changes no program
-            layout, cost = fit(_without_layout(data, shape), steps.rows, machine)
-        if dial.hours is None or (shape, steps.rows) == tried:
-            break
-        tried = shape, steps.rows
-        rate = rules.flops(shape.parameters(data.vocab_size), steps.rows * data.seq_len) / cost.seconds
-    if dial.hours is not None:
-        steps = dataclasses.replace(steps, steps=max(1, min(steps.steps, int(dial.hours * 3600 / cost.seconds))))
+    recipe = _at(machine.flops_guess, data, dial, machine)
+    if dial.hours is None:
+        return recipe
+    for _ in range(CORRECTIONS):
+        rate = rules.flops(recipe.parameters, recipe.tokens_per_step) / recipe.cost.seconds
+        recipe = _at(rate, data, dial, machine, recipe)
+    steps = max(1, min(recipe.steps.steps, int(dial.hours * 3600 / recipe.cost.seconds)))
+    return dataclasses.replace(recipe, steps=rules.Steps(recipe.steps.rows, steps))
+
+
+def _at(rate: float, data: Data, dial: Dial, machine: Machine, last: Recipe | None = None) -> Recipe:
+    """The recipe for a machine that trains at `rate` FLOP/s; the last one's programs are used again where they are the same."""
+    flops = None if dial.hours is None else rate * 3600 * dial.hours
+    budget = rules.budget(data.tokens, flops, dial.parameters, dial.tokens)
+    shape = rules.shape(budget.parameters, data.vocab_size)
+    steps = rules.steps(budget.tokens, data.seq_len, machine.devices)
+    if last is not None and (shape, steps.rows) == (last.shape, last.steps.rows):
+        layout, cost = last.layout, last.cost
+    else:
+        layout, cost = fit(_without_layout(data, shape), steps.rows, machine)
     return Recipe(data, dial, machine, shape, steps, budget.limited_by, layout, cost)
 
 
@@ -178,7 +185,7 @@ def fit(config: ConfigDict, rows: int, machine: Machine) -> tuple[ConfigDict, St
     """
     smallest = None
     for training, fsdp in _layouts(rows, config.data.seq_len, machine.devices):
-        candidate = ConfigDict(config)
+        candidate = copy.deepcopy(config)
         candidate.training.update(training)
         candidate.mesh.fsdp = fsdp
         resolved = config_lib.resolve(candidate)

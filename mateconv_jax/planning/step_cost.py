@@ -10,10 +10,9 @@ from mateconv_jax.planning import target
 from mateconv_jax.planning.plan import Cluster, make_plan
 from mateconv_jax.planning.rules import Shape
 
-# Measured on one H100 (benchmarks/README.md, "On one H100"): parameters, `plan`'s bound over the measured time of a step, and
-# MFU. Between them interpolated over the logarithm of the parameters, beyond them constant.
-MEASURED = ((27e6, 0.63, 0.264), (118e6, 0.63, 0.379), (336e6, 0.63, 0.443), (988e6, 0.63, 0.454))
-MEASURED_ON = "NVIDIA H100 80GB HBM3"
+# Measured on one H100: parameters, `plan`'s bound over the measured time of a step, and MFU (benchmarks/README.md, "On one
+# H100"; the bounds by jax 0.10.2). Interpolated over the logarithm of the parameters, constant beyond.
+MEASURED = ((27e6, 0.58, 0.264), (118e6, 0.66, 0.379), (336e6, 0.65, 0.443), (988e6, 0.67, 0.454))
 
 
 @dataclasses.dataclass(frozen=True)
