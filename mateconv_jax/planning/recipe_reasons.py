@@ -90,9 +90,12 @@ def _why_so_long(recipe: Recipe) -> str:
 
 
 def _optimizer(recipe: Recipe) -> list[Choice]:
-    peak = rules.rounded(rules.learning_rate(recipe.shape.non_embedding, recipe.tokens, recipe.tokens_per_step))
+    peak = rules.rounded(rules.learning_rate(recipe.shape.dim, recipe.tokens_per_step))
     return [
-        Choice("training.learning_rate", peak, "1.79 N^-0.713 D^0.307 (Li et al., 2025)"),
+        Choice("training.learning_rate", peak,
+               f"inverse to dim, from {rules.MEASURED_LEARNING_RATE:.1e} measured at {rules.MEASURED_WIDTH} (docs/recipes.md; "
+               "muP, Yang et al., 2022), times the root of the batch's ratio, at most "
+               f"{rules.LARGEST_BATCH_FACTOR:g}; half or twice as much is worth trying"),
         Choice("training.min_lr", rules.rounded(peak / 10), "a tenth of the peak, as configs/base.py (Hoffmann et al., 2022)"),
         Choice("training.warmup_steps", rules.warmup_steps(recipe.steps.steps),
                f"a tenth of all steps, as configs/base.py, but at most {rules.MAX_WARMUP_STEPS:,}"),

@@ -166,7 +166,9 @@ def steps(tokens: float, seq_len: int, devices: int) -> Steps:
 
 # ---- optimizer ----------------------------------------------------------------------------------------------------
 
-BASE_LEARNING_RATE = 3e-4  # configs/base.py
+# The best learning rate at a width and a batch in tokens (benchmarks/transfer.py, docs/recipes.md).
+MEASURED_LEARNING_RATE, MEASURED_WIDTH, MEASURED_BATCH = 5.6e-3, 64, 2048
+LARGEST_BATCH_FACTOR = 2.0
 MAX_WARMUP_STEPS = 2000
 WARMUP_RATIO = 0.1  # configs/base.py
 WEIGHT_DECAY = 0.1  # configs/base.py; Hoffmann et al., 2022, and Brown et al., 2020
@@ -177,19 +179,19 @@ def warmup_steps(steps: int) -> int:
     return min(int(WARMUP_RATIO * steps), MAX_WARMUP_STEPS)
 
 
-def learning_rate(non_embedding: float, tokens: float, batch: float) -> float:
-    """The best peak learning rate of AdamW.
+def learning_rate(dim: int, batch: float) -> float:
+    """Peak learning rate of AdamW.
+
+    Inverse to the width, as for Adam in Yang et al., 2022 (muP), from the best one measured at a width of MEASURED_WIDTH;
+    docs/recipes.md has the measurement at other widths. It grows with the root of the batch (Malladi et al., 2022, for Adam),
+    but only up to LARGEST_BATCH_FACTOR: beyond a critical batch it grows no more (McCandlish et al., 2018), and nothing larger
+    was measured here.
 
     Args:
-      non_embedding: parameters of the blocks.
-      tokens: trained on.
+      dim: width.
       batch: tokens of a step.
-
-    Li et al., 2025, for the best batch: 1.79 N^-0.713 D^0.307. Another batch than the best changes it by the root of their
-    ratio (Malladi et al., 2022, for Adam).
     """
-    best = 1.79 * non_embedding**-0.713 * tokens**0.307
-    return best * math.sqrt(batch / batch_tokens(tokens))
+    return MEASURED_LEARNING_RATE * (MEASURED_WIDTH / dim) * min(math.sqrt(batch / MEASURED_BATCH), LARGEST_BATCH_FACTOR)
 
 
 def rounded(x: float) -> float:

@@ -1,14 +1,17 @@
 """Recipes on machines whose memory and speed are a formula."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from mateconv_jax import config as config_lib
 from mateconv_jax.errors import UserError
+from mateconv_jax.model import flops
 from mateconv_jax.planning import machine, recipe as recipe_lib, recipe_reasons, recipe_text, rules, step_cost, target
 from mateconv_jax.planning.recipe import Data, Dial
+from mateconv_jax.training import setup
 from tests.planning.conftest import needs_compiler
 
 DATA = Data("data/zh", 2_000_000_000, 6400, 512, True, 4.0)
@@ -106,3 +109,18 @@ def test_estimates_are_near_the_compiled_memory(dim, n_layers, rows, remat):
     compiled = machine.machine_of("h100", 1, 1).cost(config_lib.resolve(config))
     estimate = step_cost.estimated_memory(shape, 6400, rows * 512, remat != "none")
     assert 0.8 < estimate / compiled.memory < 1.25
+
+
+@pytest.mark.parametrize("name, size", [("110m", 110e6), ("340m", 340e6), ("1b", 1e9)])
+def test_the_sizes_in_configs_are_what_the_rules_give(name, size):
+    config = config_lib.resolve(config_lib.from_command_line(["train", f"--config=configs/{name}.py"]))
+    shape, training = rules.shape(size, 6400), config.training
+    c = setup.model_config(config)
+    assert (c.dim, c.n_layers, c.n_heads, c.n_kv_heads) == (shape.dim, shape.n_layers, shape.n_heads, shape.n_kv_heads)
+    parameters = flops.parameters(c)[0]
+    assert f'"""{parameters:,} parameters' in Path(f"configs/{name}.py").read_text(encoding="utf-8")
+    steps = rules.steps(rules.TOKENS_PER_PARAMETER * parameters, 512, 1)
+    assert (training.max_steps, training.batch_size * training.accumulation_steps) == (steps.steps, steps.rows)
+    assert training.warmup_steps == rules.warmup_steps(steps.steps)
+    assert training.learning_rate == rules.rounded(rules.learning_rate(shape.dim, steps.rows * 512))
+    assert training.min_lr == pytest.approx(training.learning_rate / 10)

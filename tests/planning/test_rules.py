@@ -95,3 +95,11 @@ def test_a_step_splits_over_the_devices_and_the_warm_up_ends_before_the_run(toke
 @given(TOKENS, st.floats(1, 100), st.integers(1, 16))
 def test_more_tokens_take_no_smaller_batch(tokens, factor, devices):
     assert rules.steps(tokens, 512, devices).rows <= rules.steps(factor * tokens, 512, devices).rows
+
+
+def test_the_learning_rate_is_the_measured_one_and_falls_with_the_width():
+    measured = rules.learning_rate(rules.MEASURED_WIDTH, rules.MEASURED_BATCH)
+    assert measured == rules.MEASURED_LEARNING_RATE
+    assert rules.learning_rate(2 * rules.MEASURED_WIDTH, rules.MEASURED_BATCH) == measured / 2
+    assert rules.learning_rate(rules.MEASURED_WIDTH, 2 * rules.MEASURED_BATCH) == pytest.approx(2**0.5 * measured)
+    assert rules.learning_rate(rules.MEASURED_WIDTH, 1e9) == rules.LARGEST_BATCH_FACTOR * measured
