@@ -70,27 +70,24 @@ def main(args):
 
 def campaign(runs: "Runs") -> None:
     """All runs, those first that matter most."""
-    sweep(runs, Case(64, -7.0, M))
-    best, start = {}, -7.0
-    for dim in WIDTHS[:-1]:
-        best[dim] = start = sweep(runs, Case(dim, start))
-    predicted = round(best[256] + (best[256] - best[64]) / 2 * math.log2(WIDTHS[-1] / 256))
+    best_1m = sweep(runs, Case(64, -7.0, M))
+    best = {64: sweep(runs, Case(64, best_1m))}
+    best[128] = sweep(runs, Case(128, best[64] - 1))
     for seed in (2, 3):
         runs.of(Case(64, best[64], seed=seed))
-    runs.of(Case(WIDTHS[-1], predicted))
-    for dim, tokens in ((128, M), (64, 2 * M), (256, M)):
-        runs.of(Case(dim, best[dim], tokens))
-    sweep(runs, Case(128, best[64], rule="matrices"))
+    runs.of(Case(128, best[128], M))
+    runs.of(Case(64, best_1m - 3, M))
+    best[256] = sweep(runs, Case(256, best[128] - 1))
+    runs.of(Case(64, best_1m, 2 * M))
     for batch_tokens in (4096, 1024):
         sweep(runs, Case(64, best[64], batch_tokens=batch_tokens))
+    sweep(runs, Case(128, best[64], rule="matrices"))
+    predicted = round(best[256] + (best[256] - best[64]) / 2 * math.log2(WIDTHS[-1] / 256))
+    runs.of(Case(WIDTHS[-1], predicted))
+    runs.of(Case(256, best[256], M))
     sweep(runs, Case(256, best[64], rule="matrices"))
-    for tokens in (M, 2 * M):
-        sweep(runs, Case(128, best[128], tokens))
-    runs.of(Case(WIDTHS[-1], predicted + 1))
-    runs.of(Case(WIDTHS[-1], predicted, M))
-    runs.of(Case(64, best[64], 4 * M))
-    for batch_tokens in (4096, 1024):
-        sweep(runs, Case(128, best[128], batch_tokens=batch_tokens))
+    for dim, tokens in ((128, 2 * M), (256, 2 * M), (64, 4 * M), (WIDTHS[-1], M)):
+        runs.of(Case(dim, best[dim] if dim in best else predicted, tokens))
 
 
 def sweep(runs: "Runs", case: Case) -> float:
