@@ -239,8 +239,22 @@ class Engine:
     # ---- joining ------------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Give waiting requests the free slots, and read their prompts."""
-        admitted: list[tuple[Slot, int]] = []
+        """Give waiting requests the free slots, and read their prompts.
+
+        Those that arrive meanwhile join too, rather than wait for a dispatch: of 16 clients that ask at once, the first is read
+        alone. After as many requests as there are slots the running rows go on.
+        """
+        n_admitted = 0
+        while n_admitted < len(self._slots) and (admitted := self._take_slots()):
+            n_admitted += len(admitted)
+            lengths = [len(slot.request.ids) for slot, _ in admitted if slot.request is not None]
+            n_new = [length - n_same for length, (_, n_same) in zip(lengths, admitted, strict=True)]
+            for P, indices in self._programs.prefill_groups(lengths, n_new):
+                self._prefill([admitted[i] for i in indices], P)
+
+    def _take_slots(self) -> list[tuple[Slot, int]]:
+        """Give waiting requests the free slots: (slot, tokens of the prompt that it holds already) of those to be read."""
+        taken = []
         while self._waiting and (free := [slot for slot in self._slots if slot.request is None]):
             request = self._waiting.popleft()
             slot, n_same = _best_slot(free, request.ids)
@@ -250,13 +264,10 @@ class Engine:
             self.counters.reused_tokens += n_same
             request.listener(Started(n_same))
             if slot.remaining:
-                admitted.append((slot, n_same))
+                taken.append((slot, n_same))
             else:
                 self._finish(slot)
-        lengths = [len(slot.request.ids) for slot, _ in admitted if slot.request is not None]
-        n_new = [length - n_same for length, (_, n_same) in zip(lengths, admitted, strict=True)]
-        for P, indices in self._programs.prefill_groups(lengths, n_new):
-            self._prefill([admitted[i] for i in indices], P)
+        return taken
 
     def _prefill(self, group: list[tuple[Slot, int]], P: int) -> None:
         """Read the prompts of `group`, from n_same on, and draw their first tokens. Unused rows repeat the first."""

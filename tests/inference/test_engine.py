@@ -186,6 +186,24 @@ def test_a_cancelled_request_frees_its_slot_within_a_dispatch(engine, generator)
         listener.end()
 
 
+def test_who_arrives_while_prompts_are_read_waits_for_no_dispatch(engine, generator):
+    ids, config = generator.document_ids("小明"), GenerationConfig(max_new_tokens=9, min_new_tokens=9)
+    dispatches = []
+
+    class Counting(Listener):
+        def __call__(self, event):
+            if isinstance(event, Piece) and not any(isinstance(earlier, Piece) for earlier in self.events):
+                dispatches.append(engine.counters.dispatches)
+                self.first_token()
+            super().__call__(event)
+
+    first, later = Counting(), Counting()
+    first.first_token, later.first_token = lambda: engine.submit(ids, config, later), lambda: None
+    engine.submit(ids, config, first)
+    assert isinstance(first.end(), Finished) and isinstance(later.end(), Finished)
+    assert dispatches[0] == dispatches[1]
+
+
 def test_a_failed_dispatch_fails_its_requests_and_the_engine_goes_on(engine, generator, monkeypatch):
     config = GenerationConfig(max_new_tokens=9)
     expected = generator.generate("小明", config)
