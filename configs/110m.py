@@ -22,7 +22,6 @@ def get_config():
     config.training.accumulation_steps = 4
     config.training.learning_rate = 9.3e-4
     config.training.min_lr = 9.3e-5
-    config.training.warmup_steps = 1659
     config.training.eval_interval = "5%"
     config.training.save_interval = "5%"
     return config

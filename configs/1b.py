@@ -22,7 +22,7 @@ def get_config():
     config.training.accumulation_steps = 32
     config.training.learning_rate = 4e-4
     config.training.min_lr = 4e-5
-    config.training.warmup_steps = 2000
+    config.training.warmup_ratio = 0.052  # 2,000 steps
     config.training.eval_interval = "5%"
     config.training.save_interval = "5%"
     return config

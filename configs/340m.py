@@ -22,7 +22,7 @@ def get_config():
     config.training.accumulation_steps = 16
     config.training.learning_rate = 5.6e-4
     config.training.min_lr = 5.6e-5
-    config.training.warmup_steps = 2000
+    config.training.warmup_ratio = 0.078  # 2,000 steps
     config.training.eval_interval = "5%"
     config.training.save_interval = "5%"
     return config

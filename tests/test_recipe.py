@@ -37,7 +37,7 @@ def test_a_recipe_is_a_file_that_trains(capsys, dataset_folder, tmp_path, monkey
     assert code == 0 and f"train --config={path}" in out and "measured here" in out
     config = load(path)
     assert config.data.train_data_path == str(dataset_folder) and config.training.out_dir == "out_mine"
-    config.training.update(dict(max_steps=2, warmup_steps=1, eval_iters=1))
+    config.training.max_steps = 2
     assert loop.train(config) == 0
     assert Path("out_mine/checkpoints/2").is_dir()
 

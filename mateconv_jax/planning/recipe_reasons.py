@@ -97,8 +97,8 @@ def _optimizer(recipe: Recipe) -> list[Choice]:
                "muP, Yang et al., 2022), times the root of the batch's ratio, at most "
                f"{rules.LARGEST_BATCH_FACTOR:g}; half or twice as much is worth trying"),
         Choice("training.min_lr", rules.rounded(peak / 10), "a tenth of the peak, as configs/base.py (Hoffmann et al., 2022)"),
-        Choice("training.warmup_steps", rules.warmup_steps(recipe.steps.steps),
-               f"a tenth of all steps, as configs/base.py, but at most {rules.MAX_WARMUP_STEPS:,}"),
+        Choice("training.warmup_ratio", rules.warmup_ratio(recipe.steps.steps),
+               f"a tenth of all steps, as configs/base.py, but at most about {rules.MAX_WARMUP_STEPS:,} steps"),
         Choice("training.weight_decay", rules.WEIGHT_DECAY, "as configs/base.py (Brown et al., 2020; Hoffmann et al., 2022)"),
     ]  # fmt: skip
 

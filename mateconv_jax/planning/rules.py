@@ -174,9 +174,9 @@ WARMUP_RATIO = 0.1  # configs/base.py
 WEIGHT_DECAY = 0.1  # configs/base.py; Hoffmann et al., 2022, and Brown et al., 2020
 
 
-def warmup_steps(steps: int) -> int:
-    """A tenth of all steps, as the base model's, and at most MAX_WARMUP_STEPS; fewer than all steps."""
-    return min(int(WARMUP_RATIO * steps), MAX_WARMUP_STEPS)
+def warmup_ratio(steps: int) -> float:
+    """The base model's tenth, and at most MAX_WARMUP_STEPS. A share of the run, so that a shorter one may be tried."""
+    return min(WARMUP_RATIO, rounded(MAX_WARMUP_STEPS / steps))
 
 
 def learning_rate(dim: int, batch: float) -> float:

@@ -42,7 +42,7 @@ def test_whatever_is_asked_fits_and_adds_up(name, devices, parameters, unique_to
     assert recipe.cost.fits and training.batch_size % devices == 0
     assert training.batch_size * training.accumulation_steps == recipe.steps.rows
     assert training.max_steps is None and config.training.max_steps == recipe.steps.steps
-    assert config.training.warmup_steps < config.training.max_steps
+    assert 0 < config.training.warmup_ratio <= 0.1
     assert config.training.min_lr < config.training.learning_rate < 0.1
     assert recipe.epochs <= rules.MAX_EPOCHS * 1.5  # a step may be larger than very few data
 
@@ -121,6 +121,6 @@ def test_the_sizes_in_configs_are_what_the_rules_give(name, size):
     assert f'"""{parameters:,} parameters' in Path(f"configs/{name}.py").read_text(encoding="utf-8")
     steps = rules.steps(rules.TOKENS_PER_PARAMETER * parameters, 512, 1)
     assert (training.max_steps, training.batch_size * training.accumulation_steps) == (steps.steps, steps.rows)
-    assert training.warmup_steps == rules.warmup_steps(steps.steps)
+    assert training.warmup_ratio == rules.warmup_ratio(steps.steps)
     assert training.learning_rate == rules.rounded(rules.learning_rate(shape.dim, steps.rows * 512))
     assert training.min_lr == pytest.approx(training.learning_rate / 10)

@@ -86,7 +86,8 @@ def test_what_is_asked_for_is_what_is_done():
 def test_a_step_splits_over_the_devices_and_the_warm_up_ends_before_the_run(tokens, seq_len, devices):
     steps = rules.steps(tokens, seq_len, devices)
     assert steps.rows % devices == 0 and steps.steps >= 1
-    assert 0 <= rules.warmup_steps(steps.steps) < steps.steps
+    warmup_steps = int(rules.warmup_ratio(steps.steps) * steps.steps)
+    assert 0 <= warmup_steps < steps.steps and warmup_steps <= 1.05 * rules.MAX_WARMUP_STEPS
     if steps.rows > devices:  # within the rounding to a power of two
         assert 0.7 < steps.rows * seq_len / rules.batch_tokens(tokens) < 1.5
 
