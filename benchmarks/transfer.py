@@ -32,7 +32,6 @@ from mateconv_jax.training import loop, optimizer
 VOCAB_SIZE, SEQ_LEN = 2048, 128
 N_LAYERS = 4  # of every size: only the width changes, as in the papers on transfer over width
 BASE_WIDTH = 64  # of the per-matrix rule: at this width both rules are the same
-WIDTHS = (64, 128, 256, 448)  # 0.3, 1.0, 3.5 and 10 M parameters
 M = 2**20
 
 
@@ -41,7 +40,7 @@ class Case:
     """A run: what decides its loss.
 
     Attributes:
-      dim: the model's width.
+      dim: the model's width: 64, 128, 192, 256 and 448 have 0.3, 1.0, 2.1, 3.5 and 9.9 M parameters.
       rule: "one": one learning rate for all parameters, as `train` does; "matrices": that of the blocks' matrices times
         BASE_WIDTH / dim (the rule for Adam of Yang et al., 2022, as far as learning rates go).
       tokens: trained on, of 18 M; none twice.
@@ -75,19 +74,19 @@ def campaign(runs: "Runs") -> None:
     best[128] = sweep(runs, Case(128, best[64] - 1))
     for seed in (2, 3):
         runs.of(Case(64, best[64], seed=seed))
+    runs.of(Case(64, best[64] - 3))
+    best[192] = sweep(runs, Case(192, best[128]))
     runs.of(Case(128, best[128], M))
-    runs.of(Case(64, best_1m - 3, M))
-    best[256] = sweep(runs, Case(256, best[128] - 1))
-    runs.of(Case(64, best_1m, 2 * M))
     for batch_tokens in (4096, 1024):
         sweep(runs, Case(64, best[64], batch_tokens=batch_tokens))
+    runs.of(Case(256, best[192]))
+    runs.of(Case(64, best_1m, 2 * M))
     sweep(runs, Case(128, best[64], rule="matrices"))
-    predicted = round(best[256] + (best[256] - best[64]) / 2 * math.log2(WIDTHS[-1] / 256))
-    runs.of(Case(WIDTHS[-1], predicted))
-    runs.of(Case(256, best[256], M))
-    sweep(runs, Case(256, best[64], rule="matrices"))
-    for dim, tokens in ((128, 2 * M), (256, 2 * M), (64, 4 * M), (WIDTHS[-1], M)):
-        runs.of(Case(dim, best[dim] if dim in best else predicted, tokens))
+    best[256] = sweep(runs, Case(256, best[192]))
+    for dim, tokens in ((128, 2 * M), (256, M), (256, 2 * M), (64, 4 * M)):
+        runs.of(Case(dim, best[dim], tokens))
+    for tokens in (M // 2, M):
+        runs.of(Case(448, best[256] - 1, tokens))
 
 
 def sweep(runs: "Runs", case: Case) -> float:

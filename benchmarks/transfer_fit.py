@@ -17,7 +17,7 @@ from rich.table import Table
 from mateconv_jax import plotting
 from mateconv_jax.planning import rules
 
-COLORS = {64: plotting.BLUE, 128: plotting.GREEN, 256: plotting.RED, 448: plotting.DARK}
+COLORS = {64: plotting.BLUE, 128: plotting.GREEN, 192: plotting.RED, 256: plotting.DARK, 448: "black"}
 DRAWS = 2000  # of the noise, for intervals
 
 

@@ -33,7 +33,7 @@ def main(args):
     out_dir = f"out_{Path(args.output).stem}" if args.output else "out"
     chosen = recipe_reasons.choices(recipe, out_dir)
     command = f"{program('recipe')} {shlex.join(args.argv)}"
-    text = recipe_text.config_file(recipe, chosen, command, args.output or "FILE")
+    text = recipe_text.config_file(recipe, chosen, command, args.output or "FILE", args.dollars_per_gpu_hour)
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         files.write_text(Path(args.output), text)

@@ -39,7 +39,7 @@ def _model(recipe: Recipe) -> list[Choice]:
     data, shape = recipe.data, recipe.shape
     return [
         Choice("model.dim", shape.dim,
-               f"{recipe.parameters:,} parameters with the next key, {shape.non_embedding:,} without the embedding"),
+               f"with n_layers {recipe.parameters:,} parameters, {shape.non_embedding:,} without the embedding"),
         Choice("model.n_layers", shape.n_layers,
                f"dim / n_layers is {shape.dim / shape.n_layers:.0f}, near the base model's {rules.ASPECT}; a factor of a few "
                "hardly matters (Kaplan et al., 2020)"),
@@ -66,8 +66,8 @@ def _length(recipe: Recipe) -> list[Choice]:
                f"{recipe.tokens:,} tokens, {recipe.tokens / recipe.parameters:.1f} for each parameter, {recipe.epochs:.2f} "
                f"epochs: {_why_so_long(recipe)}"),
         Choice("training.batch_size", training.batch_size,
-               f"with the next key {recipe.tokens_per_step:,} tokens a step, the power of two next to {best:,.0f} = "
-               "0.58 tokens^0.571 (Li et al., 2025; checked in docs/recipes.md)"),
+               f"x accumulation_steps x seq_len = {recipe.tokens_per_step:,} tokens a step, the power of two "
+               f"next to {best:,.0f} = 0.58 tokens^0.571 (Li et al., 2025)"),
         Choice("training.accumulation_steps", training.accumulation_steps,
                f"as few as fit: {memory:,.1f} of {available:,.1f} GB a device ({recipe.cost.memory_from})"),
     ]  # fmt: skip

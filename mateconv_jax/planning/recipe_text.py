@@ -13,7 +13,9 @@ MADE_BY = "# Made by mateconv_jax.recipe: "  # in the file's first line
 WIDTH = 128
 
 
-def config_file(recipe: Recipe, chosen: list[Choice], command: str, path: str) -> str:
+def config_file(
+    recipe: Recipe, chosen: list[Choice], command: str, path: str, dollars_per_gpu_hour: float | None = None
+) -> str:
     """Python code of a file for `train --config`.
 
     Args:
@@ -21,7 +23,7 @@ def config_file(recipe: Recipe, chosen: list[Choice], command: str, path: str) -
       path: of the file, for its own comment.
     """
     lines = [MADE_BY + one_line(command), "#"]
-    for sentence in [*_summary(recipe, None), *(f"Warning: {warning}." for warning in warnings(recipe))]:
+    for sentence in [*_summary(recipe, dollars_per_gpu_hour), *(f"Warning: {warning}." for warning in warnings(recipe))]:
         lines += [f"# {line}" for line in textwrap.wrap(sentence, WIDTH - 2, break_on_hyphens=False)]
     lines += ["#", f"# python -m mateconv_jax.train --config={one_line(path)}"]
     lines += ["", "from mateconv_jax.config import default_config", "", ""]
