@@ -63,7 +63,7 @@ def _length(recipe: Recipe) -> list[Choice]:
     memory, available = recipe.cost.memory / 1e9, recipe.cost.available / 1e9
     found = [
         Choice("training.max_steps", recipe.steps.steps,
-               f"{recipe.tokens:,} tokens, {recipe.tokens / recipe.parameters:.1f} for each parameter, {recipe.epochs:.2f} "
+               f"{recipe.tokens:,} tokens, {recipe.tokens / recipe.parameters:.3g} for each parameter, {recipe.epochs:.2f} "
                f"epochs: {_why_so_long(recipe)}"),
         Choice("training.batch_size", training.batch_size,
                f"x accumulation_steps x seq_len = {recipe.tokens_per_step:,} tokens a step, the power of two "
@@ -123,13 +123,13 @@ def warnings(recipe: Recipe) -> list[str]:
         )
     if recipe.limited_by == "data":
         wanted = rules.TOKENS_PER_PARAMETER * recipe.parameters
-        left = f"; takes {recipe.hours:,.2g} of your {dial.hours:g} hours" if dial.hours is not None else ""
+        left = f"; that takes {duration(recipe.hours)} of your {dial.hours:g} hours" if dial.hours is not None else ""
         found.append(
             f"the data are the limit: {rules.MAX_EPOCHS} epochs are {rules.MAX_EPOCHS * data.tokens:,} tokens, and "
             f"{recipe.parameters:,} parameters could use {wanted:,}{left}; more text, or --tokens to repeat it more often"
         )
     ratio = recipe.tokens / recipe.parameters
-    if ratio < 0.8 * rules.FEWEST_TOKENS_PER_PARAMETER:
+    if dial.parameters is not None and ratio < 0.8 * rules.FEWEST_TOKENS_PER_PARAMETER:
         found.append(f"{ratio:.2g} tokens for each parameter: a smaller model would be as good after the same tokens")
     if recipe.cost.seconds_at_best is None and recipe.cost.memory_from.startswith("an estimate"):
         found.append(
@@ -139,3 +139,9 @@ def warnings(recipe: Recipe) -> list[str]:
     if not data.has_validation:
         found.append(f"{data.path!r} has no validation split: set data.val_data_path, or nothing says when it overfits")
     return found
+
+
+def duration(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    return f"{hours * 60:,.1f} minutes" if hours * 60 >= 1 else f"{hours * 3600:,.3g} seconds"

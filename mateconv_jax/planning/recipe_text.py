@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mateconv_jax.planning.recipe import Recipe
-from mateconv_jax.planning.recipe_reasons import Choice, warnings
+from mateconv_jax.planning.recipe_reasons import Choice, duration, warnings
 
 MADE_BY = "# Made by mateconv_jax.recipe: "  # in the file's first line
 WIDTH = 128
@@ -76,11 +76,11 @@ def print_summary(recipe: Recipe, dollars_per_gpu_hour: float | None, console: C
 
 def _summary(recipe: Recipe, dollars_per_gpu_hour: float | None) -> list[str]:
     count = f"{recipe.machine.devices} x {recipe.machine.name}"
-    at_best = "" if recipe.hours_at_best is None else f", {_hours(recipe.hours_at_best)} at best"
+    at_best = "" if recipe.hours_at_best is None else f", {duration(recipe.hours_at_best)} at best"
     sentences = [
         f"{recipe.parameters:,} parameters ({recipe.shape.non_embedding:,} without the embedding), {recipe.tokens:,} tokens: "
-        f"{recipe.tokens / recipe.parameters:.1f} for each parameter, {recipe.epochs:.2f} epochs over {recipe.data.tokens:,}.",
-        f"Expected: {_hours(recipe.hours)}{at_best} on {count} ({recipe.cost.seconds_from}); "
+        f"{recipe.tokens / recipe.parameters:.3g} for each parameter, {recipe.epochs:.2f} epochs over {recipe.data.tokens:,}.",
+        f"Expected: {duration(recipe.hours)}{at_best} on {count} ({recipe.cost.seconds_from}); "
         "evaluations and checkpoints come on top.",
     ]
     if dollars_per_gpu_hour is not None:
@@ -92,12 +92,6 @@ def _summary(recipe: Recipe, dollars_per_gpu_hour: float | None) -> list[str]:
         else f"Loss: about {loss:.2f} bits/byte on text like that of docs/recipes.md; yours will differ."
     )  # fmt: skip
     return sentences
-
-
-def _hours(hours: float) -> str:
-    if hours >= 1:
-        return f"{hours:,.1f} hours"
-    return f"{hours * 60:,.1f} minutes" if hours * 60 >= 1 else f"{hours * 3600:,.1f} seconds"
 
 
 def as_json(recipe: Recipe, chosen: list[Choice], dollars_per_gpu_hour: float | None) -> dict:
