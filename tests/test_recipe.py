@@ -8,7 +8,7 @@ import pytest
 
 from mateconv_jax import config as config_lib, recipe as command
 from mateconv_jax.errors import exit_code
-from mateconv_jax.planning import target
+from mateconv_jax.planning import programs, target
 from mateconv_jax.training import loop
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -32,6 +32,7 @@ def no_compiler(monkeypatch):
 def test_a_recipe_is_a_file_that_trains(capsys, dataset_folder, tmp_path, monkeypatch):
     """On this machine: the step is compiled and timed."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(programs.measure, "__defaults__", (0.2,))  # seconds, in place of 5
     path = tmp_path / "configs" / "mine.py"
     code, out, _ = run(capsys, "--data", dataset_folder, "--params=100k", "--gpu=this", "--output", path)
     assert code == 0 and f"train --config={path}" in out and "measured here" in out

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,7 +21,6 @@ CORRECTIONS = 2  # of the size for the given hours, by the speed that the size b
 class Data:
     """Attributes:
     tokens: in the rows of the training split.
-    bytes_per_token: of UTF-8 text; None: not known.
     """
 
     path: str
@@ -30,7 +28,6 @@ class Data:
     vocab_size: int
     seq_len: int
     has_validation: bool
-    bytes_per_token: float | None
 
 
 def read_data(path: str) -> Data:
@@ -49,13 +46,11 @@ def read_data(path: str) -> Data:
     if dataset.content != "texts" or dataset.learned:
         kind = "preferences" if dataset.content != "texts" else "dialogues"
         raise UserError(f"--data: {path!r} has {kind}; recipes are for pretraining (expected texts; see configs/sft.py)")
-    statistics = Path(path, "stats.json")
-    known = json.loads(statistics.read_text(encoding="utf-8")) if statistics.is_file() else {}
     tokens = dataset.n_rows("train") * dataset.seq_len
     if not tokens:
         raise UserError(f"--data: {path!r} has no training rows (prepare it again)")
     has_validation = dataset.n_rows("validation") > 0
-    return Data(path, tokens, metadata["vocab_size"], dataset.seq_len, has_validation, known.get("bytes_per_token"))
+    return Data(path, tokens, metadata["vocab_size"], dataset.seq_len, has_validation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,13 +123,6 @@ class Recipe:
     def hours_at_best(self) -> float | None:
         at_best = self.cost.seconds_at_best
         return None if at_best is None else self.steps.steps * at_best / 3600
-
-    @property
-    def bits_per_byte(self) -> float | None:
-        """Expected on text like that of the dataset; None: outside of what was measured."""
-        if self.data.bytes_per_token is None:
-            return None
-        return rules.bits_per_byte(self.shape.non_embedding, self.tokens * self.data.bytes_per_token)
 
 
 def make_recipe(data: Data, dial: Dial, machine: Machine) -> Recipe:

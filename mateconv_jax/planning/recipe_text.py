@@ -86,11 +86,6 @@ def _summary(recipe: Recipe, dollars_per_gpu_hour: float | None) -> list[str]:
     if dollars_per_gpu_hour is not None:
         dollars = recipe.hours * recipe.machine.devices * dollars_per_gpu_hour
         sentences.append(f"Cost: {dollars:,.2f} dollars at {dollars_per_gpu_hour:g} a GPU hour.")
-    loss = recipe.bits_per_byte
-    sentences.append(
-        "Loss: beyond what was measured (docs/recipes.md), so not predicted." if loss is None
-        else f"Loss: about {loss:.2f} bits/byte on text like that of docs/recipes.md; yours will differ."
-    )  # fmt: skip
     return sentences
 
 
@@ -111,7 +106,6 @@ def as_json(recipe: Recipe, chosen: list[Choice], dollars_per_gpu_hour: float | 
         "hours_from": cost.seconds_from,
         "dollars": None if dollars_per_gpu_hour is None else recipe.hours * recipe.machine.devices * dollars_per_gpu_hour,
         "memory": {"peak": cost.memory, "available": cost.available, "from": cost.memory_from},
-        "bits_per_byte": recipe.bits_per_byte,
         "config": {choice.key: {"value": choice.value, "reason": choice.reason} for choice in chosen},
         "warnings": warnings(recipe),
     }

@@ -166,9 +166,10 @@ def steps(tokens: float, seq_len: int, devices: int) -> Steps:
 
 # ---- optimizer ----------------------------------------------------------------------------------------------------
 
-# The best learning rate at a width and a batch in tokens (benchmarks/transfer.py, docs/recipes.md).
+# The best learning rate at a width and a batch in tokens, and how it falls with the width (benchmarks/transfer.py).
 MEASURED_LEARNING_RATE, MEASURED_WIDTH, MEASURED_BATCH = 5.6e-3, 64, 2048
-LARGEST_BATCH_FACTOR = 2.0
+WIDTH_EXPONENT, LARGEST_MEASURED_WIDTH = 0.6, 128
+LARGEST_BATCH_FACTOR = 2.0  # as of four times the batch
 MAX_WARMUP_STEPS = 2000
 WARMUP_RATIO = 0.1  # configs/base.py
 WEIGHT_DECAY = 0.1  # configs/base.py; Hoffmann et al., 2022, and Brown et al., 2020
@@ -182,31 +183,20 @@ def warmup_ratio(steps: int) -> float:
 def learning_rate(dim: int, batch: float) -> float:
     """Peak learning rate of AdamW.
 
-    Inverse to the width, as for Adam in Yang et al., 2022 (muP), from the best one measured at a width of MEASURED_WIDTH;
-    docs/recipes.md has the measurement at other widths. It grows with the root of the batch (Malladi et al., 2022, for Adam),
-    but only up to LARGEST_BATCH_FACTOR: beyond a critical batch it grows no more (McCandlish et al., 2018), and nothing larger
-    was measured here.
+    Up to LARGEST_MEASURED_WIDTH it falls with the width as measured (docs/recipes.md). Beyond that it is inverse to the width,
+    as the hidden matrices' for Adam in Yang et al., 2022 (muP): the steeper of the two, since too high a rate costs more than
+    too low a one. It grows with the root of the batch (Malladi et al., 2022, for Adam), but only up to LARGEST_BATCH_FACTOR:
+    beyond a critical batch it grows no more (McCandlish et al., 2018).
 
     Args:
       dim: width.
       batch: tokens of a step.
     """
-    return MEASURED_LEARNING_RATE * (MEASURED_WIDTH / dim) * min(math.sqrt(batch / MEASURED_BATCH), LARGEST_BATCH_FACTOR)
+    measured = max(MEASURED_WIDTH, min(dim, LARGEST_MEASURED_WIDTH))
+    at_measured = MEASURED_LEARNING_RATE * (MEASURED_WIDTH / measured) ** WIDTH_EXPONENT
+    return at_measured * (measured / dim) * min(math.sqrt(batch / MEASURED_BATCH), LARGEST_BATCH_FACTOR)
 
 
 def rounded(x: float) -> float:
     """Two significant digits."""
     return float(f"{x:.1e}")
-
-
-# ---- loss ---------------------------------------------------------------------------------------------------------
-
-
-def bits_per_byte(non_embedding: float, n_bytes: float) -> float | None:
-    """Expected validation loss; None: too far from what was measured.
-
-    Args:
-      non_embedding: parameters of the blocks.
-      n_bytes: of UTF-8 text, trained on.
-    """
-    return None

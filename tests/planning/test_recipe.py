@@ -1,6 +1,7 @@
 """Recipes on machines whose memory and speed are a formula."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from mateconv_jax.planning.recipe import Data, Dial
 from mateconv_jax.training import setup
 from tests.planning.conftest import needs_compiler
 
-DATA = Data("data/zh", 2_000_000_000, 6400, 512, True, 4.0)
+DATA = Data("data/zh", 2_000_000_000, 6400, 512, True)
 GPUS = st.sampled_from(sorted(target.GPUS))
 few = settings(max_examples=20, deadline=None)
 
@@ -124,3 +125,20 @@ def test_the_sizes_in_configs_are_what_the_rules_give(name, size):
     assert training.warmup_ratio == rules.warmup_ratio(steps.steps)
     assert training.learning_rate == rules.rounded(rules.learning_rate(shape.dim, steps.rows * 512))
     assert training.min_lr == pytest.approx(training.learning_rate / 10)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"content": "pairs"}, "has preferences; recipes are for pretraining"),
+        ({"learned": True}, "has dialogues; recipes are for pretraining"),
+        ({"splits": {"train": {"rows": 0}}}, "has no training rows"),
+    ],
+)
+def test_data_that_is_not_for_pretraining_is_refused(tmp_path, changes, message):
+    metadata = {"seq_len": 64, "vocab_size": 400, "tokenizer_fingerprint": "", "splits": {"train": {"rows": 100}}}
+    (tmp_path / "metadata.json").write_text(json.dumps(metadata))
+    assert recipe_lib.read_data(str(tmp_path)) == Data(str(tmp_path), 6400, 400, 64, False)
+    (tmp_path / "metadata.json").write_text(json.dumps(metadata | changes))
+    with pytest.raises(UserError, match=message):
+        recipe_lib.read_data(str(tmp_path))

@@ -99,8 +99,19 @@ def test_more_tokens_take_no_smaller_batch(tokens, factor, devices):
 
 
 def test_the_learning_rate_is_the_measured_one_and_falls_with_the_width():
-    measured = rules.learning_rate(rules.MEASURED_WIDTH, rules.MEASURED_BATCH)
-    assert measured == rules.MEASURED_LEARNING_RATE
-    assert rules.learning_rate(2 * rules.MEASURED_WIDTH, rules.MEASURED_BATCH) == measured / 2
-    assert rules.learning_rate(rules.MEASURED_WIDTH, 2 * rules.MEASURED_BATCH) == pytest.approx(2**0.5 * measured)
-    assert rules.learning_rate(rules.MEASURED_WIDTH, 1e9) == rules.LARGEST_BATCH_FACTOR * measured
+    rate, width, batch = rules.MEASURED_LEARNING_RATE, rules.MEASURED_WIDTH, rules.MEASURED_BATCH
+    largest = rules.LARGEST_MEASURED_WIDTH
+    assert rules.learning_rate(width, batch) == rate
+    assert rules.learning_rate(largest, batch) == pytest.approx(rate * (width / largest) ** rules.WIDTH_EXPONENT)
+    assert rules.learning_rate(8 * largest, batch) == pytest.approx(rules.learning_rate(largest, batch) / 8)
+    assert rules.learning_rate(width, 2 * batch) == pytest.approx(2**0.5 * rate)
+    assert rules.learning_rate(width, 1e9) == rules.LARGEST_BATCH_FACTOR * rate
+
+
+def test_the_learning_rate_is_between_common_practice_and_step_law():
+    """GPT-3's (Brown et al., 2020, table 2.1) are known to be low, Step Law's (Li et al., 2025) are fitted optima."""
+    for name, gpt3 in (("110m", 6e-4), ("340m", 3e-4), ("1b", 2e-4)):
+        shape = rules.shape({"110m": 110e6, "340m": 340e6, "1b": 1e9}[name], 6400)
+        tokens = rules.TOKENS_PER_PARAMETER * shape.parameters(6400)
+        step_law = 1.79 * shape.non_embedding**-0.713 * tokens**0.307
+        assert gpt3 < rules.learning_rate(shape.dim, rules.batch_tokens(tokens)) < step_law
