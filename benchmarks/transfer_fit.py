@@ -154,6 +154,13 @@ def draw(curves: dict, best: dict, loss_fit: dict, path: str) -> None:
         plt.close(figure)
 
 
+def fixed_ticks(axis, ticks: list[float]) -> None:
+    """With the style's text.parse_math off, matplotlib's own labels of logarithmic axes would show their markup."""
+    axis.set_major_locator(plt.FixedLocator(ticks))
+    axis.set_major_formatter(plt.FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_formatter(plt.NullFormatter())
+
+
 def draw_curves(axis, curves: dict, best: dict) -> None:
     for (dim, tokens, batch_tokens, rule), curve in curves.items():
         if batch_tokens == 2048 and rule == "one" and len(curve) > 1 and tokens <= 2**20:
@@ -163,6 +170,7 @@ def draw_curves(axis, curves: dict, best: dict) -> None:
             label = f"{plotting.short(parameters)}, {plotting.short(tokens)} tokens"
             axis.plot([2**i for i in x], [y[i] for i in x], line, color=COLORS[dim], label=label, markersize=4)
     axis.set(xscale="log", xlabel="peak learning rate", title="bits per byte of validation text")
+    fixed_ticks(axis.xaxis, [0.001, 0.002, 0.004, 0.008, 0.016])
     axis.legend(frameon=False, fontsize=8)
 
 
@@ -176,15 +184,14 @@ def draw_optima(axis, best: dict) -> None:
             values = np.exp2(y)
             color = plotting.BLUE if rule == "one" else plotting.GREEN
             axis.errorbar(list(points), values, [values - low, high - values], fmt=marker, color=color, label=label, capsize=3)
-    x = np.array([64, 512])
-    axis.plot(x, [rules.learning_rate(dim, 2048) for dim in x], "--", color=plotting.RED, label="the rule: 1/width")
+    x = np.array([64, 128, 192, 256, 512])
+    axis.plot(x, [rules.learning_rate(dim, 2048) for dim in x], "--", color=plotting.RED, label="the rule")
     shapes = [rules.Shape(dim, 4) for dim in (64, 128, 256, 512)]
     law = [step_law(shape.non_embedding, 2**19, 2048) for shape in shapes]
     axis.plot([shape.dim for shape in shapes], law, ":", color=plotting.DARK, label="Step Law, extrapolated")
     axis.set(xscale="log", yscale="log", xlabel="width", title="best learning rate, 524k tokens")
-    axis.xaxis.set_major_locator(plt.FixedLocator([64, 128, 256, 512]))
-    axis.xaxis.set_major_formatter(plt.FuncFormatter(plotting.short))
-    axis.minorticks_off()
+    fixed_ticks(axis.xaxis, [64, 128, 192, 256, 512])
+    fixed_ticks(axis.yaxis, [0.001, 0.002, 0.004, 0.008, 0.016, 0.032])
     axis.legend(frameon=False, fontsize=8)
 
 
@@ -201,7 +208,9 @@ def draw_loss(axis, loss_fit: dict) -> None:
         axis.plot(
             compute, [p["predicted"] for p in points], "_--" if len(points) == 1 else "--", color=COLORS[dim], markersize=14
         )
+    fixed = [1e12, 2e12, 4e12, 8e12]
     axis.set(xscale="log", xlabel="6 N D, FLOPs (N without the embedding)", title="bits per byte; dashed: the fit")
+    fixed_ticks(axis.xaxis, fixed)
     axis.legend(frameon=False, fontsize=8)
 
 
