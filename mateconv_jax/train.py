@@ -10,9 +10,9 @@ usage: {program} --config=FILE [--config.SECTION.KEY=VALUE ...]
 
 Trains a model, or continues the run in training.out_dir.
 
-FILE is configs/base.py, configs/sft.py, configs/dpo.py, configs/grpo.py, configs/demo.py,
-configs/minimind.py, configs/moe.py, a copy of one of them, or configs/yaml.py:config.yaml for a
-YAML file. Example:
+FILE is configs/base.py, configs/110m.py, configs/340m.py, configs/1b.py, configs/sft.py,
+configs/dpo.py, configs/grpo.py, configs/demo.py, configs/minimind.py, configs/moe.py, a copy of one
+of them, what `recipe` writes, or configs/yaml.py:config.yaml for a YAML file. Example:
 
   {program} --config=configs/base.py --config.data.train_data_path=data/zh
 

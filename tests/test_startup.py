@@ -41,6 +41,8 @@ BUDGETS = [
     ("convert --from {model} --to {tmp}/run", MODEL, 0),
     ("plan --help", "", 0),
     ("plan --config=configs/base.py --gpu=none", "flax jax", 2),
+    ("recipe --help", "", 0),
+    ("recipe --data=none --gpu=l4", "", 2),
     ("report --help", "", 0),
     ("data.demo --help", "", 0),
 ]  # fmt: skip

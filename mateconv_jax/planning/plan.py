@@ -1,7 +1,6 @@
 """Predict a run's memory, speed and cost from its compiled programs."""
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -62,9 +61,7 @@ class Cluster:
           UserError: see target.by_name and target.devices.
         """
         gpu = target.by_name(name)
-        # JAX preallocates this fraction; a program that needs more runs out of memory.
-        fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
-        return Cluster(gpu.device_kind, gpu, target.devices(gpu, count, hosts), hosts, int(fraction * gpu.memory), False)
+        return Cluster(gpu.device_kind, gpu, target.devices(gpu, count, hosts), hosts, target.usable_memory(gpu), False)
 
     @staticmethod
     def local() -> "Cluster":

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -93,15 +94,30 @@ def by_device_kind(device_kind: str) -> Gpu | None:
     return next((gpu for gpu in GPUS.values() if gpu.device_kind == device_kind), None)
 
 
+def usable_memory(gpu: Gpu) -> int:
+    """Bytes that JAX preallocates; a program that needs more runs out of memory."""
+    return int(float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")) * gpu.memory)
+
+
+def can_compile() -> bool:
+    """Whether XLA's CUDA compiler is installed."""
+    return any(find_spec(f"jax_plugins.xla_cuda{cuda}") for cuda in (13, 12) if find_spec("jax_plugins"))
+
+
+def check_count(count: int, hosts: int) -> None:
+    """Raises UserError where count is not a multiple of hosts."""
+    if count < 1 or hosts < 1 or count % hosts:
+        raise UserError(f"--devices: {count} GPUs cannot be spread over {hosts} hosts (expected a multiple of --hosts)")
+
+
 def devices(gpu: Gpu, count: int, hosts: int = 1) -> list[jax.Device]:
     """Descriptions of `count` GPUs on `hosts` machines, to compile for but not to run on.
 
     Raises:
       UserError: XLA's CUDA compiler is not installed, or count is not a multiple of hosts.
     """
-    if count < 1 or hosts < 1 or count % hosts:
-        raise UserError(f"--devices: {count} GPUs cannot be spread over {hosts} hosts (expected a multiple of --hosts)")
-    if not any(find_spec(f"jax_plugins.xla_cuda{cuda}") for cuda in (13, 12) if find_spec("jax_plugins")):
+    check_count(count, hosts)
+    if not can_compile():
         raise UserError(f"--gpu: XLA's CUDA compiler is not installed (pip install jax-cuda13-pjrt=={jax.__version__})")
     topology = topologies.get_topology_desc(
         "planned", platform="cuda", target_config=_target_config(gpu), topology=f"1x{hosts}x{count // hosts}"
