@@ -27,7 +27,7 @@ def test_the_mean_is_weighted(sets, capsys):
     result = score("out", ["wiki:3,a.jsonl:1"], batch_size=4)
     assert result["sets"]["wiki"]["scores"]["raw"]["loss"] == 4 and result["sets"]["a"]["weight"] == 0.25
     assert result["scores"]["raw"] == {"loss": 4.75, "perplexity": math.exp(4.75), "bits_per_byte": 2.375}
-    held_out.print_table(result)
+    held_out.print_result(result)
     words = capsys.readouterr().out.split()
     assert words[words.index("a") + 1 :][:4] == ["0.250", "raw", "7", "7.0000"] and words[words.index("mean") + 2] == "4.7500"
 
