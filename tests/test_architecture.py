@@ -29,7 +29,7 @@ ROOMS = {
     "training": "config config_keys data disk errors files inference generation_config interop intervals losses model run_folder runtime terminal",
     "serving": "cores data errors generation_config inference",
     "evaluation": "config cores data errors inference generation_config interop losses model runtime training",
-    "planning": "config_keys data errors inference generation_config model runtime training",
+    "planning": "config_keys data errors files inference generation_config model runtime training",
     "reporting": "errors plotting",
 }
 # Only preparing needs these: training must start without them, and without what they import.
