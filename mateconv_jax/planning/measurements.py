@@ -49,11 +49,12 @@ class Measurement:
     bound_jax: str
 
     def __post_init__(self):
+        kinds: dict[Any, Any] = {float: ((float, int), "a number"), str: (str, "a text")}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            expected = {float: (float, int), str: str}.get(field.type, dict)
-            if not isinstance(value, expected) or isinstance(value, bool):
-                raise ValueError(f"{field.name}: {value!r} is not {_NAMES[field.type]}")
+            types, name = kinds.get(field.type, (dict, "an object"))
+            if not isinstance(value, types) or isinstance(value, bool):
+                raise ValueError(f"{field.name}: {value!r} is not {name}")
         if self.program not in PROGRAMS:
             raise ValueError(f"program: {self.program!r} is unknown (expected one of {', '.join(PROGRAMS)})")
         for name, groups in (("groups_ms", self.groups_ms), ("bound_ms", self.bound_ms)):
@@ -71,9 +72,6 @@ class Measurement:
     @property
     def key(self) -> tuple[str, str, str]:
         return self.card, self.jax, self.what
-
-
-_NAMES = {float: "a number", str: "a text", dict[str, Any]: "an object", dict[str, float]: "an object"}
 
 
 def load(path: Path = PATH) -> list[Measurement]:

@@ -150,17 +150,7 @@ def _plan(config, c, cluster, compile_step, steps, length, dollars_per_gpu_hour,
         seconds = programs.measure(training_step, step.compiled)
         plan["measured"] = {"seconds": seconds} | speed(seconds)
     if search:
-        rows = plan["rows_per_device"]
-        plan["largest_rows_per_device"] = {}
-        for remat in ("none", "full"):
-            peaks = {rows: step.peak} if config.training.remat == remat else {}
-
-            def peak(rows: int, remat=remat) -> int:
-                larger = ConfigDict(config)
-                larger.training.update(dict(batch_size=rows * count, remat=remat))
-                return compile_step(larger).peak
-
-            plan["largest_rows_per_device"][remat] = largest_batch(peak, cluster.memory, peaks, rows)
+        plan["largest_rows_per_device"] = _largest_batches(config, cluster, compile_step, step.peak)
         plan["decoding"] = [_decoding(c, cluster, batch, log) for batch in DECODE_BATCHES]
     if objective.needs_reference:
         log("compiling the scoring of the reference")
@@ -317,6 +307,22 @@ def _speed(seconds: float, tokens: int, flops_per_token: float, c: ModelConfig, 
     if peak := flops.peak_flops(cluster.name, c.dtype):
         speed["mfu"] = tokens * flops_per_token / seconds / (peak * len(cluster.devices))
     return speed
+
+
+def _largest_batches(config: ConfigDict, cluster: Cluster, compile_step, planned_peak: int) -> dict[str, int | None]:
+    """{training.remat: rows per device}. `planned_peak`: of the config as it is."""
+    count = len(cluster.devices)
+    rows = config.training.batch_size // count
+
+    def largest(remat: str) -> int | None:
+        def peak(rows: int) -> int:
+            larger = ConfigDict(config)
+            larger.training.update(dict(batch_size=rows * count, remat=remat))
+            return compile_step(larger).peak
+
+        return largest_batch(peak, cluster.memory, {rows: planned_peak} if config.training.remat == remat else {}, rows)
+
+    return {remat: largest(remat) for remat in ("none", "full")}
 
 
 def largest_batch(peak: Callable[[int], int], memory: int, known: dict[int, int], start: int) -> int | None:

@@ -30,7 +30,7 @@ def print_plan(plan: dict, console: Console) -> None:
     if "expected" in training:
         console.print(_expected(training))
     if "expected_from" in plan:
-        console.print(_source(plan["expected_from"], training.get("expected")))
+        console.print(source_in_words(plan["expected_from"], training.get("expected")))
     for decoding in plan.get("decoding", []):
         console.print(_decoding(decoding))
     if "measured" in plan:
@@ -63,7 +63,7 @@ def _run(plan: dict) -> str:
     return f"run: {run['steps']:,} steps ({run['length_from']}), {run['tokens']:,} tokens: {cost()}{at_best}{expected}"
 
 
-def _source(source: str, expected: dict | None) -> str:
+def source_in_words(source: str, expected: dict | None) -> str:
     """In words."""
     if expected is None:
         return source
