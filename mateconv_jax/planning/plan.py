@@ -316,7 +316,7 @@ def _largest_batches(config: ConfigDict, cluster: Cluster, compile_step, planned
 
     def largest(remat: str) -> int | None:
         def peak(rows: int) -> int:
-            larger = ConfigDict(config)
+            larger = config.copy_and_resolve_references()
             larger.training.update(dict(batch_size=rows * count, remat=remat))
             return compile_step(larger).peak
 
