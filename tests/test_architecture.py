@@ -31,7 +31,7 @@ ROOMS = {
     "training": "config config_keys data disk errors files inference generation_config interop intervals losses model run_folder runtime tasks terminal weighted_paths",
     "serving": "cores data errors generation_config inference",
     "evaluation": "config cores data errors files inference generation_config interop losses model plotting runtime tasks training weighted_paths",
-    "planning": "config config_keys data errors inference generation_config model runtime training weighted_paths",
+    "planning": "config config_keys data errors files inference generation_config model runtime training weighted_paths",
     "reporting": "errors plotting",
 }
 # Only preparing needs these: training must start without them, and without what they import.

@@ -1,10 +1,14 @@
-"""Check every claim about GPUs on this machine's GPU:  bash benchmarks/gpu.sh [--out DIR] [--part NAME …] [--dry_run]
+"""Check every claim about GPUs on this machine's GPU:  bash benchmarks/gpu.sh [--out DIR] [--part NAME …] [--record] …
 
 Parts, most important first: correct (numerics against float32), resume (repeated, killed and resumed runs), live (sampling
 during training, SIGTERM, memory), training and decoding (speed against PyTorch on the same card), host, variants. Each part is
 a process with a time limit; a failing part does not stop the others. Results are written to DIR/gpu.json and DIR/gpu.md after
 every part, and the JSON is printed at the end. The exit code is 1 if a check failed. Needs PyTorch and transformers in addition
 to requirements.txt, and no network.
+
+--record adds the times of training and decoding to the measurements that `plan` expects times from (mateconv_jax/planning/
+measurements.json, or FILE), which takes some minutes of compiling. `python -m benchmarks.gpu.record DIR/gpu.json` does the same
+later, on any machine.
 
 --dry_run uses tiny sizes and also runs on a CPU: it shows that every part works, but measures nothing.
 """
@@ -26,6 +30,8 @@ PARTS = {"correct": 220, "resume": 160, "live": 150, "training": 180, "decoding"
 UNTIMED = ("correct", "resume")
 COMPILED_AHEAD = ("training", "decoding", "variants")
 DATA = Path("data/gpu_demo")
+RECORD = (sys.executable, "-m", "benchmarks.gpu.record")
+MEASUREMENTS = "mateconv_jax/planning/measurements.json"
 
 
 def main(args) -> int:
@@ -53,10 +59,14 @@ def main(args) -> int:
         (out / "gpu.md").write_text(header + report.markdown(results["parts"]))
     print("\n" + (out / "gpu.md").read_text())
     print(json.dumps(results))
+    recorded = 0
+    if args.record:
+        print("\n==== record", flush=True)
+        recorded = subprocess.run([*RECORD, str(out / "gpu.json"), "--to", args.record]).returncode
     failed = [
         part for part in results["parts"].values() if part["ended"] != "done" or any(r["ok"] is False for r in part["rows"])
     ]
-    return 1 if failed else 0
+    return 1 if failed or recorded else 0
 
 
 def run_part(name: str, out: Path, data: Path, args) -> str:
@@ -132,5 +142,9 @@ if __name__ == "__main__":
     parser.add_argument("--part", nargs="+", choices=tuple(PARTS), default=list(PARTS), metavar="NAME", help=", ".join(PARTS))
     parser.add_argument("--case", nargs="+", metavar="NAME", help="beginnings of the names of training's sizes (base, 118, …)")
     parser.add_argument("--limit", type=float, metavar="S", help="seconds a part may take, instead of its own limit")
+    parser.add_argument("--record", nargs="?", const=MEASUREMENTS, metavar="FILE", help=f"default: {MEASUREMENTS}")
     parser.add_argument("--dry_run", action="store_true")
-    sys.exit(main(parser.parse_args()))
+    arguments = parser.parse_args()
+    if arguments.record and arguments.dry_run:
+        parser.error("--record: a dry run measures nothing")
+    sys.exit(main(arguments))

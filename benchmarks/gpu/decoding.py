@@ -70,6 +70,10 @@ def main(args) -> None:
                 f"{B * new / seconds:,.0f} tokens/s, {1e6 * seconds / new:.0f} us/step",
                 "; ".join(beside),
                 tokens_per_s=B * new / seconds,
+                seconds=seconds / new,
+                config={key: value for key, value in sizes.BASE.changes(args.dry_run).items() if key.startswith("model.")},
+                dtype=c.dtype.name,
+                decoding={"rows": B, "cache": PROMPT + new, "do_sample": name == "sampled"},
                 peers={peer_name: B * new / t[B] for peer_name, t in theirs.items() if B in t},
             )
         report.row("memory bandwidth of a large copy", f"{bandwidth / 1e12:.2f} TB/s")

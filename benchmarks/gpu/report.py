@@ -21,7 +21,7 @@ class Report:
           measured: the result, for people.
           beside: what to compare it with: a limit, the peer's result or the expected value.
           ok: whether a check passed; None for a measurement.
-          numbers: the unrounded values, for programs.
+          numbers: the unrounded values, for programs. A row with `seconds`, `config` and `dtype` can be recorded (record.py).
         """
         row = {"what": what, "measured": str(measured), "beside": str(beside), "ok": ok} | numbers
         with self._path.open("a", encoding="utf-8") as file:

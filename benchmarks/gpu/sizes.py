@@ -28,18 +28,29 @@ class Case:
 
     def config(self, dry_run: bool, **training) -> ConfigDict:
         """The resolved config; `training`: further changes to config.training."""
-        config = config_lib.default_config()
-        config.model.update(self.model)
-        seq_len, rows = self.seq_len, self.rows
+        return config_from(self.changes(dry_run, **training))
+
+    def changes(self, dry_run: bool, **training) -> dict:
+        """{"section.key": value} of the keys that it sets."""
+        default = config_lib.default_config().model.to_dict()
+        model, seq_len, rows = default | self.model, self.seq_len, self.rows
         if dry_run:
-            heads = config.model.n_kv_heads / config.model.n_heads
-            config.model.update(
-                TINY | dict(n_kv_heads=round(TINY["n_heads"] * max(heads, 0.25)), head_dim=config.model.head_dim)
-            )
+            heads = model["n_kv_heads"] / model["n_heads"]
+            model |= TINY | dict(n_kv_heads=round(TINY["n_heads"] * max(heads, 0.25)))
             seq_len, rows = 64, min(rows, 4)
-        config.model.max_seq_len = config.data.seq_len = seq_len
-        config.training.update(dict(batch_size=rows) | self.training | training)
-        return config_lib.resolve(config)
+        model["max_seq_len"] = seq_len
+        changed = {f"model.{key}": value for key, value in model.items() if value != default[key]}
+        training = dict(batch_size=rows) | self.training | training
+        return changed | {"data.seq_len": seq_len} | {f"training.{key}": value for key, value in training.items()}
+
+
+def config_from(changes: dict) -> ConfigDict:
+    """The resolved default config with {"section.key": value} changed."""
+    config = config_lib.default_config()
+    for key, value in changes.items():
+        section, name = key.split(".")
+        config[section][name] = value
+    return config_lib.resolve(config)
 
 
 BASE = Case("base, 32 x 512", {}, 32, 512)

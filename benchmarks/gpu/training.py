@@ -33,22 +33,24 @@ def main(args) -> None:
     try:
         with ThreadPoolExecutor(len(cases) + 1) as pool:
             steps = [pool.submit(compile_step, case, args.dry_run) for case in cases]
-            traced = {
-                name: pool.submit(compile_step, sizes.BASE, args.dry_run, without_command_buffers=True, **keys)
-                for name, keys in {"our step": {}, "our deterministic step": {"deterministic": True}}.items()
-            }
+            traced = {"our step": {}, "our deterministic step": {"deterministic": True}}
+            traced_steps = [
+                pool.submit(compile_step, sizes.BASE, args.dry_run, without_command_buffers=True, **keys)
+                for keys in traced.values()
+            ]
         ready = [peer.ready() for peer in peers]  # all compilation is done
         if args.compile_only:
             return
         for case, step, peer, is_ready in zip(cases, steps, peers, ready, strict=True):
             theirs = peer.measure() if is_ready else None
             try:
-                compare(report, case, *step.result(), theirs)
+                compare(report, case, case.changes(args.dry_run), *step.result(), theirs)
             except Exception as error:  # one size that fails must not stop the others
                 report.row(case.name, "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", False)
             if case is sizes.BASE:
-                for name, step in traced.items():
-                    break_down(report, name, *step.result())
+                for (name, keys), step in zip(traced.items(), traced_steps, strict=True):
+                    changes = case.changes(args.dry_run, **keys)
+                    break_down(report, name, changes, *step.result())
     finally:
         for peer in peers:
             peer.stop()
@@ -68,7 +70,7 @@ def compile_step(case: Case, dry_run: bool, without_command_buffers: bool = Fals
     return config, run, lower(run.train_step, run.abstract_state, run.abstract_batch, run.c.deterministic).compile(options)
 
 
-def compare(report: Report, case: Case, config, run: Setup, compiled, theirs: dict | None) -> None:
+def compare(report: Report, case: Case, changes: dict, config, run: Setup, compiled, theirs: dict | None) -> None:
     c, tokens = run.c, config.training.batch_size * config.data.seq_len
     needed, peak = flops.training_flops_per_token(c, config.data.seq_len) * tokens, flops.peak_flops(kind(), c.dtype)
     seconds = timing.Step(run, compiled).seconds()
@@ -83,7 +85,8 @@ def compare(report: Report, case: Case, config, run: Setup, compiled, theirs: di
     memory = compiled.memory_analysis()
     gigabytes = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9
     ours = f"{speed(seconds)}, {1e3 * seconds:.2f} ms, {gigabytes:.1f} GB"
-    report.row(case.name, ours, beside, None, ratio=ratio, seconds=seconds, peer=theirs, tokens=tokens)
+    report.row(case.name, ours, beside, None, ratio=ratio, seconds=seconds, peer=theirs, tokens=tokens,
+               config=changes, dtype=c.dtype.name)  # fmt: skip
     if theirs is not None and "kernels" in theirs and case is sizes.BASE:
         report.row("PyTorch's step", timing.in_words(theirs["kernels"]), f"{theirs['peak_gb']:.1f} GB", None)
 
@@ -92,7 +95,7 @@ def kind() -> str:
     return jax.devices()[0].device_kind
 
 
-def break_down(report: Report, name: str, config, run: Setup, compiled) -> None:
+def break_down(report: Report, name: str, changes: dict, config, run: Setup, compiled) -> None:
     """Break a step down by kernel. Compiled without command buffers, which a trace shows as a single kernel."""
     running = timing.Step(run, compiled)
     seconds, steps = running.seconds(), 5
@@ -106,7 +109,7 @@ def break_down(report: Report, name: str, config, run: Setup, compiled) -> None:
     groups = timing.by_group(found, steps)
     busy = sum(group["ms"] for group in groups.values())
     report.row(f"{name}, without command buffers", timing.in_words(groups),
-               f"{busy:.2f} of {1e3 * seconds:.2f} ms/step", None, groups=groups)  # fmt: skip
+               f"{busy:.2f} of {1e3 * seconds:.2f} ms/step", None, groups=groups, config=changes)  # fmt: skip
     longest = sorted(found.items(), key=lambda item: -item[1][0])[:25]
     for kernel, (total, launches) in longest:
         report.row(f"{name}, kernel {kernel[:80]}", f"{1e3 * total / steps:.3f} ms", f"{launches / steps:.0f} launches")

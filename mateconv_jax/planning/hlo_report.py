@@ -26,6 +26,8 @@ _FREE = {
 }  # fmt: skip
 # Opcodes looked through when tracing where an array comes from.
 _SAME = {"bitcast", "reshape", "copy", "convert", "transpose"}
+# Of kernels: matrix products, cuDNN's attention, everything that XLA fuses, and plain copies.
+GROUPS = ("products", "attention", "elementwise", "copies")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,15 @@ class Kernel:
     times: float
     flops: dict[str, float]
     bytes: float
+
+    @property
+    def group(self) -> str:
+        """One of GROUPS."""
+        if "fmha" in self.kind:
+            return "attention"
+        if self.flops:
+            return "products"
+        return "copies" if self.kind in ("copy", "copy-start", "transpose") else "elementwise"
 
 
 @dataclasses.dataclass(frozen=True)

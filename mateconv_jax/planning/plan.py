@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from mateconv_jax.model import flops
 from mateconv_jax.model.attention import cudnn
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.model.device import Device
-from mateconv_jax.planning import programs, target
+from mateconv_jax.planning import expected as expected_lib, measurements, programs, target
 from mateconv_jax.planning.hlo_report import Collective
 from mateconv_jax.planning.programs import Program
 from mateconv_jax.planning.roofline import roofline
@@ -44,6 +44,7 @@ class Cluster:
       hosts: machines they are spread over.
       memory: bytes per device that JAX may use.
       is_local: these are this process's own devices, not descriptions of others.
+      measured: on any GPU.
     """
 
     name: str
@@ -52,24 +53,26 @@ class Cluster:
     hosts: int
     memory: int
     is_local: bool
+    measured: Sequence[measurements.Measurement] = ()
 
     @staticmethod
     def named(name: str, count: int, hosts: int) -> "Cluster":
         """`count` GPUs, of a name in target.GPUS, that need not exist here.
 
         Raises:
-          UserError: see target.by_name and target.devices.
+          UserError: see target.by_name, target.devices and measurements.load.
         """
-        gpu = target.by_name(name)
-        return Cluster(gpu.device_kind, gpu, target.devices(gpu, count, hosts), hosts, target.usable_memory(gpu), False)
+        gpu, measured = target.by_name(name), measurements.load(measurements.PATH)
+        devices, memory = target.devices(gpu, count, hosts), target.usable_memory(gpu)
+        return Cluster(gpu.device_kind, gpu, devices, hosts, memory, False, measured)
 
     @staticmethod
     def local() -> "Cluster":
         """The devices of this process (and those it is connected to)."""
         devices = jax.devices()
         kind = devices[0].device_kind
-        memory = device_memory.available()
-        return Cluster(kind, target.by_device_kind(kind), devices, jax.process_count(), memory, True)
+        memory, measured = device_memory.available(), measurements.load(measurements.PATH)
+        return Cluster(kind, target.by_device_kind(kind), devices, jax.process_count(), memory, True, measured)
 
 
 def make_plan(
@@ -111,6 +114,9 @@ def _plan(config, c, cluster, compile_step, steps, length, dollars_per_gpu_hour,
     tokens_per_step = objective.shape.tokens
     flops_per_token = flops.training_flops_per_token(c, config.data.seq_len)
 
+    def speed(seconds: float) -> dict:
+        return _speed(seconds, tokens_per_step, flops_per_token, c, cluster)
+
     begin = time.perf_counter()
     step = compile_step(config)
     plan: dict[str, Any] = {
@@ -125,29 +131,22 @@ def _plan(config, c, cluster, compile_step, steps, length, dollars_per_gpu_hour,
         "rows_per_device": config.training.batch_size // count,
         "tokens_per_step": tokens_per_step,
         "compile_seconds": round(time.perf_counter() - begin, 1),
-        "training": _program(step, cluster) | {"flops_of_model": flops_per_token * tokens_per_step / count},
+        "training": _program(step, c, cluster, "training step") | {"flops_of_model": flops_per_token * tokens_per_step / count},
     }
     training = plan["training"]
     training["flops_ratio"] = training["flops"] / training["flops_of_model"]
     if cluster.gpu:
-        training |= _speed(training["roofline"]["seconds"], tokens_per_step, flops_per_token, c, cluster)
+        training |= speed(training["roofline"]["seconds"])
+        plan["expected_from"] = expected_lib.source(cluster.measured, "training step", c.dtype.name, cluster.name)
+    if "expected" in training:
+        training["expected"] |= speed(training["expected"]["seconds"])
     if cluster.is_local:
         log("measuring the training step")
         training_step = programs.training_step(config, c, cluster.devices, steps or ASSUMED_STEPS)
         seconds = programs.measure(training_step, step.compiled)
-        plan["measured"] = {"seconds": seconds} | _speed(seconds, tokens_per_step, flops_per_token, c, cluster)
+        plan["measured"] = {"seconds": seconds} | speed(seconds)
     if search:
-        rows = plan["rows_per_device"]
-        plan["largest_rows_per_device"] = {}
-        for remat in ("none", "full"):
-            peaks = {rows: step.peak} if config.training.remat == remat else {}
-
-            def peak(rows: int, remat=remat) -> int:
-                larger = ConfigDict(config)
-                larger.training.update(dict(batch_size=rows * count, remat=remat))
-                return compile_step(larger).peak
-
-            plan["largest_rows_per_device"][remat] = largest_batch(peak, cluster.memory, peaks, rows)
+        plan["largest_rows_per_device"] = _largest_batches(config, cluster, compile_step, step.peak)
         plan["decoding"] = [_decoding(c, cluster, batch, log) for batch in DECODE_BATCHES]
     if objective.needs_reference:
         log("compiling the scoring of the reference")
@@ -166,7 +165,10 @@ def _decoding(c: ModelConfig, cluster: Cluster, rows: int, log) -> dict:
     """Prefill of full contexts, and decoding a token."""
     log(f"compiling prefill and decoding: {rows} rows")
     prefill, loop = (compile(c, cluster.devices[0], rows) for compile in (programs.prefill, programs.decode_loop))
-    return {"rows": rows, "prefill": _program(prefill, cluster), "step": _program(loop, cluster)}
+    step = _program(loop, c, cluster, "decoding step")
+    if "expected" in step:
+        step["expected"]["tokens_per_second"] = rows / step["expected"]["seconds"]
+    return {"rows": rows, "prefill": _program(prefill, c, cluster), "step": step}
 
 
 def _checkpoint_copy(memory: dict, cluster: Cluster) -> dict:
@@ -178,15 +180,23 @@ def _checkpoint_copy(memory: dict, cluster: Cluster) -> dict:
 
 
 def _whole_run(plan: dict, steps: int | None, length: str, dollars_per_gpu_hour: float | None) -> dict:
-    """Steps, tokens, hours and cost, as far as they are known."""
+    """Steps, tokens, hours and cost, as far as they are known. Scoring a reference counts at best: it was never measured."""
     run: dict[str, Any] = {"steps": steps, "length_from": length, "tokens": steps and steps * plan["tokens_per_step"]}
-    best = plan.get("measured", plan["training"]).get("tokens_per_second")
-    if steps and best:
-        seconds = run["tokens"] / best + (plan.get("reference", {}).get("seconds") or 0)
-        seconds += steps * (plan.get("rollout", {}).get("seconds_per_step") or 0)
-        run |= {"hours": seconds / 3600, "gpu_hours": seconds / 3600 * plan["devices"]}
-        if dollars_per_gpu_hour is not None:
-            run["dollars"] = run["gpu_hours"] * dollars_per_gpu_hour
+    training, price = plan["training"], dollars_per_gpu_hour
+    rollout, reference = plan.get("rollout", {}), plan.get("reference", {}).get("seconds") or 0.0
+
+    def cost(step: dict, per_rollout: float | None, prefix: str = "") -> dict:
+        hours = (steps * (plan["tokens_per_step"] / step["tokens_per_second"] + (per_rollout or 0)) + reference) / 3600
+        costs = {"hours": hours, "gpu_hours": hours * plan["devices"]}
+        if price is not None:
+            costs["dollars"] = costs["gpu_hours"] * price
+        return {prefix + name: value for name, value in costs.items()}
+
+    best = plan.get("measured", training)
+    if steps and "tokens_per_second" in best:
+        run |= cost(best, rollout.get("seconds_per_step"))
+    if steps and "expected" in training and "measured" not in plan:
+        run |= cost(training["expected"], rollout.get("expected_seconds_per_step"), "expected_")
     return run
 
 
@@ -195,7 +205,7 @@ def _reference(config: ConfigDict, c: ModelConfig, cluster: Cluster, training_st
     run = programs.training_step(config, c, cluster.devices, training_steps)
     with cudnn.clear_rejections():
         scoring = programs.compile_scoring(run)
-    described = _program(scoring, cluster)
+    described = _program(scoring, c, cluster)
     per_batch = described.get("roofline", {}).get("seconds")
     if cluster.is_local:
         per_batch = programs.measure_scoring(run, scoring.compiled)
@@ -207,14 +217,15 @@ def _reference(config: ConfigDict, c: ModelConfig, cluster: Cluster, training_st
 
 def _rollout(config: ConfigDict, c: ModelConfig, cluster: Cluster, training: dict, log) -> dict:
     """The answers of a step on one device: rows decoded at a time, the program that decodes a token, the memory at the worst
-    moment and, at most, seconds for each step (None: unknown). With KL the reference's weights are added here and to
-    `training`.
+    moment and, at best and as expected, seconds for each step if all answers are of full length (None: unknown). With KL the
+    reference's weights are added here and to `training`.
     """
     log("compiling the decoding of answers")
     rollout, rows = config.rollout, config.training.batch_size // len(cluster.devices)
     how = GenerationConfig(temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p, min_p=rollout.min_p)
     length = bucket(config.data.seq_len + 1, c.max_seq_len, SMALLEST_CACHE)
-    described = _program(programs.decode_loop(c, cluster.devices[0], rows, how, length), cluster)
+    loop = programs.decode_loop(c, cluster.devices[0], rows, how, length)
+    described = _program(loop, c, cluster, "decoding step")
     parts = training["memory"]["parts"]
     decoding, state = described["memory"], {name: parts[name] for name in ("parameters", "EMA", "optimizer")}
     if config.loss.beta:
@@ -225,9 +236,10 @@ def _rollout(config: ConfigDict, c: ModelConfig, cluster: Cluster, training: dic
     decoding["parts"] = state | decoding["parts"]
     decoding["peak"] += sum(state.values())
     decoding["fits"] = decoding["peak"] <= cluster.memory
-    a_token = described.get("roofline", {}).get("seconds")
-    per_rollout = a_token and a_token * rollout.max_new_tokens * config.training.accumulation_steps
-    return {"rows": rows, "seconds_per_step": per_rollout and per_rollout / rollout.iterations} | described
+    decoded = rollout.max_new_tokens * config.training.accumulation_steps / rollout.iterations  # tokens a step, in turn
+    a_token, expected = described.get("roofline", {}).get("seconds"), described.get("expected", {}).get("seconds")
+    seconds = {"seconds_per_step": a_token and a_token * decoded, "expected_seconds_per_step": expected and expected * decoded}
+    return {"rows": rows} | seconds | described
 
 
 def _rows(config: ConfigDict, splits: tuple[str, ...]) -> int | None:
@@ -240,7 +252,8 @@ def _rows(config: ConfigDict, splits: tuple[str, ...]) -> int | None:
         return None
 
 
-def _program(program: Program, cluster: Cluster) -> dict:
+def _program(program: Program, c: ModelConfig, cluster: Cluster, kind: str | None = None) -> dict:
+    """`kind`: one of measurements.PROGRAMS, to say what time is expected of it."""
     report = program.report
     known = sum(program.arguments.values())
     result: dict[str, Any] = {
@@ -266,6 +279,8 @@ def _program(program: Program, cluster: Cluster) -> dict:
     if cluster.gpu:
         bounds = roofline(report, cluster.gpu, len(cluster.devices), cluster.hosts)
         result["roofline"] = dataclasses.asdict(bounds) | {"seconds": bounds.seconds, "bound": bounds.bound}
+        if kind and (of := expected_lib.expected_seconds(bounds, kind, c.dtype.name, cluster.name, cluster.measured)):
+            result["expected"] = dataclasses.asdict(of)
     return result
 
 
@@ -286,6 +301,22 @@ def _speed(seconds: float, tokens: int, flops_per_token: float, c: ModelConfig, 
     if peak := flops.peak_flops(cluster.name, c.dtype):
         speed["mfu"] = tokens * flops_per_token / seconds / (peak * len(cluster.devices))
     return speed
+
+
+def _largest_batches(config: ConfigDict, cluster: Cluster, compile_step, planned_peak: int) -> dict[str, int | None]:
+    """{training.remat: rows per device}. `planned_peak`: of the config as it is."""
+    count = len(cluster.devices)
+    rows = config.training.batch_size // count
+
+    def largest(remat: str) -> int | None:
+        def peak(rows: int) -> int:
+            larger = config.copy_and_resolve_references()
+            larger.training.update(dict(batch_size=rows * count, remat=remat))
+            return compile_step(larger).peak
+
+        return largest_batch(peak, cluster.memory, {rows: planned_peak} if config.training.remat == remat else {}, rows)
+
+    return {remat: largest(remat) for remat in ("none", "full")}
 
 
 def largest_batch(peak: Callable[[int], int], memory: int, known: dict[int, int], start: int) -> int | None:

@@ -3,6 +3,8 @@
 from rich.console import Console
 from rich.table import Table
 
+from mateconv_jax.planning.roofline import LAUNCH
+
 
 def print_plan(plan: dict, console: Console) -> None:
     training = plan["training"]
@@ -25,6 +27,10 @@ def print_plan(plan: dict, console: Console) -> None:
         console.print(_collectives(training))
     if "roofline" in training:
         console.print(_time(plan))
+    if "expected" in training:
+        console.print(_expected(training))
+    if "expected_from" in plan:
+        console.print(source_in_words(plan["expected_from"], training.get("expected")))
     for decoding in plan.get("decoding", []):
         console.print(_decoding(decoding))
     if "measured" in plan:
@@ -35,20 +41,35 @@ def print_plan(plan: dict, console: Console) -> None:
         console.print(_reference(plan["reference"]))
     if "rollout" in plan:
         console.print(_rollout(plan["rollout"]))
-    run = plan["run"]
-    if "hours" in run:
-        cost = f", {run['dollars']:,.2f} dollars" if "dollars" in run else ""
-        qualifier = "" if "measured" in plan else " at best"
-        console.print(
-            f"run: {run['steps']:,} steps ({run['length_from']}), {run['tokens']:,} tokens: {run['hours']:,.2f} hours, "
-            f"{run['gpu_hours']:,.2f} GPU hours{cost}{qualifier}"
-        )
-    else:
-        console.print(f"run: {run['length_from']}")
+    console.print(_run(plan))
     if plan["unknown"]:
         console.print("\nUnknown without running it:")
         for sentence in plan["unknown"]:
             console.print(f"- {sentence}")
+
+
+def _run(plan: dict) -> str:
+    """In words."""
+    run = plan["run"]
+    if "hours" not in run:
+        return f"run: {run['length_from']}"
+
+    def cost(prefix: str = "") -> str:
+        dollars = f", {run[prefix + 'dollars']:,.2f} dollars" if prefix + "dollars" in run else ""
+        return f"{run[prefix + 'hours']:,.2f} hours, {run[prefix + 'gpu_hours']:,.2f} GPU hours{dollars}"
+
+    at_best = "" if "measured" in plan else " at best"
+    expected = f"; expected {cost('expected_')}" if "expected_hours" in run else ""
+    return f"run: {run['steps']:,} steps ({run['length_from']}), {run['tokens']:,} tokens: {cost()}{at_best}{expected}"
+
+
+def source_in_words(source: str, expected: dict | None) -> str:
+    """In words."""
+    if expected is None:
+        return source
+    error = expected["error"]
+    off = "" if error is None else f"; each predicted from the others, they are off by {error:.1%} (root mean square)"
+    return f"expected from {source}{off}"
 
 
 def _reference(reference: dict) -> str:
@@ -65,7 +86,9 @@ def _rollout(rollout: dict) -> str:
     memory, parts = rollout["memory"], rollout["memory"]["parts"]
     gb = ", ".join(f"{part} {size / 1e9:,.3f}" for part, size in parts.items() if size)
     seconds = rollout["seconds_per_step"]
-    took = f", at most {seconds:,.3g} s for each step, if all are of full length" if seconds else ""
+    expected = rollout["expected_seconds_per_step"]
+    likely = f", expected {expected:,.3g} s" if expected else ""
+    took = f", at best {seconds:,.3g} s{likely} for each step, if all are of full length" if seconds else ""
     fits = "" if memory["fits"] else " [bold red](does not fit)[/]"
     return f"rollout: {rollout['rows']} answers at a time per device; {memory['peak'] / 1e9:,.3f} GB{fits} ({gb}){took}"
 
@@ -150,16 +173,48 @@ def _time(plan: dict) -> Table:
     return table
 
 
+def _expected(training: dict) -> Table:
+    expected, bounds = training["expected"], training["roofline"]
+    at_best = bounds["groups"] | {"launches": bounds["kernels"] * LAUNCH, "network": bounds["network"]}
+    names = {
+        "products": "matrix products",
+        "attention": "attention",
+        "elementwise": "elementwise and fused kernels",
+        "copies": "copies",
+        "launches": f"launches ({bounds['kernels']:,.0f} of {LAUNCH * 1e6:g} us)",
+        "network": "communication not overlapped, at its bound",
+    }
+    table = Table(title="expected time of a step, by kernel group", title_justify="left")
+    for name in ("", "ms at best", "efficiency", "ms expected"):
+        table.add_column(name, justify="right" if name else "left")
+    for key, name in names.items():
+        best, seconds = at_best[key], expected["groups"][key]
+        if seconds:
+            table.add_row(name, f"{best * 1e3:,.3f}", f"{best / seconds:.0%}", f"{seconds * 1e3:,.3f}")
+    table.add_section()
+    table.add_row("total", "", f"{bounds['seconds'] / expected['seconds']:.0%}", f"{expected['seconds'] * 1e3:,.3f}")
+    table.add_section()
+    table.add_row("tokens/s, all devices", "", "", f"{expected['tokens_per_second']:,.0f}")
+    if "mfu" in expected:
+        table.add_row("MFU", "", "", f"{expected['mfu']:.1%}")
+    return table
+
+
 def _decoding(decoding: dict) -> Table:
     prefill, step, rows = decoding["prefill"], decoding["step"], decoding["rows"]
     table = Table(title=f"decoding on one device, {rows} row(s), full context", title_justify="left")
-    for name in ("", "peak GB", "donated GB", "launches", "ms at best", "tokens/s at best"):
+    is_expected = "expected" in step
+    more = ("ms expected", "tokens/s expected") if is_expected else ()
+    for name in ("", "peak GB", "donated GB", "launches", "ms at best", "tokens/s at best", *more):
         table.add_column(name, justify="right" if name else "left")
     for name, program in (("prefill", prefill), ("one token", step)):
         seconds = program.get("roofline", {}).get("seconds")
-        table.add_row(
+        row = [
             name, f"{program['memory']['peak'] / 1e9:,.3f}", f"{program['memory']['donated'] / 1e9:,.3f}",
             f"{program['launches']:,}", f"{seconds * 1e3:,.3f}" if seconds else "unknown",
             f"{rows / seconds:,.0f}" if seconds and program is step else "",
-        )  # fmt: skip
+        ]  # fmt: skip
+        if is_expected and program is step:
+            row += [f"{step['expected']['seconds'] * 1e3:,.3f}", f"{step['expected']['tokens_per_second']:,.0f}"]
+        table.add_row(*row)
     return table

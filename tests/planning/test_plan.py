@@ -9,10 +9,11 @@ import pytest
 from mateconv_jax import config as config_lib, plan as command
 from mateconv_jax.errors import exit_code
 from mateconv_jax.model import flops
-from mateconv_jax.planning import plan as plan_lib, target
+from mateconv_jax.planning import measurements, plan as plan_lib, target
 from mateconv_jax.runtime import xla_flags
 from tests.data.build.preparing import prepare, write_jsonl
 from tests.planning.conftest import needs_compiler
+from tests.planning.test_expected import measurement
 
 BASE = f"--config={Path(__file__).parents[2] / 'configs/base.py'}"
 TINY = [
@@ -30,7 +31,10 @@ def run(monkeypatch, capsys, *arguments):
 
 
 @needs_compiler
-def test_a_plan_for_gpus_that_are_not_there(monkeypatch, capsys):
+def test_a_plan_for_gpus_that_are_not_there(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(measurements, "PATH", tmp_path / "measurements.json")
+    card = target.GPUS["a100"].device_kind
+    measurements.record([measurement(rows, (10, 1, 6, 0.5, 500), card, ms=3 * 18.5) for rows in (1, 2)], measurements.PATH)
     flags = [*TINY, "--gpu=a100", "--devices=2", "--dollars_per_gpu_hour=3", "--quick"]
     code, out, _ = run(monkeypatch, capsys, *flags, "--json")
     plan = json.loads(out)
@@ -47,6 +51,20 @@ def test_a_plan_for_gpus_that_are_not_there(monkeypatch, capsys):
     assert training["tokens_per_second"] == pytest.approx(8 * 64 / bounds["seconds"])
     assert the_run["tokens"] == 100 * 8 * 64
     assert the_run["dollars"] == pytest.approx(3 * 2 * the_run["tokens"] / training["tokens_per_second"] / 3600)
+    expected = training["expected"]
+    assert expected["seconds"] == pytest.approx(
+        3 * (sum(bounds["groups"].values()) + bounds["kernels"] * 2e-6) + bounds["network"], rel=0.01
+    )
+    assert (
+        expected["tokens_per_second"] == pytest.approx(8 * 64 / expected["seconds"]) and 0 < expected["mfu"] < training["mfu"]
+    )
+    assert the_run["expected_hours"] / the_run["hours"] == pytest.approx(expected["seconds"] / bounds["seconds"])
+    assert (
+        the_run["expected_dollars"]
+        == pytest.approx(3 * the_run["expected_gpu_hours"])
+        == pytest.approx(6 * the_run["expected_hours"])
+    )
+    assert plan["expected_from"] == expected["source"] == f"2 training steps measured on {card}, jax 0.11.2, 2026-11-26"
     assert len(plan["unknown"]) == 3 and "decoding" not in plan and "measured" not in plan
 
     from rich.console import Console
@@ -56,6 +74,8 @@ def test_a_plan_for_gpus_that_are_not_there(monkeypatch, capsys):
     print_plan(plan, Console(width=200))
     shown = capsys.readouterr().out
     assert "copy for a checkpoint (fits beside the step)" in shown
+    assert "expected time of a step, by kernel group" in shown and f"expected from 2 training steps measured on {card}" in shown
+    assert "each predicted from the others, they are off by 0.0%" in shown and " dollars at best; expected 0.00 hours" in shown
     assert "2 x NVIDIA A100-SXM4-80GB" in shown and f"{plan['parameters']:,} parameters" in shown and "dollars at best" in shown
 
 
@@ -153,6 +173,20 @@ def test_planning_imports_no_tensorflow_and_the_compiler_alone_turns_jax_to_the_
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]" and result.stderr == ""
+
+
+def test_a_broken_file_of_measurements_is_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(measurements, "PATH", tmp_path / "measurements.json")
+    measurements.PATH.write_text("[{}]")
+    code, _, error = run(monkeypatch, capsys, "--gpu=h100")
+    assert code == 2 and f"{measurements.PATH}: entry 1: []" in error.splitlines()[-1]
+
+
+def test_the_source_of_an_expectation_in_words():
+    from mateconv_jax.planning.tables import source_in_words
+
+    assert source_in_words("nothing expected: …", None) == "nothing expected: …"
+    assert source_in_words("1 step", {"error": None}) == "expected from 1 step"
 
 
 def test_data_sheets_agree_with_the_peaks_of_mfu():
