@@ -1,7 +1,8 @@
 """Throughput of the input pipeline, without a model:  python -m benchmarks.input_pipeline [--data data/zh] [--seconds 10]
 
 Reads batches of --batch_size rows of 512 tokens through the training pipeline, from --data or from random tokens in the shards
-of a dataset folder and in a flat .bin file. Prints one JSON line per case. The exit code is 1 if memory grew by 16 MB or more.
+of a dataset folder, in a flat .bin file, and in two and five datasets that are mixed. Prints one JSON line per case. The exit
+code is 1 if memory grew by 16 MB or more.
 
 --pace 20e6 reads as a training of that many tokens a second would, and tells how long the loop waits for batches and for which
 share of the time the device would have nothing to do. As in training, the loop holds the interpreter for 1 ms to dispatch a
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mateconv_jax.data import loader, shards as rows_lib
+from mateconv_jax.data import loader, mixture, shards as rows_lib
 from mateconv_jax.data.build import packing
 from mateconv_jax.data.dataset import open_dataset
 from mateconv_jax.data.token_bin import FlatRows
@@ -55,7 +56,15 @@ def random_rows(folder: Path, n_shards: int, seq_len: int) -> dict:
         "shards, document_starts": rows_lib.ShardRows(paths, format, (1, 2)),
         "flat": FlatRows(folder / "tokens.bin", seq_len, "tokens.bin"),
         "flat, document_starts": FlatRows(folder / "tokens.bin", seq_len, "tokens.bin", (1, 2)),
+        "mixture of 2 datasets": mixed(paths, format, [60_000, 40_000]),
+        "mixture of 5 datasets": mixed(paths, format, [40_000, 30_000, 15_000, 10_000, 5_000]),
     }
+
+
+def mixed(paths: list[Path], format: rows_lib.RowFormat, counts: list[int]) -> mixture.MixedRows:
+    """The shards dealt out to datasets."""
+    parts = [rows_lib.ShardRows(paths[number :: len(counts)], format) for number in range(len(counts))]
+    return mixture.MixedRows([mixture.Part(f"{i}", *part, "") for i, part in enumerate(zip(parts, counts, strict=True))])
 
 
 def measure(name: str, rows, num_workers: int, args) -> dict:
@@ -84,7 +93,16 @@ def measure(name: str, rows, num_workers: int, args) -> dict:
 
 
 def warm_batches(rows, num_workers: int, args):
-    batches = loader.training_batches(rows, args.batch_size, 0, True, 0, num_workers)
+    row_numbers = None
+    if isinstance(rows, mixture.MixedRows):
+        order = mixture.Order(
+            tuple(
+                mixture.PartOrder(part.name, part.count, start, len(part.rows), salt=number)
+                for number, (part, start) in enumerate(zip(rows.parts, rows.starts, strict=True), 1)
+            )
+        )
+        row_numbers = order.rows_at
+    batches = loader.training_batches(rows, args.batch_size, 0, True, 0, num_workers, row_numbers=row_numbers)
     for _ in range(max(2 * num_workers, WARM_UP * 32 // args.batch_size)):
         next(batches)
     return batches

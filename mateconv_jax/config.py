@@ -18,6 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import FieldReference
 
+from mateconv_jax import weighted_paths
 from mateconv_jax.config_keys import KEYS, PATHS, REWARD_LOSSES, OnResume
 from mateconv_jax.errors import UserError
 
@@ -45,6 +46,9 @@ def resolve(config: ConfigDict) -> ConfigDict:
     Raises:
       UserError: a value is out of range, or two contradict each other; the message names the keys.
     """
+    if (paths := config.data.train_data_path) is not None:
+        with config.ignore_type():  # in place: ConfigDict cannot copy a dict with dots in its keys
+            config.data.train_data_path = weighted_paths.as_text(paths, "data.train_data_path")
     config = config.copy_and_resolve_references()
     for key in KEYS:
         section, name = key.path.split(".")

@@ -40,7 +40,7 @@ def one_of(*choices) -> Check:
 
 
 PATHS = (
-    "data.train_data_path", "data.val_data_path", "data.tokenizer_path", "training.out_dir", "training.compilation_cache_dir",
+    "data.val_data_path", "data.tokenizer_path", "training.out_dir", "training.compilation_cache_dir",
     "training.resume_from", "training.init_from",
 )  # fmt: skip
 
@@ -125,12 +125,15 @@ KEYS = [
 
     # ---- data -------------------------------------------------------------------------------------------------------------
     Key("data.train_data_path", None, DIVERGES,
-        "A dataset folder written by `python -m mateconv_jax.prepare`, or a flat .bin file.", value_type=str),
+        "A dataset folder written by `python -m mateconv_jax.prepare`, or a flat .bin file. Several, with their shares of the "
+        "rows: data/wiki:0.6,data/code:0.4; in a config file also a dict or a list.",
+        ("text", lambda value: isinstance(value, str)), object),
     Key("data.val_data_path", None, FREE,
-        "Another dataset, all of it for validation. None: the validation split of train_data_path. Several, with names: "
-        "wiki=data/wiki,code=data/code; the first is that of val/loss and the best checkpoint.", value_type=str),
+        "Another dataset, all of it for validation. None: the validation split of train_data_path, of each dataset there. "
+        "Several, with names: wiki=data/wiki,code=data/code; the first is that of val/loss and the best checkpoint.",
+        value_type=str),
     Key("data.tokenizer_path", None, FREE,
-        "Tokenizer folder. None: the one in train_data_path (a .bin file has none).", value_type=str),
+        "Tokenizer folder. None: the one in train_data_path, its first folder (a .bin file has none).", value_type=str),
     Key("data.seq_len", 512, DIVERGES, "Targets per row; rows hold seq_len + 1 tokens.", POSITIVE),
     Key("data.shuffle", True, DIVERGES, "Shuffle the rows anew in every epoch. False: read them in order."),
     Key("data.num_workers", 4, FREE, "Threads that read batches ahead.", POSITIVE),
@@ -189,7 +192,8 @@ KEYS = [
         'Where compiled programs are kept. None: $JAX_COMPILATION_CACHE_DIR or ~/.cache/mateconv_jax/xla; "": nowhere.',
         value_type=str),
     Key("training.seed", 1337, DIVERGES, "Seed of initial weights, order of rows and dropout.", NOT_NEGATIVE),
-    Key("training.epochs", 15, DIVERGES, "Passes over the training rows.", POSITIVE),
+    Key("training.epochs", 15, DIVERGES,
+        "Passes over the training rows; of several datasets, as many rows as they have together.", POSITIVE),
     Key("training.max_steps", None, DIVERGES, "Optimizer steps; overrides epochs.", POSITIVE, int),
     Key("training.max_hours", None, FREE,
         "Hours after which the run saves and exits with 75, as if it were sent SIGTERM: counted from the start of the "
@@ -245,13 +249,27 @@ KEYS = [
     # ---- training: what happens every so often ----------------------------------------------------------------------------
     Key("training.eval_interval", 500, FREE, "Between two evaluations on the validation rows.", INTERVAL, object),
     Key("training.eval_iters", 100, FREE, "Batches per evaluation, at most.", POSITIVE),
-    Key("training.early_stopping", False, FREE, "Stop after `patience` evaluations without a lower loss (of the EMA, if on)."),
+    Key("training.eval_tasks", None, FREE,
+        "Benchmark questions that are asked now and then, as `evaluate --tasks` takes them: data/ceval, or several, "
+        "ceval=data/ceval,cmmlu=data/cmmlu. Metrics tasks/NAME/acc and so on (of the EMA, if on).", value_type=str),
+    Key("training.eval_tasks_interval", None, FREE,
+        "Between two of these evaluations. None: eval_interval.", INTERVAL, object),
+    Key("training.eval_tasks_shots", 0, FREE, "Solved examples before each question, from the tasks' dev part.", NOT_NEGATIVE),
+    Key("training.eval_tasks_score", "letters", FREE,
+        "Of an exam, compare the letters of the choices or their texts.", one_of("letters", "texts")),
+    Key("training.eval_tasks_limit", None, FREE, "Ask only the first questions of each subject.", POSITIVE, int),
+    Key("training.best_metric", None, FREE,
+        "What decides the best checkpoint and early stopping: any number of an evaluation, such as tasks/ceval/acc or "
+        "val/code/loss; losses, bits per byte, perplexities and KL divergences shall be low, others high. None: val/ema_loss "
+        "or val/loss.", value_type=str),
+    Key("training.early_stopping", False, FREE,
+        "Stop after `patience` evaluations without a better best_metric (a lower loss, of the EMA, if on)."),
     Key("training.patience", 5, FREE, "See early_stopping.", POSITIVE),
     Key("training.save_interval", 1000, FREE, "Between two checkpoints.", INTERVAL, object),
     Key("training.save_minutes", None, FREE, "Also save when the last checkpoint is this old.", POSITIVE, float),
     Key("training.keep_latest", 3, FREE, "Newest checkpoints that are kept.", POSITIVE),
     Key("training.keep_every", None, FREE, "Also keep checkpoints whose step is a multiple of this.", POSITIVE, int),
-    Key("training.keep_best", True, FREE, "Keep the checkpoint with the lowest validation loss in RUN/best."),
+    Key("training.keep_best", True, FREE, "Keep the best checkpoint, by best_metric, in RUN/best."),
     Key("training.log_interval", 10, FREE, "Between two lines of metrics.", INTERVAL, object),
     Key("training.samples_interval", None, FREE,
         "Between two samples of the model's writing, in the log and TensorBoard. None: no samples.", INTERVAL, object),

@@ -4,7 +4,7 @@ config.json          the resolved configuration
 tokenizer/           in transformers' format
 data_stats.json      a copy of the dataset's stats.json
 checkpoints/STEP/    Orbax: `state`, a TrainState, and `progress`, JSON; for a converted model, only parameters
-best/STEP/           the same, at the lowest validation loss
+best/STEP/           the same, at the lowest validation loss, or the best training.best_metric
 unreadable/STEP/     checkpoints that could not be read
 reference/           of preferences: log-probabilities under the weights that the run starts from
 metrics.jsonl, train.log, tensorboard/
@@ -81,7 +81,7 @@ def checkpoints(folder: str | Path) -> Path:
 
 
 def best(folder: str | Path) -> Path:
-    """The folder of its checkpoint with the lowest validation loss."""
+    """The folder of its best checkpoint, by training.best_metric."""
     return Path(os.path.abspath(folder)) / "best"
 
 

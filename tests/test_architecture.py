@@ -15,10 +15,11 @@ LEAVES = {"cores", "disk", "errors", "files", "intervals", "plotting", "rewards"
 ROOMS = {
     "errors": "terminal",
     "disk": "errors",
+    "weighted_paths": "errors",
     "files": "disk",
     "config_keys": "intervals",
     "generation_config": "errors",
-    "config": "config_keys errors",
+    "config": "config_keys errors weighted_paths",
     "run_folder": "config disk errors files",
     "runtime": "errors",
     "model": "cores errors",
@@ -26,10 +27,11 @@ ROOMS = {
     "losses": "data model",
     "interop": "config data errors files generation_config model run_folder",
     "inference": "config data errors files generation_config interop model runtime terminal",
-    "training": "config config_keys data disk errors files inference generation_config interop intervals losses model run_folder runtime terminal",
+    "tasks": "data errors model runtime",
+    "training": "config config_keys data disk errors files inference generation_config interop intervals losses model run_folder runtime tasks terminal weighted_paths",
     "serving": "cores data errors generation_config inference",
-    "evaluation": "config cores data errors inference generation_config interop losses model runtime training",
-    "planning": "config_keys data errors files inference generation_config model runtime training",
+    "evaluation": "config cores data errors files inference generation_config interop losses model plotting runtime tasks training weighted_paths",
+    "planning": "config_keys data errors files inference generation_config model runtime training weighted_paths",
     "reporting": "errors plotting",
 }
 # Only preparing needs these: training must start without them, and without what they import.
@@ -128,6 +130,7 @@ def test_no_imports_go_round_in_circles():
         ("interop", ("training", "data.build")),
         ("model", ("config", "data", "files", "run_folder")),
         ("losses", ("training", "inference")),
+        ("tasks", ("training", "inference", "data.build", "data.text")),
     ],
 )
 def test_a_room_does_not_reach(start, forbidden):

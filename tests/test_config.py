@@ -131,9 +131,10 @@ def test_the_keys_change_only_with_thought():
         "reward": ["functions", "num_threads", "weights"],
         "wandb": ["enable", "project", "run_name"],
         "training": [
-            "accumulation_steps", "adam_eps", "batch_size", "beta1", "beta2", "compilation_cache_dir", "decay_ratio", "deterministic",
+            "accumulation_steps", "adam_eps", "batch_size", "best_metric", "beta1", "beta2", "compilation_cache_dir", "decay_ratio", "deterministic",
             "document_mask", "dtype",
-            "early_stopping", "ema_decay", "ema_warmup", "epochs", "eval_interval", "eval_iters", "grad_allreduce_dtype", "grad_clip",
+            "early_stopping", "ema_decay", "ema_warmup", "epochs", "eval_interval", "eval_iters", "eval_tasks", "eval_tasks_interval",
+                "eval_tasks_limit", "eval_tasks_score", "eval_tasks_shots", "grad_allreduce_dtype", "grad_clip",
             "hang_timeout", "init_from", "keep_best", "keep_every", "keep_latest", "learning_rate", "log_interval", "lr_power",
             "lr_scheduler", "max_bad_steps", "max_hours", "max_steps", "min_lr", "muon_momentum", "optimizer_type",
             "out_dir", "patience", "profile_step", "remat", "resume", "resume_from", "sample_chat", "sample_prompts", "samples_interval",

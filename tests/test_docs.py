@@ -8,7 +8,7 @@ import pytest
 from mateconv_jax.config import default_config
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("data", "training", "reinforcement", "sampling", "serving", "interop", "planning", "configuration")
+PAGES = ("data", "training", "evaluation", "reinforcement", "sampling", "serving", "interop", "planning", "configuration")
 BOTH = [("README.md", "README.zh-CN.md"), *((f"docs/{name}.md", f"docs/zh/{name}.md") for name in PAGES)]
 ALL = [*(page for pair in BOTH for page in pair), "docs/ARCHITECTURE.md", "benchmarks/README.md", "CONTRIBUTING.md"]
 FENCED = re.compile(r"^```.*?^```$", re.S | re.M)

@@ -23,6 +23,7 @@ import pytest
 
 from mateconv_jax.data import demo
 from mateconv_jax.evaluation import demo_score
+from tests.tasks import exams
 
 ROOT = Path(__file__).parents[1]
 # In this order: the README makes what the others work on.
@@ -61,6 +62,7 @@ SHORTER = {
     "launch/train_node.sh": SMALL_MODEL + " --config.training.max_steps=3",
     "mateconv_jax.plan ": " --quick" + SMALL_MODEL.replace("dim=64", "dim=128"),
     "mateconv_jax.sample ": " --max_new_tokens 4",
+    "--says": " --max_new_tokens 4 --num_samples 1",
     "tensorboard ": " --inspect",
 }
 # `bash launch/test.sh` is this very test; the quickstart is in the list command by command, and whole in the slow tests.
@@ -93,8 +95,13 @@ def checkout(tmp_path_factory):
             file.write(json.dumps(extra, ensure_ascii=False) + "\n")
     with (folder / "dialogues.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(document, ensure_ascii=False) + "\n" for document in demo.corpus(200, 0, "dialogues"))
+    with (folder / "held_out.jsonl").open("w", encoding="utf-8") as file:
+        for i, document in enumerate(demo.corpus(40, 1, "texts")):
+            file.write(json.dumps(document | {"source": f"book {i % 3}"}, ensure_ascii=False) + "\n")
     with (folder / "preferences.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(document, ensure_ascii=False) + "\n" for document in demo.corpus(200, 0, "preferences"))
+    exams.ceval(folder / "data" / "ceval")
+    exams.cmmlu(folder / "data" / "cmmlu")
     return folder
 
 

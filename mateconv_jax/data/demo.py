@@ -3,12 +3,16 @@
     python -m mateconv_jax.data.demo --output data/demo.jsonl
     python -m mateconv_jax.data.demo --output data/demo_dialogues.jsonl --kind dialogues
     python -m mateconv_jax.data.demo --output data/demo_preferences.jsonl --kind preferences
+    python -m mateconv_jax.data.demo --output data/demo_cloze.jsonl --kind cloze
 
 Texts are stories and plain statements of facts, one {"text": …} a line, for pretraining. Dialogues ask for the facts, one
 {"messages": […]} a line, for fine-tuning: for most facts, and for each of these in two of the three wordings. So what a model
 answers to the third wording, and about the other facts, tells what it has learned from other dialogues, and from texts alone.
 Preferences ask for the facts of the dialogues in the same wordings, and prefer the bare answer (巴黎。) to the statement
 (法国的首都是巴黎。), one {"chosen": […], "rejected": […]} a line.
+
+exam and cloze ask for every fact once, with up to four answers of its kind to choose from, for `evaluate --tasks`: the exam asks,
+one {"subject": …, "question": …, "choices": […], "answer": 2} a line; the cloze has the statement with a gap as its "text".
 """
 
 import argparse
@@ -275,14 +279,36 @@ def preference(rng: random.Random) -> dict[str, list[dict[str, str]]]:
     return {"chosen": messages, "rejected": [*messages[:-1], rejected]}
 
 
-KINDS_OF_DOCUMENTS = ("texts", "dialogues", "mixed", "preferences")
+def choose(fact: tuple[str, str, str], rng: random.Random) -> dict[str, object]:
+    """The answer among up to three others of its kind."""
+    kind, _, answer = fact
+    others = [other for other in dict.fromkeys(KINDS[kind][2].values()) if other != answer]
+    choices = rng.sample(others, min(3, len(others)))
+    choices.insert(rng.randint(0, len(choices)), answer)
+    return {"choices": choices, "answer": choices.index(answer)}
+
+
+def exam(rng: random.Random, kind: str) -> list[dict[str, object]]:
+    """All facts, sorted by subject. kind: exam or cloze."""
+    gap = "____"
+    asked = {
+        "exam": lambda fact: {"question": questions(fact)[0]},
+        "cloze": lambda fact: {"text": statement((*fact[:2], gap))},
+    }[kind]
+    return [{"subject": fact[0]} | asked(fact) | choose(fact, rng) for fact in FACTS]
+
+
+KINDS_OF_DOCUMENTS = ("texts", "dialogues", "mixed", "preferences", "exam", "cloze")
 
 
 def corpus(n_documents: int, seed: int, kind: str = "texts"):
     """JSON objects, one a document, in random order: texts (60 % stories, 40 % statements), dialogues, half of each, or
-    preferences.
+    preferences; or at most all the questions of an exam or a cloze.
     """
     rng = random.Random(seed)
+    if kind in ("exam", "cloze"):
+        yield from exam(rng, kind)[:n_documents]
+        return
     for _ in range(n_documents):
         if kind == "preferences":
             yield preference(rng)
@@ -294,18 +320,18 @@ def corpus(n_documents: int, seed: int, kind: str = "texts"):
 
 def main(args):
     lines = (json.dumps(document, ensure_ascii=False) for document in corpus(args.documents, args.seed, args.kind))
-    bar = tqdm(lines, "demo corpus", args.documents, unit="doc", mininterval=1, disable=None)
-    text = "".join(line + "\n" for line in bar)
+    documents = list(tqdm(lines, "demo corpus", args.documents, unit="doc", mininterval=1, disable=None))
+    text = "".join(line + "\n" for line in documents)
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(output, text)
-    print(f"{output}: {args.documents:,} documents, {output.stat().st_size / 1e6:.1f} MB")
+    print(f"{output}: {len(documents):,} documents, {output.stat().st_size / 1e6:.1f} MB")
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog=program("data.demo"), description="Write the demo corpus.")
     parser.add_argument("--output", type=os.path.expanduser, required=True, help="the JSONL file to write")
-    parser.add_argument("--kind", choices=KINDS_OF_DOCUMENTS, default="texts", help="texts to pretrain on (default), dialogues to fine-tune on, both mixed, or preferences")  # fmt: skip
+    parser.add_argument("--kind", choices=KINDS_OF_DOCUMENTS, default="texts", help="texts to pretrain on (default), dialogues to fine-tune on, both mixed, preferences, or questions for evaluate --tasks (exam, cloze)")  # fmt: skip
     parser.add_argument("--documents", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)

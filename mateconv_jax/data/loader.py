@@ -1,6 +1,7 @@
 """Batches of rows. What a batch holds is a pure function of (seed, its first row), whatever the number of processes."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import grain
 import jax
@@ -15,8 +16,9 @@ ROWS_AHEAD, BATCHES_AHEAD = 4096, 16
 
 
 def training_batches(
-    rows: Rows, batch_size: int, seed: int, shuffle: bool, start_row: int, num_workers: int, accumulation_steps: int = 1
-) -> Iterator[Batch]:
+    rows: Rows, batch_size: int, seed: int, shuffle: bool, start_row: int, num_workers: int, accumulation_steps: int = 1,
+    row_numbers: Callable[[np.ndarray, int, bool], np.ndarray] | None = None,
+) -> Iterator[Batch]:  # fmt: skip
     """This process's part of every step's global batch, without end.
 
     Args:
@@ -26,6 +28,7 @@ def training_batches(
       start_row: the first row of the first batch, a place in the endless sequence of epochs.
       num_workers: threads that read ahead.
       accumulation_steps: micro-batches of a step.
+      row_numbers: (positions, seed, shuffle) -> which rows stand there, such as mixture.Order.rows_at; None: as `rows_at`.
 
     Returns:
       Batches of accumulation_steps * batch_size / processes rows, see data/rows.py.
@@ -36,7 +39,10 @@ def training_batches(
     rows_per_step = accumulation_steps * batch_size
 
     def read(step: int) -> Batch:
-        return rows.read(rows_at(start_row + step * rows_per_step + part, len(rows), seed, shuffle))
+        positions = start_row + step * rows_per_step + part
+        if row_numbers is None:
+            return rows.read(rows_at(positions, len(rows), seed, shuffle))
+        return rows.read(row_numbers(positions, seed, shuffle))
 
     # A step is one element and one read: Grain's own shuffle, repeat and batch of row numbers take 400 us a batch of 32 rows,
     # rows_at 110.
@@ -51,11 +57,17 @@ def rows_at(position_B: np.ndarray, n_rows: int, seed: int, shuffle: bool) -> np
         return position_B % n_rows
     epoch_B, place_B = (part.tolist() for part in np.divmod(position_B, n_rows))
     # Hashed, not seed + epoch: the second epoch would be the first of the next seed's run.
-    seeds = {epoch: int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]) for epoch in set(epoch_B)}
+    seeds = {epoch: hashed(seed, epoch) for epoch in set(epoch_B)}
     shuffled = grain.experimental.index_shuffle
     return np.array(
         [shuffled(place, n_rows - 1, seeds[epoch], 4) for epoch, place in zip(epoch_B, place_B, strict=True)], np.int64
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def hashed(seed: int, *numbers: int) -> int:
+    """A seed of 32 bits for each number."""
+    return int(np.random.SeedSequence((seed, *numbers)).generate_state(1)[0])
 
 
 def validation_batches(rows: Rows, batch_size: int, max_batches: int, first_row: int = 0) -> Iterator[Batch]:

@@ -1,9 +1,17 @@
 """The score of a model trained on the demo corpus: grammar of sampled stories, and facts answered in chat."""
 
+from collections.abc import Callable
+
 from mateconv_jax.data import demo
 from mateconv_jax.generation_config import GenerationConfig
+from mateconv_jax.inference.text_generator import TextGenerator
 
 STORIES = 8  # sampled per story opening: about 400 sentences in total
+
+
+def evaluator(args) -> Callable[[str], dict]:
+    """Of the command line; see evaluate.py."""
+    return lambda path: score_demo(TextGenerator.from_pretrained(path, args.tokenizer, args.use_ema, args.dtype))
 
 
 def score_demo(generator) -> dict[str, float]:
@@ -37,7 +45,7 @@ def score_demo(generator) -> dict[str, float]:
     return scores | {"short": n_short / len(histories)}
 
 
-def print_score(score: dict[str, float]) -> None:
+def print_result(score: dict[str, float]) -> None:
     print(f"grammar: {score['grammar']:.1%} of {score['sentences']} sampled sentences follow the demo corpus's grammar")
     print(f"facts:   {score['facts']:.1%} of {score['questions']} questions that dialogues ask are answered correctly")
     others, texts = score["other_wordings_questions"], score["texts_alone_questions"]

@@ -4,7 +4,7 @@ import contextlib
 import math
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from transformers import PreTrainedTokenizerFast
 from mateconv_jax import config as config_lib, cores
 from mateconv_jax.data.build import pipeline
 from mateconv_jax.data.build.options import PrepareOptions
-from mateconv_jax.data.dataset import Dataset, Rows, is_dataset, open_dataset
+from mateconv_jax.data.dataset import Dataset, Rows, open_dataset
 from mateconv_jax.data.text import sources
 from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.data.tokenizer.token_bytes import bytes_per_token
 from mateconv_jax.errors import UserError
+from mateconv_jax.evaluation import several_sets
+from mateconv_jax.evaluation.documents import NO_SPLITS, in_terms_of, is_prepared
 from mateconv_jax.interop.formats import open_model
 from mateconv_jax.interop.stored_model import StoredModel
 from mateconv_jax.losses.next_token import next_token_loss
@@ -34,9 +36,30 @@ from mateconv_jax.training.step import make_eval_step
 
 BATCH_SIZE = 8
 READING = ("encoding", "ignore_fields", "split_at_tokens", "text_key", "txt_document")
-NO_SPLITS = "--split: {!r} has no splits (only dataset folders from python -m mateconv_jax.prepare do)"
 
 
+def evaluator(args) -> Callable[[str], dict]:
+    """Of the command line; see evaluate.py."""
+    return lambda path: evaluate_run(
+        path,
+        args.data,
+        args.split,
+        args.batch_size,
+        args.max_batches,
+        args.use_ema,
+        args.dtype,
+        args.tokenizer,
+        reading_of(args),
+    )
+
+
+def reading_of(args) -> dict[str, Any]:
+    """How the command line says that raw files are read: those of READING that it gives."""
+    given = {name: getattr(args, name) for name in READING}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None}
+
+
+@several_sets.each
 def evaluate_run(
     model_path: str | Path,
     data: list[str],
@@ -52,8 +75,8 @@ def evaluate_run(
 
     Args:
       model_path: a run folder (its newest checkpoint), one of its checkpoints, a Hugging Face folder, a .pth or .gguf file.
-      data: a dataset folder; a flat .bin file; or raw files, as in `sources.find`, which are tokenised with the model's
-        tokenizer into a temporary folder ($TMPDIR), with the run's seq_len or, for other models, their context up to 512.
+      data: a dataset folder; a flat .bin file; raw files, as in `sources.find`, which are tokenised with the model's tokenizer
+        into a temporary folder, with the run's seq_len or, for others, their context up to 512; or see `several_sets.each`.
       split: of a dataset folder; None: validation.
       batch_size: rows over all devices; None: BATCH_SIZE rounded up to a multiple of the devices.
       max_batches: stop after this many; None: score everything.
@@ -77,16 +100,16 @@ def evaluate_run(
     if own_tokenizer is None:
         raise UserError(f"--tokenizer: missing ({str(model_path)!r} has none; expected a tokenizer's folder)")
     mesh = sharding.make_mesh()
-    batch_size = _check_sizes(batch_size, max_batches, mesh)
+    batch_size = check_sizes(batch_size, max_batches, mesh)
     with opened(data, split, config, own_tokenizer, reading or {}) as (rows, described):
         # The training backends may be unavailable here. Dropout is not used, and the faster backends do not support it.
         config.model.update(dict(attention="auto", experts="auto", dropout=0.0))
         options = config_lib.options(ModelOptions, config.model)
         graph, abstract_params = abstract_model(ModelConfig.make(options, dtype, length=described["seq_len"]))
-        weights = _weights(model, abstract_params, use_ema, mesh)
+        weights = stored_weights(model, abstract_params, use_ema, mesh)
         eval_step = make_eval_step(graph, next_token_loss)
         evaluator = Evaluator(eval_step, rows, bytes_per_token(own_tokenizer), batch_size, max_batches, mesh)
-        result = evaluator(weights, progress=_bar)
+        result = evaluator(weights, progress=bar)
         assert result is not None  # None only if interrupted by a stop request
     return {
         "model_path": str(model_path),
@@ -99,7 +122,7 @@ def evaluate_run(
     }
 
 
-def _weights(model: StoredModel, abstract_params: nnx.State, use_ema: bool | None, mesh: Mesh) -> dict[str, nnx.State]:
+def stored_weights(model: StoredModel, abstract_params: nnx.State, use_ema: bool | None, mesh: Mesh) -> dict[str, nnx.State]:
     """The weights to score, {"raw" and/or "ema": parameters}, replicated on the mesh."""
     replicated = sharding.replicated(mesh)
     abstract_params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), abstract_params)
@@ -108,7 +131,7 @@ def _weights(model: StoredModel, abstract_params: nnx.State, use_ema: bool | Non
     return {"ema" if ema else "raw": model.params(abstract_params, ema) for ema in choices}
 
 
-def _bar(batches: Iterable, n: int) -> Iterable:
+def bar(batches: Iterable, n: int) -> Iterable:
     terminal = sys.stderr.isatty()
     return tqdm(batches, "evaluating", n, unit="batch", dynamic_ncols=True, mininterval=0.5, disable=not terminal)
 
@@ -120,7 +143,7 @@ def _score(loss: float, bits_per_byte: float) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def _check_sizes(batch_size: int | None, max_batches: int | None, mesh: Mesh) -> int:
+def check_sizes(batch_size: int | None, max_batches: int | None, mesh: Mesh) -> int:
     """Check both values; returns batch_size, or its default."""
     devices = mesh.size
     if batch_size is None:
@@ -149,7 +172,7 @@ def opened(
     seq_len = config.data.seq_len
     described = {"data": data, "split": None, "seq_len": seq_len, "rejected": {}}
     document_starts = (tokenizer.bos_token_id, tokenizer.eos_token_id) if config.training.document_mask else None
-    if len(data) == 1 and is_dataset(data[0]) and not _holds_raw_files(Path(data[0])):
+    if is_prepared(data):
         if reading:
             raise UserError(f"--{next(iter(reading))}: {data[0]!r} is prepared already (expected only with raw text)")
         dataset = open_dataset(data[0], "--data", seq_len)
@@ -174,10 +197,6 @@ def opened(
         rows = dataset.rows("train", document_starts)
         assert rows is not None
         yield rows, described | {"rejected": rejected}
-
-
-def _holds_raw_files(path: Path) -> bool:
-    return path.is_dir() and any(path.iterdir()) and not (path / "metadata.json").is_file()
 
 
 def _check_dataset(dataset: Dataset, config: ConfigDict, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -218,16 +237,17 @@ def _prepare(
         assert figures is not None  # the folder is new
         return figures["rejects"]
     except UserError as error:
-        # The messages name the flags of `prepare` and end with how to resume it, which does not apply to a temporary folder.
-        message = str(error).split(" (finished chunks")[0].removesuffix(" (--keep_going uses what is readable)")
-        raise UserError(message.replace("--input:", "--data:").replace("--output:", "--data:")) from error
+        raise UserError(in_terms_of("--data", error)) from error
 
 
 # ---- table --------------------------------------------------------------------------------------------------------
 
 
-def print_table(result: dict) -> None:
+def print_result(result: dict) -> None:
     """Print the result of `evaluate_run` to standard output."""
+    if "sets" in result:
+        _print_sets(result)
+        return
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -247,4 +267,27 @@ def print_table(result: dict) -> None:
         lines.append("rejected: " + ", ".join(f"{rule} {n:,}" for rule, n in result["rejected"].items()))
     console = Console()
     console.print("\n".join(lines), soft_wrap=True, highlight=False)
+    console.print(table)
+
+
+def _print_sets(result: dict) -> None:
+    """A row for each set and each kind of weights, then the means."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    for heading in ("set", "share", "weights", "targets", "nats/token", "perplexity", "bits per byte"):
+        table.add_column(heading, justify="left" if heading in ("set", "weights") else "right")
+    for name, of_set in result["sets"].items():
+        for weights, score in of_set["scores"].items():
+            values = ("-" if value is None else f"{value:,.4f}" for value in score.values())
+            table.add_row(escape(name), f"{of_set['weight']:.3f}", weights, f"{of_set['tokens']:,}", *values)
+    table.add_section()
+    for weights, score in result["scores"].items():
+        table.add_row("mean", "", weights, "", *("-" if value is None else f"{value:,.4f}" for value in score.values()))
+    console = Console()
+    step = "" if result["step"] is None else f", step {result['step']:,}"
+    console.print(f"[bold]{escape(result['model_path'])}[/bold]{step}", soft_wrap=True, highlight=False)
     console.print(table)

@@ -151,9 +151,19 @@ class Transformer(nnx.Module):
         """
         return self.logits_and_routing(tokens_BS, documents_BS, dropout_key_B, remat)[0]
 
+    def logits_at(self, tokens_BS, positions_BT):
+        """Next-token logits (B, T, V) in the compute dtype behind T tokens of each row, whose indices are int32: without those
+        of all the others, which for a vocabulary of 150,000 would take the most memory.
+        """
+        return self.logits_and_routing(tokens_BS, positions_BT=positions_BT)[0]
+
     @float32_is_float32
-    def logits_and_routing(self, tokens_BS, documents_BS=None, dropout_key_B=None, remat: str = "none", is_real_BS=None):
-        """Returns (logits as above, moe.Routing of the tokens where is_real_BS, each array (L, …); None without experts)."""
+    def logits_and_routing(
+        self, tokens_BS, documents_BS=None, dropout_key_B=None, remat: str = "none", is_real_BS=None, positions_BT=None
+    ):
+        """Returns (logits as above, moe.Routing of the tokens where is_real_BS, each array (L, …); None without experts).
+        positions_BT: see logits_at.
+        """
         positions_BS = None  # 0, 1, 2 …
         if documents_BS is not None:
             positions_BS = jnp.arange(tokens_BS.shape[1])[None]
@@ -175,7 +185,10 @@ class Transformer(nnx.Module):
                 params, x_BSD = gradients_together((params, x_BSD))
             x_BSD, routing = run(params, x_BSD, key_B)
             routings.append(routing)
-        return self._logits(self.norm(x_BSD)), jax.tree.map(lambda *layers: jnp.stack(layers), *routings)
+        x = self.norm(x_BSD)
+        if positions_BT is not None:
+            x = jnp.take_along_axis(x, positions_BT[..., None], axis=1)
+        return self._logits(x), jax.tree.map(lambda *layers: jnp.stack(layers), *routings)
 
     @float32_is_float32
     def cached(self, tokens_BS, start_B, last_B, kv_cache: KVCache):

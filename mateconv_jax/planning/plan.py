@@ -10,7 +10,6 @@ import jax
 from ml_collections import ConfigDict
 
 from mateconv_jax.config_keys import REWARD_LOSSES
-from mateconv_jax.data.dataset import open_dataset
 from mateconv_jax.errors import UserError
 from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.inference.decode import SMALLEST_CACHE, bucket
@@ -248,14 +247,12 @@ def _rollout(config: ConfigDict, c: ModelConfig, cluster: Cluster, training: dic
 
 def _rows(config: ConfigDict, splits: tuple[str, ...]) -> int | None:
     """Rows of the training data's splits; None: it is not there."""
-    path = config.data.train_data_path
-    if path is None:
+    if config.data.train_data_path is None:
         return None
     try:
-        dataset = open_dataset(path, "data.train_data_path", config.data.seq_len)
+        return sum(dataset.n_rows(split) for dataset in programs.training_datasets(config) for split in splits)
     except UserError:
         return None
-    return sum(map(dataset.n_rows, splits))
 
 
 def _program(program: Program, c: ModelConfig, cluster: Cluster, kind: str | None = None) -> dict:
@@ -371,7 +368,7 @@ def run_length(config: ConfigDict) -> tuple[int | None, str]:
     if config.loss.kind in REWARD_LOSSES:
         return _prompts_length(config, path)
     try:
-        rows = open_dataset(path, "data.train_data_path", config.data.seq_len).n_rows("train")
+        rows = sum(dataset.n_rows("train") for dataset in programs.training_datasets(config))
     except UserError:
         return None, f"unknown length: no dataset at {path!r}"
     return setup.total_steps(training, rows), f"{training.epochs} epochs of {rows:,} rows"

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mateconv_jax.data.dataset import open_dataset
+from mateconv_jax import weighted_paths
+from mateconv_jax.data.dataset import Dataset, open_dataset
 from mateconv_jax.errors import UserError
 from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.inference.decode import Decoder, DecodeState
@@ -69,14 +70,23 @@ def training_step(config: ConfigDict, c: ModelConfig, devices, steps: int) -> Se
 
 
 def _rows_say_what_is_learned(config: ConfigDict) -> bool:
-    """Of the dataset, if it is there already."""
-    path = config.data.train_data_path
-    if path is None:
+    """Of the datasets, if they are there already: rows of one alone give all batches the fields."""
+    if config.data.train_data_path is None:
         return False
     try:
-        return open_dataset(path, "data.train_data_path", config.data.seq_len).learned
+        return any(dataset.learned for dataset in training_datasets(config))
     except UserError:
         return False
+
+
+def training_datasets(config: ConfigDict) -> list[Dataset]:
+    """Those of data.train_data_path, which must not be None.
+
+    Raises:
+      UserError: there is none at one of the paths.
+    """
+    key = "data.train_data_path"
+    return [open_dataset(path, key, config.data.seq_len) for path, _ in weighted_paths.parse(config.data.train_data_path, key)]
 
 
 def compile_step(run: Setup) -> Program:

@@ -14,22 +14,24 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mateconv_jax import plotting
-from mateconv_jax.plotting import BLUE, DARK, GREEN, RED, drawable, log_ticks, short
+from mateconv_jax.plotting import DARK, drawable, log_ticks, short
 from mateconv_jax.reporting.history import MADE_BY, Curve, Run, smoothed, thinned
+from mateconv_jax.reporting.page_style import PALETTE
 
 LineStyle = Literal["-", "--", "-.", ":"]
-PALETTE = [BLUE, RED, GREEN, "#b08a3e", "#8569a8", "#4c9fae", "#c47fa6", "#777777"]
 POINTS = 30  # curves of at most this many points get markers
 BUCKETS = 600  # per curve, two points each: more than a panel has pixels ...
 ALL_BUCKETS = 4000  # ... and per panel, so that many runs do not make the page huge
 WIDE = 10  # ratio of the largest value to the median above which an axis is logarithmic
 SET_LINES: list[LineStyle] = [":", "-.", "--"]  # of the validation sets that have names
+TASK_LINES: list[LineStyle] = ["-", "--", "-.", ":"]
 LONGEST_NAME = 40  # characters of a run's name in the legend
 
 
 def draw(runs: list[Run], smooth: int, file_format: str) -> bytes:
     """Draw loss, validation loss, learning rate, gradient norm and tokens/s over the steps; where a run learns preferences also
-    margin and accuracy, where it learns from reward also reward, length and entropy of the answers.
+    margin and accuracy, where it learns from reward also reward, length and entropy of the answers, where it asks benchmark
+    questions also their scores.
 
     The same runs give the same bytes: the user's matplotlib settings are neither used nor changed.
 
@@ -51,6 +53,7 @@ def draw(runs: list[Run], smooth: int, file_format: str) -> bytes:
     from_reward = any(run.learns_from_reward for run in runs)
     rows = [["loss", "loss"], ["validation", "lr"], ["grad_norm", "speed"]]
     rows[1:1] = [["margin", "accuracy"]] * preferences + [["reward", "reward"], ["length", "entropy"]] * from_reward
+    rows[2:2] = [["tasks", "tasks"]] * any(run.task_metrics for run in runs)
     with plotting.style(**ours):
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.02)
         figure = Figure(figsize=(12, 12 + 3.7 * (len(rows) - 3)), dpi=150, layout=layout)
@@ -62,6 +65,8 @@ def draw(runs: list[Run], smooth: int, file_format: str) -> bytes:
         if from_reward:
             _draw_reward(panels["reward"], runs, smooth)
             _draw_answers(panels["length"], panels["entropy"], runs, smooth)
+        if "tasks" in panels:
+            _draw_tasks(panels["tasks"], runs)
         _draw_loss(panels["loss"], runs, smooth)
         _draw_validation(panels["validation"], runs)
         _draw_learning_rate(panels["lr"], runs)
@@ -115,6 +120,26 @@ def _draw_validation(axes: Axes, runs: list[Run]) -> None:
         return _draw_empty(axes)
     if len(drawn) > 1:
         axes.legend(drawn.values(), drawn.keys())
+    _linear_ticks(axes)
+
+
+def _draw_tasks(axes: Axes, runs: list[Run]) -> None:
+    """A line for each task and run, a thin one for guessing."""
+    axes.set_title("Benchmark questions 评测题")
+    axes.set_ylabel("% right 正确率（%）")
+    drawn = {}
+    for i, key in enumerate(dict.fromkeys(key for run in runs for key in run.task_metrics)):
+        line = TASK_LINES[i % len(TASK_LINES)]
+        for run, color in zip(runs, colors(len(runs)), strict=True):
+            curve, chance = run.curve(key), run.curve(key.rpartition("/")[0] + "/chance")
+            if len(curve):
+                share = Curve(curve.steps, 100 * curve.values)
+                _plot(axes, thinned(share, _buckets(runs)), color=color, linestyle=line, linewidth=1.6)
+                drawn[drawable("/".join(key.split("/")[1:]))] = Line2D([], [], color=DARK, linestyle=line, linewidth=1.6)
+            if len(chance):
+                axes.axhline(100 * chance.values[-1], color=DARK, linewidth=0.8, alpha=0.6)
+                drawn["guessing 随机猜测"] = Line2D([], [], color=DARK, linewidth=0.8, alpha=0.6)
+    axes.legend(drawn.values(), drawn.keys())
     _linear_ticks(axes)
 
 

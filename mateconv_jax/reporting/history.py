@@ -71,6 +71,12 @@ class Run:
         return [part[1] for part in parts if len(part) == 3 and part[0] == "val" and part[2] == "loss"]
 
     @property
+    def task_metrics(self) -> list[str]:
+        """tasks/NAME/acc, or what else is the number that counts of each of training.eval_tasks."""
+        others = ("_macro", "_norm", "_bytes", "/perplexity", "/chance")
+        return [key for key in self.curves if key.startswith("tasks/") and not key.endswith(others)]
+
+    @property
     def tokens_per_step(self) -> int | None:
         """None if the config does not determine it."""
         sizes = [self.config.get(key) for key in ("training.batch_size", "data.seq_len")]

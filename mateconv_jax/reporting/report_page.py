@@ -8,6 +8,7 @@ import numpy as np
 
 from mateconv_jax.reporting import curves
 from mateconv_jax.reporting.history import MADE_BY, Run, smoothed
+from mateconv_jax.reporting.page_style import STYLE
 
 ABSENT = "–"
 
@@ -18,24 +19,7 @@ PAGE = """<!DOCTYPE html>
 <meta name="generator" content="{{ made_by }}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Training report: {{ names | join(", ") }}</title>
-<style>
-body { margin: 2.5rem auto; max-width: 68rem; padding: 0 1.5rem; background: #fff; color: #222; line-height: 1.45;
-  font-family: "Helvetica Neue", Arial, "Noto Sans CJK SC", "Noto Sans SC", "PingFang SC", "Microsoft YaHei", sans-serif; }
-h1 { font-size: 1.6rem; font-weight: 600; margin: 0 0 .3rem; }
-h2, summary { font-size: 1.1rem; font-weight: 600; margin: 2rem 0 .6rem; }
-summary { cursor: pointer; }
-[lang="zh"] { color: #666; font-weight: normal; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .38rem 1.4rem .38rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e4e4e4; }
-thead th { border-bottom: 2px solid #999; overflow-wrap: anywhere; min-width: 8rem; }
-tbody th { font-weight: normal; min-width: 14rem; }
-.key tbody th { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .82rem; }
-.note { display: block; color: #777; font-size: .8rem; }
-.color { display: inline-block; width: 1.1em; height: .3em; border-radius: .15em; margin-right: .5em; vertical-align: middle; }
-img { width: 100%; height: auto; margin-top: .5rem; }
-@media print { body { margin: 0; max-width: none; } table, img { break-inside: avoid; } }
-</style>
+<style>{{ style | safe }}</style>
 </head>
 <body>
 {% macro table(rows, kind) %}
@@ -84,6 +68,7 @@ def html(runs: list[Run], smooth: int) -> str:
         results=results(runs, smooth),
         differences=[(key, "", cells) for key, _, cells in every_setting if len(set(cells)) > 1 and key != "training.out_dir"],
         settings=every_setting,
+        style=STYLE,
         made_by=MADE_BY,
         image=base64.b64encode(curves.draw(runs, smooth, "svg")).decode(),
     )
@@ -139,6 +124,7 @@ def results(runs: list[Run], smooth: int) -> list[tuple[str, str, list]]:
     ):
         rows.append((label, chinese, [_last(run, key, 0) for run in runs]))
     rows += [
+        *_task_rows(runs),
         ("Bits per byte, last", "每字节比特数（最后）", [_last(run, "val/bits_per_byte", 0) for run in runs]),
         ("Median tokens/s", "每秒 token 数（中位数）", [_median_speed(run) for run in runs]),
         ("Training time, steps only", "训练用时（仅训练步）", [_training_time(run) for run in runs]),
@@ -150,6 +136,17 @@ def results(runs: list[Run], smooth: int) -> list[tuple[str, str, list]]:
         ),
     ]
     return [row for row in rows if any(value != ABSENT for value, _ in row[2])]
+
+
+def _task_rows(runs: list[Run]) -> list[tuple[str, str, list]]:
+    rows = []
+    for key in dict.fromkeys(key for run in runs for key in run.task_metrics):
+        name = "/".join(key.split("/")[1:])
+        rows += [
+            (f"{name}, last", f"{name}（最后）", [_share_at(run, key, -1) for run in runs]),
+            (f"{name}, highest", f"{name}（最高）", [_share_at(run, key, None) for run in runs]),
+        ]
+    return rows
 
 
 # ---- cells: (value, note) -----------------------------------------------------------------------------------------
@@ -182,6 +179,16 @@ def _loss_at(run: Run, key: str, index: int | None) -> tuple[str, str]:
     with np.errstate(over="ignore"):  # inf if the run diverged
         perplexity = np.exp(curve.values[index])
     return f"{curve.values[index]:.4f}", f"perplexity {perplexity:,.5g}, at step {curve.steps[index]:,}"
+
+
+def _share_at(run: Run, key: str, index: int | None) -> tuple[str, str]:
+    """A task's score at `index` of the curve; None: at its maximum."""
+    curve, chance = run.curve(key), run.curve(key.rpartition("/")[0] + "/chance")
+    if not len(curve):
+        return ABSENT, ""
+    index = int(np.argmax(curve.values)) if index is None else index
+    guessing = f"guessing {chance.values[-1]:.1%}, " if len(chance) else ""
+    return f"{curve.values[index]:.1%}", f"{guessing}at step {curve.steps[index]:,}"
 
 
 def _median_speed(run: Run) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from mateconv_jax.data import loader
 from mateconv_jax.data.dataset import Rows
+from mateconv_jax.data.mixture import Order
 from mateconv_jax.data.rows import Batch
 from mateconv_jax.runtime import sharding
 from mateconv_jax.training.batch_shape import BatchShape, Position
@@ -38,11 +39,19 @@ class Source(Protocol):
 
 
 class RowBatches:
-    """Rows of a dataset, read ahead by threads; the parameters are ignored."""
+    """Rows of a dataset or a mixture, read ahead by threads; the parameters are ignored."""
 
-    def __init__(self, rows: Rows, shape: BatchShape, seed: int, shuffle: bool, num_workers: int, mesh: Mesh, start: Position):
-        """seed, shuffle, num_workers: see loader.training_batches. start: from where on steps are of this shape."""
-        self._rows, self._shape, self._mesh, self._start = rows, shape, mesh, start
+    def __init__(
+        self, rows: Rows, shape: BatchShape, seed: int, shuffle: bool, num_workers: int, mesh: Mesh, start: Position,
+        order: Order | None = None,
+    ):  # fmt: skip
+        """
+        Args:
+          seed, shuffle, num_workers: see loader.training_batches.
+          start: from where on steps are of this shape.
+          order: of a mixture's rows; None: that of loader.rows_at.
+        """
+        self._rows, self._shape, self._mesh, self._start, self._order = rows, shape, mesh, start, order
         self._seed, self._shuffle, self._num_workers = seed, shuffle, num_workers
         self._read_ahead: Iterator[Batch] | None = None
         self._next_step = 0
@@ -61,7 +70,7 @@ class RowBatches:
         if self._read_ahead is None or step != self._next_step:
             self._read_ahead = loader.training_batches(
                 self._rows, self._shape.batch_size, self._seed, self._shuffle, self.rows_before(step), self._num_workers,
-                self._shape.accumulation_steps,
+                self._shape.accumulation_steps, None if self._order is None else self._order.rows_at,
             )  # fmt: skip
         self._next_step = step + 1
         batch = loader.micro_batches(next(self._read_ahead), self._shape.accumulation_steps)
@@ -73,5 +82,6 @@ class RowBatches:
 
     def describe(self, step: int) -> str:
         positions = self.rows_before(step) + np.arange(self._shape.rows)
-        rows = loader.rows_at(positions, len(self._rows), self._seed, self._shuffle)
-        return f"rows {rows.tolist()}"
+        if self._order is not None:
+            return self._order.describe(self._order.rows_at(positions, self._seed, self._shuffle))
+        return f"rows {loader.rows_at(positions, len(self._rows), self._seed, self._shuffle).tolist()}"

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jax
 import orbax.checkpoint as ocp
@@ -30,11 +30,13 @@ class Progress:
     """What a run knows besides its TrainState.
 
     Attributes:
-      best_loss, best_step: of all evaluations on what is measured now; None: there is none.
+      best_loss, best_step: of all evaluations on what is measured now; None: there is none. With training.best_metric the best
+        value of that.
       bad_evaluations: since the best one.
       evaluated_step: of the last evaluation.
       rows, train_data, measured: rows read so far; fingerprints of what is read, see `reads`. None in older checkpoints.
       reference: fingerprints of the reference's weights, rows and numbers, see reference.py; None: the loss has none.
+      mixture: what is read of each dataset, see mixing.py; None: the run has never read but one.
     """
 
     best_loss: float | None = None
@@ -45,6 +47,7 @@ class Progress:
     train_data: str | None = None
     measured: str | None = None
     reference: dict[str, str] | None = None
+    mixture: dict[str, Any] | None = None
 
     def reads(self, train_data: str, measured: str | None) -> list[str]:
         """Record fingerprints of the training rows, and of the rows that a validation loss is measured on (None: there are
@@ -58,17 +61,22 @@ class Progress:
         if measured is None:
             return changes
         if self.measured not in (None, measured):
-            changes.append("the validation loss is measured on other rows than before: best loss and patience start anew")
+            changes.append(
+                "what decides the best checkpoint is measured on other rows than before: best and patience start anew"
+            )
             self.best_loss, self.best_step, self.bad_evaluations = None, None, 0
         self.measured = measured
         return changes
 
-    def evaluated(self, step: int, loss: float) -> bool:
-        """Record the loss of an evaluation. Returns whether it is the best so far; NaN and infinity never are."""
+    def evaluated(self, step: int, loss: float, shall_be_high: bool = False) -> bool:
+        """Record an evaluation's loss, or other metric that decides. Returns whether it is the best so far; NaN and infinity
+        never are.
+        """
         self.evaluated_step = step
         # NaN: older versions took it for the best, and nothing is below it.
-        best = math.inf if self.best_loss is None or math.isnan(self.best_loss) else self.best_loss
-        if loss < best:
+        sign = -1 if shall_be_high else 1
+        best = math.inf if self.best_loss is None or math.isnan(self.best_loss) else sign * self.best_loss
+        if math.isfinite(loss) and sign * loss < best:
             self.best_loss, self.best_step, self.bad_evaluations = loss, step, 0
             return True
         self.bad_evaluations += 1

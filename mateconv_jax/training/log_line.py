@@ -7,7 +7,7 @@ def step_line(step: int, total_steps: int, scalars: Mapping[str, float]) -> str:
     """A step, `step 340/500  loss 0.7301  lr 1.07e-3  grad 0.24  7.0k tok/s  eta 1:02`, or an evaluation,
     `step 340/500  val/loss 0.8127  ema 0.8011  1.204 bits/byte`. Numbers that `scalars` lacks are left out; preferences have
     `margin  0.214  accuracy  71.9%` behind the loss, answers `reward 0.4120  length 8.1`, named validation sets
-    `wiki 0.8127  code 1.2031`.
+    `wiki 0.8127  code 1.2031`, benchmark questions `ceval  26.4%`.
     """
     fields = [f"step {step:{len(str(total_steps))}}/{total_steps}"]
     for name, text in (("train/loss", "loss {}"), ("val/loss", "val/loss {}"), ("val/ema_loss", "ema {}")):
@@ -29,6 +29,9 @@ def step_line(step: int, total_steps: int, scalars: Mapping[str, float]) -> str:
     for name in scalars:
         if name.startswith("val/") and name.count("/") == 2 and name.endswith("/loss"):
             fields.append(f"{name.split('/')[1]} {_fixed(scalars[name], 6)}")
+    for name in scalars:  # the first number of a task is the one that counts
+        if name.startswith("tasks/") and not name.endswith(("_macro", "_norm", "_bytes", "/perplexity", "/chance")):
+            fields.append(f"{name.split('/')[1]} {scalars[name]:6.1%}")
     if "lr" in scalars:
         fields.append(f"lr {_scientific(scalars['lr']):>7}")
     if "grad_norm" in scalars:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from mateconv_jax import config as config_lib, disk, run_folder
+from mateconv_jax.data import mixture
 from mateconv_jax.data.dataset import Rows, fingerprint
 from mateconv_jax.errors import UserError
 from mateconv_jax.interop.stored_model import write_end_ids
@@ -21,9 +22,10 @@ from mateconv_jax.model.attention import cudnn
 from mateconv_jax.model.config import ModelConfig
 from mateconv_jax.runtime import agreement, distributed, out_of_memory, sharding
 from mateconv_jax.runtime.notices import Notices
-from mateconv_jax.training import objective as objective_lib, reinforcement, resume, run_lock, setup
+from mateconv_jax.training import mixing, objective as objective_lib, reinforcement, resume, run_lock, setup
 from mateconv_jax.training.batch_shape import BatchShape
 from mateconv_jax.training.batches import Source
+from mateconv_jax.training.best_metric import BestMetric
 from mateconv_jax.training.checkpoints import Checkpoints, Progress
 from mateconv_jax.training.evaluator import Evaluation
 from mateconv_jax.training.hang_watch import HangWatch
@@ -38,6 +40,7 @@ from mateconv_jax.training.samples import Samples
 from mateconv_jax.training.setup import Length
 from mateconv_jax.training.skipped_steps import SkippedSteps
 from mateconv_jax.training.step import lower, make_score_step
+from mateconv_jax.training.task_evaluator import TaskEvaluator
 from mateconv_jax.training.time_limit import SaveTimer, TimeLimit
 from mateconv_jax.training.train_state import TrainState
 from mateconv_jax.training.writers import WandbOptions
@@ -104,36 +107,34 @@ def _train(config: ConfigDict, signals: Signals, notices: Notices, time_limit: T
     length = Length.of(training, len(train_rows), position)
     programs = setup.build(config, c, mesh, length.total_steps, objective)
     samples = _samples(objective, length, programs, tokenizer, training)
+    tasks = TaskEvaluator.of(config, programs.graph, programs.abstract_params, c, mesh, tokenizer)
+    best = _best_metric(training, objective, val_sets, tasks)
 
     # ---- the run folder ---------------------------------------------------------------------------------------------
     folder = Path(training.out_dir)
     differences = resume.check_compatible(origin, config, tokenizer)
     if training.keep_best:
         resume.bring_best(origin, folder)
-    with (
-        logging_to(folder / "train.log"),
-        _checkpoints(training, folder, time_limit, notices) as checkpoints,
-    ):
+    with logging_to(folder / "train.log"), _checkpoints(training, folder, time_limit, notices) as checkpoints:
         state, progress, read, start = resume.start(origin, checkpoints, programs.init, programs.abstract_state)
         if read != position:  # the newest checkpoint was damaged
             length = Length.of(training, len(train_rows), read)
             programs = setup.build(config, c, mesh, length.total_steps, objective)
-        differences += progress.reads(*_fingerprints(train_rows, val_sets, training))
+        order, mixed = mixing.order_of(train_rows, Path(config.data.train_data_path).name, progress)
+        differences += mixed + progress.reads(*_fingerprints(train_rows, val_sets, training, tasks))
         end_ids = resume.end_ids(origin, c.vocab_size)
         if distributed.is_first():
             _describe(folder, config, tokenizer, end_ids)
-        if shape_taken:
-            logging.info("%s", shape_taken)
-        log_header(c, programs.abstract_params, train_rows, val_sets, objective, length.total_steps, read, start, differences)
+        _log_choices(shape_taken, tasks, best)
+        log_header(programs, train_rows, order, val_sets, objective, length.total_steps, read, start, differences)
 
         # ---- the reference, batches, validation ---------------------------------------------------------------------
         if objective.needs_reference:
             reference = _reference(config, programs, origin, folder)
-            joined = reference.join(train_rows, val_sets, state.params, progress, signals.poll)
-            if joined is None:
+            if (joined := reference.join(train_rows, val_sets, state.params, progress, signals.poll)) is None:
                 return RESUMABLE
             train_rows, val_sets = joined
-        context = objective_lib.Context(folder, end_ids, progress, signals.poll)
+        context = objective_lib.Context(folder, end_ids, progress, signals.poll, order)
         source = objective.source(c, mesh, train_rows, tokenizer, read, context)
         if length.samples_interval is not None and objective.samples is not None:
             samples = objective.samples(source)
@@ -141,8 +142,9 @@ def _train(config: ConfigDict, signals: Signals, notices: Notices, time_limit: T
         evaluators = {name: evaluator_of(rows, tokenizer, context) for name, rows in val_sets.items()}
         with _metrics(config, programs, objective.shape, length, int(state.step), progress) as metrics:
             return Run(
-                folder, length, programs, source, evaluators, samples, checkpoints, SaveTimer(training.save_minutes),
-                metrics, signals, watch, training.max_bad_steps, training.patience if training.early_stopping else None,
+                folder, length, programs, source, evaluators, tasks, best, samples, checkpoints,
+                SaveTimer(training.save_minutes), metrics, signals, watch, training.max_bad_steps,
+                training.patience if training.early_stopping else None,
             ).steps(state, progress)  # fmt: skip
 
 
@@ -159,9 +161,28 @@ def _open(config: ConfigDict, c: ModelConfig, objective: objective_lib.Objective
         opened = open_prompts(options, c.vocab_size, longest, rows_per_prompt, origin.tokenizer)
     else:
         opened = open_data(options, c.vocab_size, config.training.document_mask, objective.check)
-    if config.training.early_stopping and not opened[1]:
+    if config.training.early_stopping and not opened[1] and config.training.best_metric is None:
         raise UserError("training.early_stopping: there are no validation rows (expected data.val_data_path)")
     return opened
+
+
+def _best_metric(
+    training: ConfigDict, objective: objective_lib.Objective, val_sets: Mapping[str, Rows], tasks: TaskEvaluator | None
+) -> BestMetric:
+    best = BestMetric(training.best_metric)
+    of_loss = ["loss", "bits_per_byte", *["ema_loss"] * training.use_ema] if objective.kind == "next_token" else None
+    best.check(val_sets, tasks.metric_names if tasks else [], of_loss)
+    return best
+
+
+def _log_choices(shape_taken: str | None, tasks: TaskEvaluator | None, best: BestMetric) -> None:
+    """What the run takes from others, what it is asked, and what counts as best."""
+    if shape_taken:
+        logging.info("%s", shape_taken)
+    if tasks is not None:
+        tasks.log()
+    if best.name is not None:
+        logging.info("best checkpoint: the one with the %s %s", "highest" if best.shall_be_high else "lowest", best.name)
 
 
 def _describe(folder: Path, config: ConfigDict, tokenizer: PreTrainedTokenizerFast, end_ids: tuple[int, ...]) -> None:
@@ -179,10 +200,12 @@ class Run:
 
     Attributes:
       source: see batches.py.
-      evaluators: {name of the validation set: see Evaluator}; the first one's loss decides what is best.
+      evaluators: {name of the validation set: see Evaluator}.
+      tasks: None: the run asks no benchmark questions.
+      best: what decides which checkpoint is the best.
       samples: None: the run writes none.
-      patience: evaluations without a lower loss after which it stops early; None: never.
-      has_evaluated: in this process.
+      patience: evaluations without a new best after which it stops early; None: never.
+      evaluated: in this process, whether on rows and whether on benchmark questions.
     """
 
     folder: Path
@@ -190,6 +213,8 @@ class Run:
     programs: setup.Setup
     source: Source
     evaluators: dict[str, Callable[..., Evaluation | None]]
+    tasks: TaskEvaluator | None
+    best: BestMetric
     samples: Samples | None
     checkpoints: Checkpoints
     save_timer: SaveTimer
@@ -198,7 +223,7 @@ class Run:
     watch: HangWatch
     max_bad_steps: int
     patience: int | None
-    has_evaluated: bool = False
+    evaluated: set[tuple[bool, bool]] = dataclasses.field(default_factory=set)
 
     def steps(self, state: TrainState, progress: Progress) -> int:
         """From the state's step to the end, or until the run is asked to stop. Returns the exit code."""
@@ -258,27 +283,42 @@ class Run:
     # ---- what happens every so often --------------------------------------------------------------------------------
 
     def evaluation_due(self, step: int, progress: Progress) -> bool:
-        regular = step % self.length.eval_interval == 0 or step == self.length.total_steps
-        return bool(self.evaluators) and step > 0 and regular and progress.evaluated_step != step
+        of_rows, of_tasks = self.due(step)
+        return (of_rows or of_tasks) and step > 0 and progress.evaluated_step != step
+
+    def due(self, step: int) -> tuple[bool, bool]:
+        """Whether the validation rows, and the benchmark questions, have their turn."""
+        last = step == self.length.total_steps
+        of_rows = bool(self.evaluators) and (last or step % self.length.eval_interval == 0)
+        return of_rows, self.tasks is not None and (last or step % self.length.tasks_interval == 0)
 
     def evaluate(self, step: int, state: TrainState, progress: Progress) -> None:
-        """Write the validation loss and keep the best checkpoint. When the run is asked to stop, its resumption does this."""
+        """Write validation loss and benchmark scores, and keep the best checkpoint. When the run is asked to stop, its
+        resumption does this.
+        """
         last = step == self.length.total_steps
 
         def should_stop() -> bool:
             self.watch.progress()
             return self.signals.poll() and not last
 
-        # The first time it is compiled: nobody knows how long that takes.
-        with self.metrics.not_training(), contextlib.nullcontext() if self.has_evaluated else self.watch.paused():
-            losses = validation_losses(self.evaluators, state, should_stop)
+        of_rows, of_tasks = self.due(step)
+        # The first time it is compiled, and the first process writes answers alone: nobody knows how long that takes.
+        pauses = (of_rows, of_tasks) not in self.evaluated or self.tasks is not None and self.tasks.writes_answers
+        with self.metrics.not_training(), self.watch.paused() if pauses else contextlib.nullcontext():
+            losses = validation_losses(self.evaluators, state, should_stop) if of_rows else {}
+            if losses is not None and of_tasks and self.tasks is not None:
+                params = state.params if state.ema_params is None else state.ema_params
+                scores = self.tasks(params, should_stop)
+                losses = None if scores is None else losses | scores
             # All processes have summed the same numbers, but best and patience must not hang on that.
             losses = agreement.from_first("losses", losses)
-            self.has_evaluated = True
+            self.evaluated.add((of_rows, of_tasks))
             if losses is None:
                 return
             self.metrics.write(step, losses)
-            if progress.evaluated(step, losses.get("val/ema_loss", losses["val/loss"])):
+            progress.evaluated_step, value = step, self.best.value(losses)
+            if value is not None and progress.evaluated(step, value, self.best.shall_be_high):
                 with self.watch.paused():
                     self.checkpoints.save_best(step, state, progress)
 
@@ -288,7 +328,7 @@ class Run:
     def stops_early(self, progress: Progress) -> bool:
         if self.out_of_patience(progress):
             best = "" if progress.best_loss is None else f" than {progress.best_loss:.4f}, of step {progress.best_step}"
-            logging.info("early stopping: %d evaluations without a lower loss%s", progress.bad_evaluations, best)
+            logging.info("early stopping: %d evaluations without %s%s", progress.bad_evaluations, self.best.words, best)
         return self.out_of_patience(progress)
 
     def write_samples(self, step: int, state: TrainState) -> None:
@@ -332,14 +372,26 @@ def _losses_of_set(evaluator: Callable[..., Evaluation | None], state: TrainStat
     return losses | {metric.rpartition("/")[2]: value for metric, value in result.metrics(last).items()}
 
 
-def _fingerprints(train_rows: Rows, val_sets: Mapping[str, Rows], training: ConfigDict) -> tuple[str, str | None]:
-    """Of the training rows, and of what the loss that decides what is best is measured on: the first validation set."""
-    train = fingerprint(train_rows, len(train_rows))
-    if not val_sets:
-        return check_same_data(train, None)
-    val_rows = next(iter(val_sets.values()))
-    n_measured = min(len(val_rows), training.eval_iters * training.batch_size)
-    return check_same_data(train, fingerprint(val_rows, n_measured) + " within documents" * training.document_mask)
+def _fingerprints(
+    train_rows: Rows, val_sets: Mapping[str, Rows], training: ConfigDict, tasks: TaskEvaluator | None = None
+) -> tuple[str, str | None]:
+    """Of the training rows, and of what decides what is best is measured on: the first validation set, or what
+    training.best_metric names.
+    """
+    mixed = isinstance(train_rows, mixture.MixedRows)
+    train = mixture.fingerprint(train_rows.parts) if mixed else fingerprint(train_rows, len(train_rows))
+    of_sets = {}
+    for name, rows in val_sets.items():
+        n_measured = min(len(rows), training.eval_iters * training.batch_size)
+        of_sets[name] = fingerprint(rows, n_measured) + " within documents" * training.document_mask
+    of_tasks = None if tasks is None else tasks.fingerprint
+    first = next(iter(of_sets.values()), None)
+    check_same_data(train, first, of_tasks)
+    if training.best_metric is None:
+        return train, first
+    if BestMetric(training.best_metric).of_tasks:
+        return train, f"{training.best_metric} {of_tasks}"
+    return train, f"{training.best_metric} {of_sets.get(training.best_metric.split('/')[1], first)}"
 
 
 def _reference(config: ConfigDict, programs: setup.Setup, origin: resume.Origin, folder: Path) -> Reference:

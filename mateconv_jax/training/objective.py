@@ -24,7 +24,8 @@ from mateconv_jax.runtime import sharding
 from mateconv_jax.training.batch_shape import BatchShape, Position
 from mateconv_jax.training.step import LossFn
 
-if TYPE_CHECKING:  # planning does without Orbax
+if TYPE_CHECKING:  # planning does without Orbax and Grain
+    from mateconv_jax.data.mixture import Order
     from mateconv_jax.training.checkpoints import Progress
 
 HOW_TO_MAKE = {
@@ -42,12 +43,14 @@ class Context:
       end_ids: tokens that end an answer besides the tokenizer's, of the model that the run starts from.
       progress: of the run; a source may note there what its batches depend on.
       should_stop: whether the run is asked to stop; a source that takes long asks now and then.
+      order: in which the rows of a mixture are read; None: they are of one dataset.
     """
 
     folder: Path
     end_ids: tuple[int, ...]
     progress: "Progress"
     should_stop: Callable[[], bool]
+    order: "Order | None" = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,11 +147,13 @@ def _rows(shape: BatchShape, document_mask: bool, mesh: Mesh, learned: bool) -> 
 
 
 def _row_batches(
-    config: ConfigDict, shape: BatchShape, c: ModelConfig, mesh: Mesh, rows: Rows, tokenizer, start: Position, context
+    config: ConfigDict, shape: BatchShape, c: ModelConfig, mesh: Mesh, rows: Rows, tokenizer, start: Position,
+    context: Context,
 ):  # fmt: skip
     from mateconv_jax.training.batches import RowBatches  # imports Grain: not for planning
 
-    return RowBatches(rows, shape, config.training.seed, config.data.shuffle, config.data.num_workers, mesh, start)
+    seed, shuffle, num_workers = config.training.seed, config.data.shuffle, config.data.num_workers
+    return RowBatches(rows, shape, seed, shuffle, num_workers, mesh, start, context.order)
 
 
 def _loss_on_rows(

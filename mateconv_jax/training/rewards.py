@@ -87,6 +87,13 @@ class Rewards:
             futures.append(future)
         return futures
 
+    def of(self, prompts: Sequence, answers: Sequence[str], records: Sequence[dict]) -> np.ndarray:
+        """Score one answer to each prompt: (F, N), NaN where a function gave no reward."""
+        futures = [self.start(*each) for each in zip(prompts, [[answer] for answer in answers], records, strict=True)]
+        reward_FN = collect(futures)
+        assert reward_FN is not None  # nobody asks it to stop
+        return reward_FN
+
     def total(self, reward_FN: np.ndarray) -> np.ndarray:
         """The weighted sum (N,) of the functions' rewards; NaN where one of them gave none."""
         return self._weight_F @ reward_FN

@@ -9,6 +9,7 @@ from mateconv_jax.runtime import agreement
 # May differ from machine to machine; that the data are the same is checked by what is in them.
 OF_A_MACHINE = {
     "data.num_workers", "data.tokenizer_path", "data.train_data_path", "data.val_data_path", "training.compilation_cache_dir",
+    "training.eval_tasks",
 }  # fmt: skip
 
 
@@ -25,14 +26,14 @@ def check_same_config(config: ConfigDict) -> None:
                 )
 
 
-def check_same_data(train: str, measured: str | None) -> tuple[str, str | None]:
-    """The fingerprints as they are. Raises UserError, in every process, where a process has others than the first one."""
-    seen = agreement.gather("data", [train, measured])
+def check_same_data(train: str, validation: str | None, tasks: str | None) -> None:
+    """Raises UserError, in every process, where a process has other fingerprints than the first one."""
+    seen = agreement.gather("data", [train, validation, tasks])
+    keys = ("data.train_data_path", "data.val_data_path", "training.eval_tasks")
     for process, theirs in enumerate(seen):
-        for key, own, first in zip(("data.train_data_path", "data.val_data_path"), theirs, seen[0], strict=True):
+        for key, own, first in zip(keys, theirs, seen[0], strict=True):
             if own != first:
-                raise UserError(f"{key}: process {process} has other rows than process 0 (expected the same data everywhere)")
-    return train, measured
+                raise UserError(f"{key}: process {process} has other data than process 0 (expected the same everywhere)")
 
 
 def _value(config: ConfigDict, name: str):

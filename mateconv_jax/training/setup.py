@@ -113,6 +113,7 @@ class Length:
       total_steps: from the first to the last.
       eval_interval, save_interval, log_interval: between two evaluations, checkpoints, log lines.
       samples_interval: between two samples; None: no samples.
+      tasks_interval: between two evaluations on benchmark questions.
     """
 
     total_steps: int
@@ -120,6 +121,7 @@ class Length:
     save_interval: int
     log_interval: int
     samples_interval: int | None
+    tasks_interval: int
 
     @staticmethod
     def of(training: ConfigDict, n_rows: int, position: Position) -> "Length":
@@ -146,7 +148,8 @@ class Length:
                 "training.sample_prompts: empty, but training.samples_interval asks for samples (expected a prompt)"
             )
         _check_schedule(training, steps)
-        return Length(steps, interval("eval_interval"), interval("save_interval"), interval("log_interval"), samples)
+        tasks = interval("eval_interval" if training.eval_tasks_interval is None else "eval_tasks_interval")
+        return Length(steps, interval("eval_interval"), interval("save_interval"), interval("log_interval"), samples, tasks)
 
 
 def _check_schedule(training: ConfigDict, steps: int) -> None:

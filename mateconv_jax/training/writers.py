@@ -89,7 +89,7 @@ class JsonlWriter:
                 line
                 for line, record in zip(lines, records, strict=True)
                 if record is not None
-                and (record["step"] < start_step or record["step"] == start_step and (evaluated or "val/loss" not in record))
+                and (record["step"] < start_step or record["step"] == start_step and (evaluated or not _is_evaluation(record)))
             ]
             files.write_text(path, "".join(line.decode() + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
@@ -109,6 +109,10 @@ def _record(line: bytes) -> dict | None:
     except ValueError:  # UnicodeDecodeError too
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _is_evaluation(record: dict) -> bool:
+    return any(name.startswith(("val/", "tasks/")) for name in record)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -236,11 +236,15 @@ def test_a_model_that_diverged_has_no_figures():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "one of the arguments --data --prompts --demo is required"),
+        ([], "one of the arguments --data --tasks --says --prompts --demo is required"),
         (["--demo", "--data=x"], "not allowed with argument"),
         (["--demo", "--split=train"], "--split: only allowed with argument --data"),
         (["--prompts=x"], "--reward: required with --prompts"),
-        (["--demo", "--reward=a:b"], "--reward: only allowed with argument --prompts"),
+        (["--demo", "--reward=a:b"], "--reward: only allowed with argument --prompts or --tasks"),
+        (["--demo", "--max_new_tokens=3"], "--max_new_tokens: only allowed with argument --prompts or --tasks or --says"),
+        (["--demo", "--model_path=b"], "--model_path: models are compared with --data or --tasks or --says"),
+        (["--data=x", "--by=source", "--max_batches=3"], "--max_batches: not allowed where documents are scored one by one"),
+        (["--tasks=x", "--output=x.html", "--csv=y.csv"], "--csv: not allowed where models are compared"),
         (["--demo", "--max_batches=3"], "--max_batches: only allowed with argument --data"),
     ],
 )  # fmt: skip

@@ -150,3 +150,15 @@ def test_it_compiles_for_every_gpu(gpu):
     step = compile_step(base_config(model=dict(n_layers=1), batch_size=8), gpu, devices=2, hosts=2)
     assert [a.direction for a in step.report.attention] == ["forward", "backward"]
     assert set(step.report.matmuls_by_dtype()) <= {"bf16 x bf16 -> bf16", "bf16 x bf16 -> f32"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", ["a100", "h100", "4090"])
+@pytest.mark.parametrize("head_dim, document_mask", [(64, True), (80, False), (96, False), (128, True)])
+def test_long_rows_attend_in_fused_kernels(gpu, head_dim, document_mask):
+    """As XLA compiles it: whether cuDNN takes the shape, only the GPU says."""
+    shape = dict(n_layers=1, dim=4 * head_dim, n_heads=4, n_kv_heads=2, max_seq_len=16384)
+    config = base_config(shape, batch_size=1, document_mask=document_mask)
+    config.data.seq_len = 16384
+    step = compile_step(config, gpu, devices=1)
+    assert [a.direction for a in step.report.attention] == ["forward", "backward"]

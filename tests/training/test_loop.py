@@ -38,8 +38,8 @@ def spy(monkeypatch):
     spy = Spy()
     original_batches, original_save = loader.training_batches, Checkpoints.save
 
-    def batches(rows, batch_size, seed, shuffle, start_row, num_workers, accumulation_steps):
-        original = original_batches(rows, batch_size, seed, shuffle, start_row, num_workers, accumulation_steps)
+    def batches(rows, batch_size, seed, shuffle, start_row, num_workers, accumulation_steps, order):
+        original = original_batches(rows, batch_size, seed, shuffle, start_row, num_workers, accumulation_steps, order)
         for step, batch in enumerate(original, start_row // (batch_size * accumulation_steps) + 1):
             spy.batches[step] = batch["tokens"].copy()
             yield batch
@@ -154,7 +154,7 @@ def test_several_validation_sets_have_their_losses_and_the_first_decides(tiny_co
         assert m["val/loss"] == m["val/wiki/loss"] < m["val/noise/loss"] - 0.1
     assert saved(folder, 4)[1]["best_loss"] == min(m["val/wiki/loss"] for m in evaluations)
     log = (folder / "train.log").read_text()
-    assert f"noise {evaluations[-1]['val/noise/loss']:.4f}" in log and "the best checkpoint are by wiki" in log
+    assert f"noise {evaluations[-1]['val/noise/loss']:.4f}" in log and "val/loss is that of wiki" in log
 
 
 @pytest.mark.parametrize(

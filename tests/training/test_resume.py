@@ -249,6 +249,7 @@ def test_which_checkpoints_are_kept(tiny_config, tmp_path, monkeypatch):
         "evaluated_step": 10,
         "rows": 80,
         "reference": None,
+        "mixture": None,
     }
     assert all(len(fingerprint) == 16 for fingerprint in fingerprints)
     monkeypatch.setattr(loop, "validation_losses", lambda *args: {"val/loss": 1.0})
@@ -329,7 +330,7 @@ def test_patience_starts_anew_where_something_else_is_measured():
     assert progress.reads("train", "validation") == progress.reads("train", None) == []
     assert not progress.evaluated(2, 2.0) and progress.bad_evaluations == 1
     said = progress.reads("train", "other")
-    assert said == ["the validation loss is measured on other rows than before: best loss and patience start anew"]
+    assert said == ["what decides the best checkpoint is measured on other rows than before: best and patience start anew"]
     assert progress == Progress(None, None, 0, 2, 8, "train", "other") and progress.evaluated(3, 2.0)
 
 
