@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from mateconv_jax import config as config_lib
+from mateconv_jax import config as config_lib, weighted_paths
 from mateconv_jax.data.dataset import open_dataset, read_metadata
 from mateconv_jax.errors import UserError
 from mateconv_jax.planning import rules
@@ -30,12 +30,26 @@ class Data:
     has_validation: bool
 
 
-def read_data(path: str) -> Data:
-    """What a recipe needs to know of a dataset.
+def read_data(text: str) -> Data:
+    """What a recipe needs to know of a dataset, or of several with weights (see weighted_paths): of these an epoch is as many
+    rows as they have together, as for `train`.
 
     Raises:
-      UserError: no dataset of texts there.
+      UserError: no dataset of texts there, or datasets that do not fit each other.
     """
+    found = [_read_one(path) for path, _ in weighted_paths.parse(text, "--data")]
+    first = found[0]
+    for data in found[1:]:
+        if (data.vocab_size, data.seq_len) != (first.vocab_size, first.seq_len):
+            raise UserError(
+                f"--data: {data.path!r} has {data.vocab_size:,} tokens and rows of {data.seq_len}, {first.path!r} "
+                f"{first.vocab_size:,} and {first.seq_len} (prepare both with one tokenizer and one --seq_len)"
+            )
+    tokens, has_validation = sum(data.tokens for data in found), any(data.has_validation for data in found)
+    return dataclasses.replace(first, path=text, tokens=tokens, has_validation=has_validation)
+
+
+def _read_one(path: str) -> Data:
     if Path(path).suffix == ".bin":
         raise UserError(
             f"--data: {path!r} does not say its vocabulary (expected a dataset folder; make one with: python -m "
