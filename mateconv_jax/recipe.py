@@ -96,7 +96,13 @@ def parse_args(argv):
         prog=program("recipe"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--data", type=os.path.expanduser, required=True, metavar="DIR", help="dataset folder, as prepare writes it; several: DIR:WEIGHT,DIR:WEIGHT")
+    add(
+        "--data",
+        type=os.path.expanduser,
+        required=True,
+        metavar="DIR",
+        help="dataset folder, as prepare writes it; several: DIR:WEIGHT,DIR:WEIGHT",
+    )
     add("--gpu", required=True, metavar="NAME", help="a100, a100-40, h100, h200, b200, l4 or 4090; or this: this machine's devices, on which the step is timed")  # fmt: skip  # noqa: E501
     add("--devices", type=int, default=1, metavar="N", help="total number of GPUs (default: 1)")
     add("--hosts", type=int, default=1, metavar="N", help="machines they are spread over (default: 1)")

@@ -57,9 +57,8 @@ def _read_one(path: str) -> Data:
         )
     metadata = read_metadata(path, "--data")
     dataset = open_dataset(path, "--data", metadata["seq_len"])
-    if dataset.content != "texts" or dataset.learned:
-        kind = "preferences" if dataset.content != "texts" else "dialogues"
-        raise UserError(f"--data: {path!r} has {kind}; recipes are for pretraining (expected texts; see configs/sft.py)")
+    if dataset.content != "texts":
+        raise UserError(f"--data: {path!r} has preferences; recipes are for pretraining (expected texts; see configs/dpo.py)")
     tokens = dataset.n_rows("train") * dataset.seq_len
     if not tokens:
         raise UserError(f"--data: {path!r} has no training rows (prepare it again)")

@@ -131,7 +131,6 @@ def test_the_sizes_in_configs_are_what_the_rules_give(name, size):
     "changes, message",
     [
         ({"content": "pairs"}, "has preferences; recipes are for pretraining"),
-        ({"learned": True}, "has dialogues; recipes are for pretraining"),
         ({"splits": {"train": {"rows": 0}}}, "has no training rows"),
     ],
 )
@@ -142,3 +141,14 @@ def test_data_that_is_not_for_pretraining_is_refused(tmp_path, changes, message)
     (tmp_path / "metadata.json").write_text(json.dumps(metadata | changes))
     with pytest.raises(UserError, match=message):
         recipe_lib.read_data(str(tmp_path))
+
+
+def test_several_datasets_are_one_and_must_fit_each_other(tmp_path):
+    metadata = {"seq_len": 64, "vocab_size": 400, "tokenizer_fingerprint": "", "splits": {"train": {"rows": 100}}}
+    for name, changes in (("a", {}), ("b", {"learned": True}), ("c", {"vocab_size": 500})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metadata.json").write_text(json.dumps(metadata | changes))
+    both = f"{tmp_path}/a:0.7,{tmp_path}/b:0.3"
+    assert recipe_lib.read_data(both) == Data(both, 12800, 400, 64, False)
+    with pytest.raises(UserError, match="500 tokens .* with one tokenizer"):
+        recipe_lib.read_data(f"{tmp_path}/a:0.7,{tmp_path}/c:0.3")

@@ -319,7 +319,7 @@ def every_evaluation_is_the_best():
 
     wrap(Progress, "evaluated")
     evaluated = Progress.evaluated
-    Progress.evaluated = lambda self, step, loss: evaluated(self, step, loss) or True
+    Progress.evaluated = lambda self, *args: evaluated(self, *args) or True
 
 
 SAVES = int(os.environ.get("MATECONV_STRESS_SAVES", "500"))
