@@ -40,7 +40,7 @@ BUDGETS = [
     ("convert --help", "", 0),
     ("convert --from {model} --to {tmp}/run", MODEL, 0),
     ("plan --help", "", 0),
-    ("plan --config=configs/base.py --gpu=none", "flax jax", 2),
+    ("plan --config=configs/base.py --gpu=none", "flax jax scipy", 2),
     ("recipe --help", "", 0),
     ("recipe --data=none --gpu=l4", "", 2),
     ("report --help", "", 0),

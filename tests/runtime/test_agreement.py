@@ -90,6 +90,6 @@ def test_alone_it_is_the_value():
 
 
 def test_other_rows_in_one_process_are_an_error_in_all(together):
-    assert together(lambda index: same_inputs.check_same_data("t", "v")) == [("t", "v")] * 3
-    said = together(lambda index: same_inputs.check_same_data("t", "v2" if index == 2 else "v"))
+    assert together(lambda index: same_inputs.check_same_data("t", "v", "q")) == [None] * 3
+    said = together(lambda index: same_inputs.check_same_data("t", "v2" if index == 2 else "v", None))
     assert said == ["data.val_data_path: process 2 has other rows than process 0 (expected the same data everywhere)"] * 3
