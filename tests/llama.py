@@ -1,5 +1,8 @@
 """The outside reference for the model: transformers' LlamaForCausalLM with our weights."""
 
+import shutil
+from pathlib import Path
+
 import jax
 import numpy as np
 import torch
@@ -58,3 +61,10 @@ def from_ours(model: Transformer) -> transformers.LlamaForCausalLM:
     assert missing == ["lm_head.weight"] and not unexpected
     llama.tie_weights()
     return llama
+
+
+def hugging_face_folder(folder: Path, dataset_folder: Path, max_seq_len: int) -> Path:
+    """`folder`, made with `peaked_model` and the dataset's tokenizer."""
+    shutil.copytree(dataset_folder / "tokenizer", folder)
+    from_ours(peaked_model(max_seq_len)).save_pretrained(folder)
+    return folder

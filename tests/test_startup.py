@@ -1,7 +1,6 @@
 """What each command imports, and what it must not: PyTorch costs 3 s, transformers and Orbax 1 each."""
 
 import os
-import shutil
 import subprocess
 import sys
 
@@ -51,10 +50,7 @@ BUDGETS = [
 @pytest.fixture(scope="module")
 def model(dataset_folder, tmp_path_factory):
     """A Hugging Face folder."""
-    folder = tmp_path_factory.mktemp("model") / "hf"
-    shutil.copytree(dataset_folder / "tokenizer", folder)
-    llama.from_ours(llama.peaked_model(64)).save_pretrained(folder)
-    return folder
+    return llama.hugging_face_folder(tmp_path_factory.mktemp("model") / "hf", dataset_folder, 64)
 
 
 @pytest.mark.parametrize("command, allowed, code", BUDGETS)

@@ -1,20 +1,15 @@
 """Benchmark questions: how many a model answers right, and whether that is more than guessing."""
 
-import sys
+import functools
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
-import jax
-from jax.sharding import Mesh
-from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
-from mateconv_jax import config as config_lib
 from mateconv_jax.errors import UserError
+from mateconv_jax.evaluation.scored_model import bar, check_divisible, config_of, on_mesh, open_to_score
 from mateconv_jax.inference.text_generator import TextGenerator
-from mateconv_jax.interop.formats import open_model
 from mateconv_jax.interop.stored_model import StoredModel
-from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.runtime import sharding
 from mateconv_jax.tasks import results
@@ -58,52 +53,43 @@ def evaluate_tasks(
     """
     _check(options.n_shots, limit, batch_size, max_new_tokens)
     tasks = [task.limited(limit) for task in read_tasks(paths, "--tasks")]
-    model = open_model(model_path, "--model_path", tokenizer)
-    if model.tokenizer is None:
-        raise UserError(f"--tokenizer: missing ({str(model_path)!r} has none; expected a tokenizer's folder)")
+    model, own_tokenizer = open_to_score(model_path, tokenizer)
     found = {}
     started = time.monotonic()
     scored = [task for task in tasks if task.kind != "generation"]
     if scored:
-        records = _score(scored, options, model, batch_size, use_ema, dtype)
+        records = _score(scored, options, model, own_tokenizer, batch_size, use_ema, dtype)
         found |= {task.name: (of_task, metrics_of(task)) for task, of_task in zip(scored, records, strict=True)}
     if len(scored) < len(tasks):
         generator = TextGenerator.from_pretrained(model_path, tokenizer, use_ema, dtype)
         for task in (task for task in tasks if task.kind == "generation"):
             rewards = Rewards(tuple(functions or [default_check(task)]), (), 8)
             found[task.name] = answer_records(generator, task, rewards, options, max_new_tokens), rewards.names
-    described = {"model_path": str(model_path), "step": model.step, "dtype": _config(model, dtype).dtype.name}
+    described = {"model_path": str(model_path), "step": model.step, "dtype": config_of(model, dtype).dtype.name}
     asked = {"shots": options.n_shots, "score": options.score, "chat": options.chat}
     summaries = [results.summary(task, *found[task.name]) | {"records": found[task.name][0]} for task in tasks]
     return described | asked | {"seconds": time.monotonic() - started, "tasks": summaries}
 
 
 def _score(
-    tasks: list[Task], options: AskOptions, model: StoredModel, batch_size: int | None, use_ema: bool | None, dtype: str
+    tasks: list[Task],
+    options: AskOptions,
+    model: StoredModel,
+    tokenizer: PreTrainedTokenizerFast,
+    batch_size: int | None,
+    use_ema: bool | None,
+    dtype: str,
 ) -> list[list[dict]]:
     mesh = sharding.make_mesh()
-    _check_divisible(batch_size, mesh)
-    c = _config(model, dtype)
+    if batch_size is not None:
+        check_divisible(batch_size, mesh)
+    c = config_of(model, dtype)
     graph, abstract_params = abstract_model(c)
-    assert model.tokenizer is not None
-    benchmark = Benchmark(tasks, options, model.tokenizer, graph, c, mesh, batch_size)
-    replicated = sharding.replicated(mesh)
-    abstract_params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), abstract_params)
-    records = benchmark.records(model.params(abstract_params, use_ema), progress=_bar)
+    benchmark = Benchmark(tasks, options, tokenizer, graph, c, mesh, batch_size)
+    params = on_mesh(model, abstract_params, use_ema, mesh)
+    records = benchmark.records(params, progress=functools.partial(bar, doing="scoring"))
     assert records is not None  # nobody asks it to stop
     return records
-
-
-def _config(model: StoredModel, dtype: str) -> ModelConfig:
-    # The training backends may be unavailable here. Dropout is not used, and the faster backends do not support it.
-    changes = dict(attention="auto", experts="auto", dropout=0.0)
-    model.config.model.update(changes)
-    return ModelConfig.make(config_lib.options(ModelOptions, model.config.model), dtype)
-
-
-def _bar(batches: Iterable, n: int) -> Iterable:
-    terminal = sys.stderr.isatty()
-    return tqdm(batches, "scoring", n, unit="batch", dynamic_ncols=True, mininterval=0.5, disable=not terminal)
 
 
 def _check(n_shots: int, limit: int | None, batch_size: int | None, max_new_tokens: int) -> None:
@@ -111,8 +97,3 @@ def _check(n_shots: int, limit: int | None, batch_size: int | None, max_new_toke
     for flag, (value, least) in (at_least | {"--max_new_tokens": (max_new_tokens, 1)}).items():
         if value is not None and value < least:
             raise UserError(f"{flag}: {value} is invalid (expected at least {least})")
-
-
-def _check_divisible(batch_size: int | None, mesh: Mesh) -> None:
-    if batch_size is not None and batch_size % mesh.size:
-        raise UserError(f"--batch_size: {batch_size} is invalid (expected a multiple of {mesh.size}, the number of devices)")

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+EVERYTHING = ""  # the group of all units
 RESAMPLES = 5000
 SEED = 0
 AT_ONCE = 50_000_000  # bytes of counts: resamples are made in batches
-EVERYTHING = ""  # the group of all units
 
 
 @dataclasses.dataclass(frozen=True)

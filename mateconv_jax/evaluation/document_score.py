@@ -18,7 +18,6 @@ from flax import nnx
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from mateconv_jax import config as config_lib
 from mateconv_jax.data.dialogue import Dialogue
 from mateconv_jax.data.rows import Batch, learned_targets
 from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
@@ -28,10 +27,9 @@ from mateconv_jax.errors import UserError
 from mateconv_jax.evaluation import documents as documents_lib, held_out, references
 from mateconv_jax.evaluation.comparison import Measure, Paired, Plain, ratio
 from mateconv_jax.evaluation.documents import Document
+from mateconv_jax.evaluation.scored_model import bar, config_of, on_mesh, open_to_score
 from mateconv_jax.evaluation.table import print_numbers
-from mateconv_jax.interop.formats import open_model
 from mateconv_jax.losses.next_token import token_losses
-from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.runtime import sharding
 
@@ -85,19 +83,15 @@ def score(
     Raises:
       UserError: the model, its tokenizer or EMA weights are missing; a size is out of range; a dialogue cannot be encoded.
     """
-    model = open_model(model_path, "--model_path", tokenizer)
-    if model.tokenizer is None:
-        raise UserError(f"--tokenizer: missing ({str(model_path)!r} has none; expected a tokenizer's folder)")
+    model, own_tokenizer = open_to_score(model_path, tokenizer)
     mesh = sharding.make_mesh()
     batch_size = held_out.check_sizes(batch_size, None, mesh)
-    encoded = encode(documents, model.tokenizer)
+    encoded = encode(documents, own_tokenizer)
     seq_len = model.config.data.seq_len
-    model.config.model.update(dict(attention="auto", experts="auto", dropout=0.0))
-    options = config_lib.options(ModelOptions, model.config.model)
     # Other lengths are even, which every backend serves.
-    graph, abstract_params = abstract_model(ModelConfig.make(options, dtype, length=seq_len if seq_len % 2 else None))
+    graph, abstract_params = abstract_model(config_of(model, dtype, seq_len if seq_len % 2 else None))
     use_ema = model.has_ema if use_ema is None else use_ema
-    [(weights, params)] = held_out.stored_weights(model, abstract_params, use_ema, mesh).items()
+    params = on_mesh(model, abstract_params, use_ema, mesh)
     nats = document_nats(make_score_rows(graph), params, encoded, seq_len, batch_size, mesh)
     scored = [
         {
@@ -114,9 +108,13 @@ def score(
         for name, members in documents_lib.grouped(documents).items()
     }
     return {
-        "model_path": str(model_path), "step": model.step, "weights": weights, "seq_len": seq_len, "groups": groups,
+        "model_path": str(model_path),
+        "step": model.step,
+        "weights": "ema" if use_ema else "raw",
+        "seq_len": seq_len,
+        "groups": groups,
         "documents": scored,
-    }  # fmt: skip
+    }
 
 
 def _sum_up(scored: list[dict], targets: np.ndarray) -> dict:
@@ -189,7 +187,7 @@ def document_nats(
         np.add.at(nats, numbers, np.asarray(jax.device_get(on_device), np.float64)[: len(numbers)])
 
     batches = list(plan_batches(encoded, seq_len, batch_size))
-    for windows, length, n_rows in held_out.bar(batches, len(batches)):
+    for windows, length, n_rows in bar(batches, len(batches)):
         batch = _rows(encoded, windows, length, n_rows)
         pending.append(([document for document, _ in windows], score_rows(params, sharding.to_devices(batch, mesh))))
         if len(pending) > LAG:

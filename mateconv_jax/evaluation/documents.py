@@ -22,9 +22,9 @@ from mateconv_jax.data.text import sources
 from mateconv_jax.data.text.sources import Chunk, ChunkSizes
 from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
 from mateconv_jax.errors import UserError
+from mateconv_jax.evaluation.comparison import EVERYTHING
 
 NO_SPLITS = "--split: {!r} has no splits (only dataset folders from python -m mateconv_jax.prepare do)"
-EVERYTHING = ""  # the name of all groups together
 NO_VALUE = "(none)"  # the group of a document without the field
 CHUNK = 1_000_000  # bytes of input: of a text that is too long every n-th chunk is read
 BLOCK = 512  # rows that are read at once

@@ -2,20 +2,17 @@
 
 import contextlib
 import math
-import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from mateconv_jax import config as config_lib, cores
+from mateconv_jax import cores
 from mateconv_jax.data.build import pipeline
 from mateconv_jax.data.build.options import PrepareOptions
 from mateconv_jax.data.dataset import Dataset, Rows, open_dataset
@@ -25,10 +22,9 @@ from mateconv_jax.data.tokenizer.token_bytes import bytes_per_token
 from mateconv_jax.errors import UserError
 from mateconv_jax.evaluation import several_sets
 from mateconv_jax.evaluation.documents import NO_SPLITS, in_terms_of, is_prepared
-from mateconv_jax.interop.formats import open_model
+from mateconv_jax.evaluation.scored_model import bar, check_divisible, config_of, on_mesh, open_to_score
 from mateconv_jax.interop.stored_model import StoredModel
 from mateconv_jax.losses.next_token import next_token_loss
-from mateconv_jax.model.config import ModelConfig, ModelOptions
 from mateconv_jax.model.transformer import abstract_model
 from mateconv_jax.runtime import sharding
 from mateconv_jax.training.evaluator import Evaluator
@@ -95,18 +91,12 @@ def evaluate_run(
     Raises:
       UserError: the model, tokenizer, EMA weights or data are missing; the data do not fit the model; a size is out of range.
     """
-    model = open_model(model_path, "--model_path", tokenizer)
-    config, own_tokenizer = model.config, model.tokenizer
-    if own_tokenizer is None:
-        raise UserError(f"--tokenizer: missing ({str(model_path)!r} has none; expected a tokenizer's folder)")
+    model, own_tokenizer = open_to_score(model_path, tokenizer)
     mesh = sharding.make_mesh()
     batch_size = check_sizes(batch_size, max_batches, mesh)
-    with opened(data, split, config, own_tokenizer, reading or {}) as (rows, described):
-        # The training backends may be unavailable here. Dropout is not used, and the faster backends do not support it.
-        config.model.update(dict(attention="auto", experts="auto", dropout=0.0))
-        options = config_lib.options(ModelOptions, config.model)
-        graph, abstract_params = abstract_model(ModelConfig.make(options, dtype, length=described["seq_len"]))
-        weights = stored_weights(model, abstract_params, use_ema, mesh)
+    with opened(data, split, model.config, own_tokenizer, reading or {}) as (rows, described):
+        graph, abstract_params = abstract_model(config_of(model, dtype, described["seq_len"]))
+        weights = _weights(model, abstract_params, use_ema, mesh)
         eval_step = make_eval_step(graph, next_token_loss)
         evaluator = Evaluator(eval_step, rows, bytes_per_token(own_tokenizer), batch_size, max_batches, mesh)
         result = evaluator(weights, progress=bar)
@@ -122,18 +112,11 @@ def evaluate_run(
     }
 
 
-def stored_weights(model: StoredModel, abstract_params: nnx.State, use_ema: bool | None, mesh: Mesh) -> dict[str, nnx.State]:
+def _weights(model: StoredModel, abstract_params: nnx.State, use_ema: bool | None, mesh: Mesh) -> dict[str, nnx.State]:
     """The weights to score, {"raw" and/or "ema": parameters}, replicated on the mesh."""
-    replicated = sharding.replicated(mesh)
-    abstract_params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), abstract_params)
     both = use_ema is None and model.has_ema
     choices = (False, True) if both else (bool(use_ema),)
-    return {"ema" if ema else "raw": model.params(abstract_params, ema) for ema in choices}
-
-
-def bar(batches: Iterable, n: int) -> Iterable:
-    terminal = sys.stderr.isatty()
-    return tqdm(batches, "evaluating", n, unit="batch", dynamic_ncols=True, mininterval=0.5, disable=not terminal)
+    return {"ema" if ema else "raw": on_mesh(model, abstract_params, ema, mesh) for ema in choices}
 
 
 def _score(loss: float, bits_per_byte: float) -> dict[str, float | None]:
@@ -145,11 +128,9 @@ def _score(loss: float, bits_per_byte: float) -> dict[str, float | None]:
 
 def check_sizes(batch_size: int | None, max_batches: int | None, mesh: Mesh) -> int:
     """Check both values; returns batch_size, or its default."""
-    devices = mesh.size
     if batch_size is None:
-        batch_size = -(-BATCH_SIZE // devices) * devices
-    if batch_size < 1 or batch_size % devices:
-        raise UserError(f"--batch_size: {batch_size} is invalid (expected a multiple of {devices}, the number of devices)")
+        batch_size = -(-BATCH_SIZE // mesh.size) * mesh.size
+    check_divisible(batch_size, mesh)
     if max_batches is not None and max_batches < 1:
         raise UserError(f"--max_batches: {max_batches} is invalid (expected at least 1)")
     return batch_size

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from mateconv_jax import cores
-from mateconv_jax.evaluation.documents import EVERYTHING, Document, grouped, read, texts_of
+from mateconv_jax.evaluation.comparison import EVERYTHING
+from mateconv_jax.evaluation.documents import Document, grouped, read, texts_of
 from mateconv_jax.evaluation.ngram import END, CharacterNgrams
 
 ORDER = 5

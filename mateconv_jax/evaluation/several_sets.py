@@ -23,12 +23,10 @@ def each(evaluate: Callable[..., dict]) -> Callable[..., dict]:
 
     @functools.wraps(evaluate)
     def evaluate_each(model_path, data: list[str], *args, **options) -> dict:
-        if not any(map(weighted_paths.has_weights, data)) and not (len(data) > 1 and all(map(is_dataset, data))):
+        is_weighted = any(map(weighted_paths.has_weights, data))
+        if not is_weighted and not (len(data) > 1 and all(map(is_dataset, data))):
             return evaluate(model_path, data, *args, **options)
-        if any(map(weighted_paths.has_weights, data)):
-            paths = weighted_paths.parse(",".join(data), "--data")
-        else:
-            paths = weighted_paths.parse(",".join(f"{path}:1" for path in data), "--data")
+        paths = weighted_paths.parse(",".join(data if is_weighted else [f"{path}:1" for path in data]), "--data")
         total = sum(weight for _, weight in paths)
         sets = {
             name: evaluate(model_path, [path], *args, **options) | {"weight": float(weight / total)}

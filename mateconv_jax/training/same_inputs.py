@@ -29,11 +29,11 @@ def check_same_config(config: ConfigDict) -> None:
 def check_same_data(train: str, validation: str | None, tasks: str | None) -> None:
     """Raises UserError, in every process, where a process has other fingerprints than the first one."""
     seen = agreement.gather("data", [train, validation, tasks])
-    keys = ("data.train_data_path", "data.val_data_path", "training.eval_tasks")
+    kinds = {"data.train_data_path": "rows", "data.val_data_path": "rows", "training.eval_tasks": "questions"}
     for process, theirs in enumerate(seen):
-        for key, own, first in zip(keys, theirs, seen[0], strict=True):
+        for (key, kind), own, first in zip(kinds.items(), theirs, seen[0], strict=True):
             if own != first:
-                raise UserError(f"{key}: process {process} has other data than process 0 (expected the same everywhere)")
+                raise UserError(f"{key}: process {process} has other {kind} than process 0 (expected the same data everywhere)")
 
 
 def _value(config: ConfigDict, name: str):

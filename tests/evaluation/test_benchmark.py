@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import shutil
 
 import numpy as np
 import pytest
@@ -22,10 +21,7 @@ from tests.tasks import exams
 @pytest.fixture(scope="module")
 def model(dataset_folder, tmp_path_factory):
     """A Hugging Face folder whose context of 64 tokens all exams exceed: one shape."""
-    folder = tmp_path_factory.mktemp("model") / "hf"
-    shutil.copytree(dataset_folder / "tokenizer", folder)
-    llama.from_ours(llama.peaked_model(64)).save_pretrained(folder)
-    return folder
+    return llama.hugging_face_folder(tmp_path_factory.mktemp("model") / "hf", dataset_folder, 64)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import zlib
 
 import jax
@@ -34,10 +33,7 @@ S = 64  # the models' context
 @pytest.fixture(scope="module")
 def model(dataset_folder, tmp_path_factory):
     """A Hugging Face folder with random weights."""
-    folder = tmp_path_factory.mktemp("model") / "hf"
-    shutil.copytree(dataset_folder / "tokenizer", folder)
-    llama.from_ours(llama.peaked_model(S)).save_pretrained(folder)
-    return folder
+    return llama.hugging_face_folder(tmp_path_factory.mktemp("model") / "hf", dataset_folder, S)
 
 
 @pytest.fixture(scope="module")
@@ -209,9 +205,9 @@ def test_of_a_large_text_evenly_spaced_pieces_are_read(tmp_path, monkeypatch):
 def test_several_models_are_compared(model, uniform, jsonl, tmp_path, capsys, monkeypatch):
     """With other tokenizers; one is freed before the next is read."""
     live = []
-    real = document_score.open_model
+    real = document_score.open_to_score
     monkeypatch.setattr(
-        document_score, "open_model", lambda *args: live.append(sum(x.nbytes for x in jax.live_arrays())) or real(*args)
+        document_score, "open_to_score", lambda *args: live.append(sum(x.nbytes for x in jax.live_arrays())) or real(*args)
     )
     page = tmp_path / "new" / "compare.html"
     both = ("--model_path", model, "--model_path", uniform, "--data", jsonl, "--by", "from", "--output", page)

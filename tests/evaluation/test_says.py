@@ -1,7 +1,6 @@
 """What a model says: the measures by hand, and the command."""
 
 import json
-import shutil
 import types
 
 import pytest
@@ -19,10 +18,7 @@ from tests import llama
 @pytest.fixture(scope="module")
 def model(dataset_folder, tmp_path_factory):
     """A Hugging Face folder with random weights."""
-    folder = tmp_path_factory.mktemp("model") / "hf"
-    shutil.copytree(dataset_folder / "tokenizer", folder)
-    llama.from_ours(llama.peaked_model(64)).save_pretrained(folder)
-    return folder
+    return llama.hugging_face_folder(tmp_path_factory.mktemp("model") / "hf", dataset_folder, 64)
 
 
 def run(capsys, *arguments):

@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -28,10 +27,7 @@ OPENAI = GenerationConfig(temperature=1.0, top_k=0, top_p=1.0, seed=3, max_new_t
 @pytest.fixture(scope="module")
 def model(dataset_folder, tmp_path_factory):
     """A Hugging Face folder with a context of 96."""
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    shutil.copytree(dataset_folder / "tokenizer", folder)
-    llama.from_ours(llama.peaked_model(96)).save_pretrained(folder)
-    return folder
+    return llama.hugging_face_folder(tmp_path_factory.mktemp("model") / "tiny", dataset_folder, 96)
 
 
 @pytest.fixture(scope="module")
