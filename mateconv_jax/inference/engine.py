@@ -311,8 +311,9 @@ class Engine:
         length_B = progress.length_B
         self._pool, self._batch, output = self._call_decode(progress, load, [], steps)
         self.counters.dispatches += 1
+        dispatched = time.perf_counter()
         output.length_B.block_until_ready()
-        device_time = time.perf_counter() - begin
+        device_time = time.perf_counter() - dispatched
         by_row = sorted(slots, key=lambda slot: slot.row or 0)
         rows = [slot.row for slot in by_row]
         n_new_B = np.asarray(output.length_B) - length_B
