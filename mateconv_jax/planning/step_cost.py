@@ -7,12 +7,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mateconv_jax.planning import target
+from mateconv_jax.planning.expected import Expected, expected_seconds
 from mateconv_jax.planning.plan import Cluster, make_plan
+from mateconv_jax.planning.roofline import Roofline
 from mateconv_jax.planning.rules import Shape
 
-# Measured on one H100: parameters, `plan`'s bound over the measured time of a step, and MFU (benchmarks/README.md, "On one
-# H100"; the bounds by jax 0.10.2). Interpolated over the logarithm of the parameters, constant beyond.
-MEASURED = ((27e6, 0.58, 0.264), (118e6, 0.66, 0.379), (336e6, 0.65, 0.443), (988e6, 0.67, 0.454))
+# Parameters and MFU, measured on one H100 (benchmarks/README.md, "On one H100"), for where no step can be compiled. Interpolated
+# over the logarithm of the parameters, constant beyond.
+MEASURED_MFU = ((27e6, 0.264), (118e6, 0.379), (336e6, 0.443), (988e6, 0.454))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +49,20 @@ def compiled(config: ConfigDict, cluster: Cluster, log=lambda text: None) -> Ste
     sizes = memory["peak"], memory["available"]
     if cluster.is_local:
         return StepCost(*sizes, plan["measured"]["seconds"], None, "compiled here", "measured here")
-    at_best, efficiency = plan["training"]["roofline"]["seconds"], bound_over_measured(plan["parameters"])
-    how = f"the bound of the compiled step / {efficiency:.2f}, as measured on one H100"
-    return StepCost(*sizes, at_best / efficiency, at_best, "compiled for this GPU", how)
+    at_best, likely = plan["training"]["roofline"]["seconds"], _expected(plan, cluster)
+    if likely is None:
+        return StepCost(*sizes, at_best, at_best, "compiled for this GPU", "its bound by the data sheet: no GPU was measured")
+    return StepCost(*sizes, likely.seconds, at_best, "compiled for this GPU", f"expected from {likely.source}")
+
+
+def _expected(plan: dict, cluster: Cluster) -> Expected | None:
+    """From measurements on such GPUs; where there are none, by the slowdowns of the GPU that was measured most."""
+    bounds = Roofline(**{field.name: plan["training"]["roofline"][field.name] for field in dataclasses.fields(Roofline)})
+    cards = [m.card for m in cluster.measured if m.program == "training step" and m.dtype == plan["dtype"]]
+    if not cards:
+        return None
+    card = cluster.name if cluster.name in cards else max(cards, key=cards.count)
+    return expected_seconds(bounds, "training step", plan["dtype"], card, cluster.measured)
 
 
 def estimated(config: ConfigDict, gpu: target.Gpu, devices: int) -> StepCost:
@@ -84,15 +97,6 @@ def estimated_memory(shape: Shape, vocab_size: int, tokens: int, remat: bool, fs
     return int(state + tokens * (activations + 4 * vocab_size))
 
 
-def bound_over_measured(parameters: float) -> float:
-    """`plan`'s bound over the measured time of a step."""
-    return _interpolate(parameters, 1)
-
-
 def measured_mfu(parameters: float) -> float:
-    return _interpolate(parameters, 2)
-
-
-def _interpolate(parameters: float, column: int) -> float:
-    sizes = [math.log(row[0]) for row in MEASURED]
-    return float(np.interp(math.log(parameters), sizes, [row[column] for row in MEASURED]))
+    sizes, mfu = zip(*MEASURED_MFU, strict=True)
+    return float(np.interp(math.log(parameters), np.log(sizes), mfu))
