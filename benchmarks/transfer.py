@@ -79,14 +79,12 @@ def campaign(runs: "Runs") -> None:
     runs.of(Case(128, best[128], M))
     for batch_tokens in (4096, 1024):
         sweep(runs, Case(64, best[64], batch_tokens=batch_tokens))
-    runs.of(Case(256, best[192]))
-    runs.of(Case(64, best_1m, 2 * M))
-    sweep(runs, Case(128, best[64], rule="matrices"))
     best[256] = sweep(runs, Case(256, best[192]))
-    for dim, tokens in ((128, 2 * M), (256, M), (256, 2 * M), (64, 4 * M)):
+    sweep(runs, Case(128, best[64], rule="matrices"))
+    best[448] = sweep(runs, Case(448, best[256] - 1))
+    sweep(runs, Case(256, best[64], rule="matrices"))
+    for dim, tokens in ((64, 2 * M), (256, M), (128, 2 * M), (448, M), (256, 2 * M), (64, 4 * M)):
         runs.of(Case(dim, best[dim], tokens))
-    for tokens in (M // 2, M):
-        runs.of(Case(448, best[256] - 1, tokens))
 
 
 def sweep(runs: "Runs", case: Case) -> float:

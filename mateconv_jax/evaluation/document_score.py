@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
+from mateconv_jax import weighted_paths
 from mateconv_jax.data.dialogue import Dialogue
 from mateconv_jax.data.rows import Batch, learned_targets
 from mateconv_jax.data.tokenizer import tokenizer as tokenizer_lib
@@ -50,6 +51,11 @@ class Encoded:
 def evaluator(args) -> Callable[[str], dict]:
     """Of the command line; see evaluate.py."""
     reading = held_out.reading_of(args)
+    if weighted := [text for text in args.data if weighted_paths.has_weights(text)]:
+        raise UserError(
+            f"--data: {weighted[0]!r} has weights, which mean nothing where documents are scored one by one (expected the "
+            "paths alone, with spaces between them)"
+        )
     if args.split is not None and not documents_lib.is_prepared(args.data):
         raise UserError(documents_lib.NO_SPLITS.format(" ".join(args.data)))
     documents, rejected = documents_lib.read(args.data, "--data", args.split, reading, args.by)

@@ -63,8 +63,8 @@ def texts_of(documents: Sequence[Document], problem: str) -> list[str]:
 
 
 def is_prepared(paths: list[str]) -> bool:
-    """Whether it is one dataset folder or one flat .bin file, not raw text."""
-    return len(paths) == 1 and is_dataset(paths[0]) and not _holds_raw_files(Path(paths[0]))
+    """Whether all are dataset folders or flat .bin files, not raw text."""
+    return all(is_dataset(path) and not _holds_raw_files(Path(path)) for path in paths)
 
 
 def _holds_raw_files(path: Path) -> bool:
@@ -79,7 +79,8 @@ def read(
     by: str | None = None,
     max_bytes: int | None = None,
 ) -> tuple[list[Document], dict[str, int]]:
-    """The documents of raw files or of one dataset folder, and {rule: raw documents rejected}.
+    """The documents of raw files or of dataset folders, and {rule: raw documents rejected}. Each of several dataset folders
+    is a group.
 
     Args:
       key: the flag that named the paths, for errors.
@@ -94,8 +95,12 @@ def read(
     if is_prepared(paths):
         if reading or by is not None:
             flag = next(iter(reading), "by")
-            raise UserError(f"--{flag}: {paths[0]!r} is prepared already (expected only with raw text)")
-        documents, rejected = _read_dataset(paths[0], key, split or "validation", max_bytes), {}
+            raise UserError(f"--{flag}: {' '.join(paths)!r} is prepared already (expected only with raw text)")
+        share = None if max_bytes is None else max_bytes // len(paths)
+        documents, rejected = [], {}
+        for path in paths:
+            of_path = _read_dataset(path, key, split or "validation", share)
+            documents += of_path if len(paths) == 1 else [dataclasses.replace(document, group=path) for document in of_path]
     else:
         documents, rejected = _read_raw(paths, key, reading, by, max_bytes)
     if not documents:

@@ -7,13 +7,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mateconv_jax.planning import target
-from mateconv_jax.planning.expected import Expected, expected_seconds
+from mateconv_jax.planning.expected import expected_seconds
 from mateconv_jax.planning.plan import Cluster, make_plan
 from mateconv_jax.planning.roofline import Roofline
 from mateconv_jax.planning.rules import Shape
 
-# Parameters and MFU, measured on one H100 (benchmarks/README.md, "On one H100"), for where no step can be compiled. Interpolated
-# over the logarithm of the parameters, constant beyond.
+# Parameters and MFU, measured on one H100 (benchmarks/README.md, "On one H100"), for where no step can be compiled.
+# Interpolated over the logarithm of the parameters, constant beyond.
 MEASURED_MFU = ((27e6, 0.264), (118e6, 0.379), (336e6, 0.443), (988e6, 0.454))
 
 
@@ -49,20 +49,16 @@ def compiled(config: ConfigDict, cluster: Cluster, log=lambda text: None) -> Ste
     sizes = memory["peak"], memory["available"]
     if cluster.is_local:
         return StepCost(*sizes, plan["measured"]["seconds"], None, "compiled here", "measured here")
-    at_best, likely = plan["training"]["roofline"]["seconds"], _expected(plan, cluster)
-    if likely is None:
-        return StepCost(*sizes, at_best, at_best, "compiled for this GPU", "its bound by the data sheet: no GPU was measured")
-    return StepCost(*sizes, likely.seconds, at_best, "compiled for this GPU", f"expected from {likely.source}")
-
-
-def _expected(plan: dict, cluster: Cluster) -> Expected | None:
-    """From measurements on such GPUs; where there are none, by the slowdowns of the GPU that was measured most."""
     bounds = Roofline(**{field.name: plan["training"]["roofline"][field.name] for field in dataclasses.fields(Roofline)})
     cards = [m.card for m in cluster.measured if m.program == "training step" and m.dtype == plan["dtype"]]
-    if not cards:
-        return None
-    card = cluster.name if cluster.name in cards else max(cards, key=cards.count)
-    return expected_seconds(bounds, "training step", plan["dtype"], card, cluster.measured)
+    # Where no such GPU was measured, the slowdowns of the one that was measured most.
+    card = cluster.name if cluster.name in cards else max(cards, key=cards.count, default="")
+    likely = expected_seconds(bounds, "training step", plan["dtype"], card, cluster.measured)
+    if likely is None:
+        how = "the bound by the data sheet: no GPU was measured"
+        return StepCost(*sizes, bounds.seconds, bounds.seconds, "compiled for this GPU", how)
+    how = ("expected from " if card == cluster.name else "as far above the bound as ") + likely.source
+    return StepCost(*sizes, likely.seconds, bounds.seconds, "compiled for this GPU", how)
 
 
 def estimated(config: ConfigDict, gpu: target.Gpu, devices: int) -> StepCost:

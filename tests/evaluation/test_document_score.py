@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import zlib
 
 import jax
@@ -192,6 +193,22 @@ def test_a_dataset_folder_is_decoded_into_its_documents(dataset_folder, demo_jso
     assert 0 < len(some) < len(found) / 2 and {document.content for document in some} <= set(found)
 
 
+def test_each_of_several_datasets_is_a_group(model, dataset_folder, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(dataset_folder, other)
+    alone = result_of(capsys, "--model_path", model, "--data", dataset_folder, "--reference", dataset_folder)
+    both = ("--model_path", model, "--model_path", model, "--data", dataset_folder, other)
+    result = result_of(capsys, *both, "--split", "validation")
+    groups, expected = result["models"][1]["groups"], alone["groups"][""]
+    assert set(groups) == {"", str(dataset_folder), str(other)} and groups[str(other)] == expected
+    assert (
+        groups[""]["bits_per_byte"] == pytest.approx(expected["bits_per_byte"]) and groups[""]["bytes"] == 2 * expected["bytes"]
+    )
+    assert [row["group"] for row in result["comparison"]["rows"]] == ["", *sorted([str(dataset_folder), str(other)])]
+    known = documents.read([str(dataset_folder), str(other)], "", "train", {}, max_bytes=8_000)[0]
+    assert {document.group for document in known} == {str(dataset_folder), str(other)}
+
+
 def test_of_a_large_text_evenly_spaced_pieces_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "CHUNK", 100)
     (tmp_path / "a.txt").write_text("".join(f"line {i:05d}\n" for i in range(1000)))
@@ -230,6 +247,7 @@ def test_what_cannot_be_scored(model, jsonl, dataset_folder, tmp_path, capsys):
 
     fails("--by: no document of .* has the field 'soruce'", "--data", jsonl, "--by", "soruce")
     fails("--by: .* is prepared already", "--data", dataset_folder, "--by", "from")
+    fails("--data: .* has weights, which mean nothing", "--data", f"{dataset_folder}:1", "--reference", dataset_folder)
     fails("--split: .* has no splits", "--data", jsonl, "--by", "from", "--split", "train")
     fails("--split: .* has no split 'test'", "--data", dataset_folder, "--reference", jsonl, "--split", "test")
     fails("--reference: no file at 'none.jsonl'", "--data", jsonl, "--reference", "none.jsonl")

@@ -10,7 +10,9 @@ from hypothesis import given, settings, strategies as st
 from mateconv_jax import config as config_lib
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
-from mateconv_jax.planning import machine, recipe as recipe_lib, recipe_reasons, recipe_text, rules, step_cost, target
+from mateconv_jax.planning import machine, recipe as recipe_lib, recipe_reasons, recipe_text, roofline, rules, step_cost, target
+from mateconv_jax.planning.measurements import Measurement
+from mateconv_jax.planning.plan import Cluster
 from mateconv_jax.planning.recipe import Data, Dial
 from mateconv_jax.training import setup
 from tests.planning.conftest import needs_compiler
@@ -55,6 +57,25 @@ def test_the_run_takes_the_hours_it_may(name, hours):
     recipe = recipe_lib.make_recipe(data, Dial(hours=hours), estimated_machine(name))
     assert recipe.hours <= hours * (1 + 1e-9)
     assert recipe.hours > 0.85 * hours and 14 < recipe.tokens / recipe.parameters < 30
+
+
+def test_a_compiled_step_takes_the_time_that_was_measured_on_such_a_gpu_or_else_on_another(monkeypatch):
+    bounds = roofline.Roofline(0.01, 0.0, 0.0, 0.0, 0.0, {"products": 0.01, "attention": 0, "elementwise": 0, "copies": 0}, 0)
+    program = {"memory": {"peak": 1, "available": 2}, "roofline": dataclasses.asdict(bounds) | {"seconds": bounds.seconds}}
+    monkeypatch.setattr(step_cost, "make_plan", lambda *args, **kwargs: {"training": program, "dtype": "bfloat16"})
+
+    def cost(measured):
+        gpu = target.GPUS["4090"]
+        return step_cost.compiled(None, Cluster(gpu.device_kind, gpu, [], 1, 2, False, measured))
+
+    def twice_the_bound(card, times=2):
+        values = dict(config={}, decoding={}, groups_ms={}, launches=0, shape="", date="", jax="", bound_jax="")
+        return Measurement(card, program="training step", dtype="bfloat16", ms=times, bound_ms={"products": 1}, **values)
+
+    h100, own = twice_the_bound(target.GPUS["h100"].device_kind), twice_the_bound(target.GPUS["4090"].device_kind, 3)
+    assert cost([]).seconds == cost([]).seconds_at_best == 0.01 and "no GPU was measured" in cost([]).seconds_from
+    assert cost([h100]).seconds == pytest.approx(0.02) and h100.card in cost([h100]).seconds_from
+    assert cost([h100, h100, own]).seconds == pytest.approx(0.03) and own.card in cost([h100, own]).seconds_from
 
 
 def test_two_dials_leave_the_third_to_the_machine():
