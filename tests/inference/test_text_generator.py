@@ -342,6 +342,7 @@ def test_a_run_without_ema_says_so(tiny_config):
     TextGenerator.from_pretrained(tiny_config.training.out_dir)
 
 
+@pytest.mark.slow
 def test_a_run_trained_with_cudnn_speaks_on_the_cpu(run):
     from pathlib import Path
 

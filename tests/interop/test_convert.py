@@ -404,6 +404,7 @@ def test_a_broken_folder_is_one_clear_error(exported, name, content, message, tm
         formats.open_model(tmp_path / "broken", "--from")
 
 
+@pytest.mark.slow
 def test_converting_does_not_import_tensorflow_nor_clu_nor_pytorch():
     code = (
         "import sys; import mateconv_jax.convert; before = 'jax' in sys.modules; import mateconv_jax.interop.formats;"

@@ -173,8 +173,12 @@ def log_prob_errors(generator: TextGenerator, llama_cpp: LlamaCpp, prompt: str, 
     return errors
 
 
+SLOW = ("llama, a free head_dim, untied", "yarn", "qwen2", "qwen3, yarn")
+
+
 @pytest.mark.parametrize(
-    "name", ["llama, a free head_dim, untied", "llama 3", "yarn", "qwen2", "qwen3, a free head_dim, untied", "qwen3, yarn"]
+    "name",
+    ["llama 3", "qwen3, a free head_dim, untied", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)],
 )
 def test_llama_cpp_writes_the_same_text(name, tokenizer, tmp_path):
     model = random_model(name)
@@ -405,6 +409,7 @@ def test_a_pretrained_model_writes_what_transformers_writes(smollm2, smollm2_pat
     np.testing.assert_allclose(ours_SV, logits_SV, atol=1e-3)  # 7e-5, of 35
 
 
+@pytest.mark.slow
 def test_a_pretrained_tokenizer_splits_text_as_llama_cpp_does(smollm2, smollm2_path):
     texts = ["The capital of France is Paris.", "In 1987, it's 3.14 €  and 中国的首都", "def f(x):\n\treturn x\n\n"]
     llama_cpp = LlamaCpp(smollm2_path)

@@ -79,6 +79,7 @@ def test_a_plan_for_gpus_that_are_not_there(monkeypatch, capsys, tmp_path):
     assert "2 x NVIDIA A100-SXM4-80GB" in shown and f"{plan['parameters']:,} parameters" in shown and "dollars at best" in shown
 
 
+@pytest.mark.slow
 def test_the_devices_that_are_here_are_measured(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, *TINY, "--gpu=this", "--quick", "--json")
     plan = json.loads(out)

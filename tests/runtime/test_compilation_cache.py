@@ -36,6 +36,7 @@ def test_a_second_start_finds_what_the_first_compiled(tmp_path, folder):
     assert (where.is_dir() and any(where.iterdir())) == (folder != "")
 
 
+@pytest.mark.slow
 def test_the_configurations_folder_goes_before_the_environments(tmp_path, monkeypatch):
     """Of the command, up to the error that there are no data."""
     env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "environment")}

@@ -69,6 +69,7 @@ def runs():
     return [json.loads(line) for line in output.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_loss_on_other_fields_is_trained_on_8_devices_as_on_one(runs):
     """Micro-batches of different weight, a key a row, four steps: losses, metrics, gradient norms, parameters."""
     (_, figures, params), (n_split, figures_of_8, params_of_8) = runs

@@ -135,6 +135,7 @@ def test_muon_orthogonalises_each_expert_by_itself_and_leaves_the_gate_to_adamw(
             np.testing.assert_allclose(updates[name][e], alone[name.replace("E", "")], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_logs_its_experts_and_its_model_speaks(tiny_config, tmp_path):
     """With what could get in a mixture's way: dropout, remat, documents, accumulation, bfloat16."""
     tiny_config.model.update(dict(use_moe=True, n_layers=1, dropout=0.1, n_routed_experts=3, experts="ragged"))

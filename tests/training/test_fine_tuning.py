@@ -138,6 +138,7 @@ def test_a_token_weighs_the_same_wherever_it_stands(dialogues_folder, base_tiny_
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_init_from_brings_the_shape_of_the_model_and_samples_are_answers(
     dataset_folder, dialogues_folder, base_tiny_config, tmp_path
 ):

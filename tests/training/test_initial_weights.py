@@ -63,6 +63,7 @@ def test_new_rows_are_the_mean_and_old_ones_as_they_were(kind, models):
     jax.tree.map(np.testing.assert_array_equal, own, params)
 
 
+@pytest.mark.slow
 def test_a_run_starts_with_new_tokens(models, base_tiny_config, dataset_folder, tmp_path):
     """Logits of old tokens stay; the EMA has the rows too."""
     tokenizer = tokenizer_lib.load(dataset_folder / "tokenizer", "")

@@ -125,6 +125,7 @@ def killed(config, folder, where, at):
     Training(flags_of(config, folder), log, {f"MATECONV_KILL_{where}": str(at)}).finish(-signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_a_reward_function_and_in_a_rollout_ends_with_the_same_bits(reward_config, run, server, tmp_path):
     killed(reward_config, tmp_path / "out", "REWARD", 12)
     killed(reward_config, tmp_path / "out", "ROLLOUT", 2)

@@ -315,6 +315,7 @@ def losses(monkeypatch):
     return values
 
 
+@pytest.mark.slow
 def test_a_run_from_another_brings_its_best_along(tiny_config, tmp_path, losses):
     losses.extend([2.0, 3.0, 4.0, 1.0])
     train(tiny_config, tmp_path / "a", max_steps=2, eval_interval=1)
@@ -356,6 +357,7 @@ def another_dataset(folder, dataset_folder, jsonl, *flags):
     prepare(parse_args(["--input", str(shorter), "--output", str(folder), *options]))
 
 
+@pytest.mark.slow
 def test_a_dataset_prepared_anew_under_the_same_path_is_named(tiny_config, dataset_folder, demo_jsonl, tmp_path):
     tiny_config.data.train_data_path = str(tmp_path / "data")
     shutil.copytree(dataset_folder, tmp_path / "data")

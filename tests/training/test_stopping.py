@@ -78,7 +78,7 @@ def not_stopped(base_tiny_config, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "moment",
-    [*(pytest.param(moment, marks=pytest.mark.slow) for moment in ("set-up", "compilation", "evaluation")), "step", "save"],
+    [*(pytest.param(moment, marks=pytest.mark.slow) for moment in ("set-up", "compilation", "evaluation", "step")), "save"],
 )
 def test_a_signal_at_any_moment_ends_in_a_finished_checkpoint(tiny_config, tmp_path, monkeypatch, not_stopped, moment):
     send, expected = send_once(), None

@@ -33,6 +33,7 @@ def first_line(text):
     return escaped(text).split("\n")[0]
 
 
+@pytest.mark.slow
 def test_samples_are_the_ema_models_and_change_nothing_else(tiny_config, tmp_path):
     options = dict(max_steps=4, use_ema=True, ema_decay=0.5, save_interval=2, keep_latest=9)
     train(tiny_config, tmp_path / "without", **options)
@@ -87,6 +88,7 @@ def test_the_average_of_losses_is_numpys(n, seed):
 
 
 @pytest.mark.parametrize("skip_spikes", [0.0, 1.5])
+@pytest.mark.slow
 def test_a_spike_is_left_out_on_request(tiny_config, tmp_path, monkeypatch, skip_spikes):
     """Step 20 reads rows of <pad>, which occurs nowhere else."""
     monkeypatch.setattr(LossAverage, "OVER", 5)

@@ -180,6 +180,7 @@ def test_texts_are_cut_at_rare_pairs_alone(texts, n_merges):
     assert cut.removesuffix(bpe.CUT) == "".join(expected).removesuffix(bpe.CUT)
 
 
+@pytest.mark.slow
 def test_training_is_the_same_to_the_byte_in_another_process(tmp_path):
     """Neither hash seeds nor the number of threads show."""
     rng = random.Random(0)
