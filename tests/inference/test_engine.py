@@ -48,8 +48,13 @@ def engine(generator):
     """With caches for prefills together that are shorter than the context, as they are by default."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(slots, "SMALLEST_LENGTH", 32)
-        engine = Engine(generator, max_batch=4)
-        engine.start()
+        engine, ran, call = Engine(generator, max_batch=4), set(), jax.stages.Compiled.__call__
+        with monkeypatch.context() as while_starting:
+            while_starting.setattr(
+                jax.stages.Compiled, "__call__", lambda program, *args: ran.add(program) or call(program, *args)
+            )
+            engine.start()
+        engine.ran_at_its_start = ran
         yield engine
         engine.stop()
 
@@ -247,6 +252,11 @@ def test_stopping_fails_what_is_unfinished(model, generator):
     engine._is_stopping = True
     engine._run()
     assert waiting.end() == Failed("the engine stops")
+
+
+def test_each_program_has_run_before_the_engine_is_ready(engine):
+    """The first run of one takes longer."""
+    assert engine.ran_at_its_start == set(engine._programs._programs.values())
 
 
 def test_prompts_are_read_in_chunks_that_waste_at_most_half(engine):
