@@ -55,7 +55,7 @@ def compiled(config: ConfigDict, cluster: Cluster, log=lambda text: None) -> Ste
     card = cluster.name if cluster.name in cards else max(cards, key=cards.count, default="")
     likely = expected_seconds(bounds, "training step", plan["dtype"], card, cluster.measured)
     if likely is None:
-        how = "the bound by the data sheet: no GPU was measured"
+        how = f"the bound by the data sheet: no step was measured in {plan['dtype']}"
         return StepCost(*sizes, bounds.seconds, bounds.seconds, "compiled for this GPU", how)
     how = ("expected from " if card == cluster.name else "as far above the bound as ") + likely.source
     return StepCost(*sizes, likely.seconds, bounds.seconds, "compiled for this GPU", how)

@@ -73,7 +73,7 @@ def test_a_compiled_step_takes_the_time_that_was_measured_on_such_a_gpu_or_else_
         return Measurement(card, program="training step", dtype="bfloat16", ms=times, bound_ms={"products": 1}, **values)
 
     h100, own = twice_the_bound(target.GPUS["h100"].device_kind), twice_the_bound(target.GPUS["4090"].device_kind, 3)
-    assert cost([]).seconds == cost([]).seconds_at_best == 0.01 and "no GPU was measured" in cost([]).seconds_from
+    assert cost([]).seconds == cost([]).seconds_at_best == 0.01 and "no step was measured in bfloat16" in cost([]).seconds_from
     assert cost([h100]).seconds == pytest.approx(0.02) and h100.card in cost([h100]).seconds_from
     assert cost([h100, h100, own]).seconds == pytest.approx(0.03) and own.card in cost([h100, own]).seconds_from
 
