@@ -55,7 +55,9 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
-        raise UserError(f"--port: cannot listen on {host}:{port} ({getattr(error, 'strerror', None) or error})") from error
+        # create_server appends the address to the text.
+        reason = str(getattr(error, "strerror", None) or error).split(" (while attempting to bind")[0]
+        raise UserError(f"--port: cannot listen on {host}:{port} ({reason})") from error
 
 
 def _start_engine(service: Service, server: "DrainingServer") -> None:
