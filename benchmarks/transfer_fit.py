@@ -74,8 +74,9 @@ def optimum(curve: dict[float, dict], noise: float) -> dict:
         return middle - slope / curvature, values[1] - slope**2 / curvature / 2
 
     drawn = [lowest(values + noise * np.random.default_rng(seed).standard_normal(3))[0] for seed in range(DRAWS)]
+    low, high = np.percentile(drawn, (15.9, 84.1))  # where a draw is flat its optimum is anywhere: no standard deviation
     x, loss = lowest(values)
-    return {"log2_lr": float(x), "loss": float(loss), "sd": float(np.std(drawn)), "run": curve[middle]}
+    return {"log2_lr": float(x), "loss": float(loss), "sd": float(high - low) / 2, "run": curve[middle]}
 
 
 def width_exponent(best: dict, rule: str, noise: float, curves: dict) -> dict | None:
@@ -88,8 +89,8 @@ def width_exponent(best: dict, rule: str, noise: float, curves: dict) -> dict | 
     x = np.log2(list(points))
     y, sd = (np.array([o[name] for o in points.values()]) for name in ("log2_lr", "sd"))
     random = np.random.default_rng(0)
-    slopes = [np.polyfit(x, y + sd * random.standard_normal(len(y)), 1)[0] for _ in range(DRAWS)]
-    slope, intercept = np.polyfit(x, y, 1)
+    slopes = [np.polyfit(x, y + sd * random.standard_normal(len(y)), 1, w=1 / sd)[0] for _ in range(DRAWS)]
+    slope, intercept = np.polyfit(x, y, 1, w=1 / sd)
     at_64 = 2 ** (intercept + 6 * slope)
     return {"a": -float(slope), "sd": float(np.std(slopes)), "at_width_64": float(at_64), "widths": sorted(points)}
 
@@ -170,8 +171,9 @@ def draw_curves(axis, curves: dict, best: dict) -> None:
             label = f"{plotting.short(parameters)}, {plotting.short(tokens)} tokens"
             axis.plot([2**i for i in x], [y[i] for i in x], line, color=COLORS[dim], label=label, markersize=4)
     axis.set(xscale="log", xlabel="peak learning rate", title="bits per byte of validation text")
-    fixed_ticks(axis.xaxis, [0.001, 0.002, 0.004, 0.008, 0.016])
-    axis.legend(frameon=False, fontsize=8)
+    fixed_ticks(axis.xaxis, [0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016])
+    axis.set_ylim(bottom=2.55)  # room for the legend
+    axis.legend(frameon=False, fontsize=7.5, loc="lower left", ncols=2)
 
 
 def draw_optima(axis, best: dict) -> None:
@@ -184,14 +186,14 @@ def draw_optima(axis, best: dict) -> None:
             values = np.exp2(y)
             color = plotting.BLUE if rule == "one" else plotting.GREEN
             axis.errorbar(list(points), values, [values - low, high - values], fmt=marker, color=color, label=label, capsize=3)
-    x = np.array([64, 128, 192, 256, 512])
+    x = np.array([64, 128, 192, 256, 448, 512])
     axis.plot(x, [rules.learning_rate(dim, 2048) for dim in x], "--", color=plotting.RED, label="the rule")
     shapes = [rules.Shape(dim, 4) for dim in (64, 128, 256, 512)]
     law = [step_law(shape.non_embedding, 2**19, 2048) for shape in shapes]
     axis.plot([shape.dim for shape in shapes], law, ":", color=plotting.DARK, label="Step Law, extrapolated")
     axis.set(xscale="log", yscale="log", xlabel="width", title="best learning rate, 524k tokens")
     fixed_ticks(axis.xaxis, [64, 128, 192, 256, 512])
-    fixed_ticks(axis.yaxis, [0.001, 0.002, 0.004, 0.008, 0.016, 0.032])
+    fixed_ticks(axis.yaxis, [0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032])
     axis.legend(frameon=False, fontsize=8)
 
 

@@ -20,8 +20,8 @@ def get_config():
     config.training.max_steps = 38_294
     config.training.batch_size = 32
     config.training.accumulation_steps = 32
-    config.training.learning_rate = 5.6e-4
-    config.training.min_lr = 5.6e-5
+    config.training.learning_rate = 2.7e-4
+    config.training.min_lr = 2.7e-5
     config.training.warmup_ratio = 0.052  # 2,000 steps
     config.training.eval_interval = "5%"
     config.training.save_interval = "5%"

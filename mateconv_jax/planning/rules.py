@@ -166,9 +166,9 @@ def steps(tokens: float, seq_len: int, devices: int) -> Steps:
 
 # ---- optimizer ----------------------------------------------------------------------------------------------------
 
-# The best learning rate at a width and a batch in tokens, and how it falls with the width (benchmarks/transfer.py).
-MEASURED_LEARNING_RATE, MEASURED_WIDTH, MEASURED_BATCH = 5.6e-3, 64, 2048
-WIDTH_EXPONENT, LARGEST_MEASURED_WIDTH = 0.7, 192
+# The best learning rate by width, and the tokens of its steps (benchmarks/transfer.py).
+MEASURED_LEARNING_RATES = {64: 5.6e-3, 128: 3.7e-3, 192: 2.5e-3, 256: 1.8e-3, 448: 5.4e-4}
+MEASURED_BATCH = 2048
 LARGEST_BATCH_FACTOR = 2.0  # from four times the batch on; twice the batch measured 1.16, not 1.41
 MAX_WARMUP_STEPS = 2000
 WARMUP_RATIO = 0.1  # configs/base.py
@@ -183,18 +183,18 @@ def warmup_ratio(steps: int) -> float:
 def learning_rate(dim: int, batch: float) -> float:
     """Peak learning rate of AdamW.
 
-    Up to LARGEST_MEASURED_WIDTH it falls with the width as measured (docs/recipes.md). Beyond that it is inverse to the width,
-    as the hidden matrices' for Adam in Yang et al., 2022 (muP): the steeper of the two, since too high a rate costs more than
-    too low a one. It grows with the root of the batch (Malladi et al., 2022, for Adam), but only up to LARGEST_BATCH_FACTOR:
-    beyond a critical batch it grows no more (McCandlish et al., 2018).
+    Interpolated between the measured widths (docs/recipes.md). Beyond them it is inverse to the width, as the hidden matrices'
+    for Adam in Yang et al., 2022 (muP). It grows with the root of the batch (Malladi et al., 2022, for Adam), but only up to
+    LARGEST_BATCH_FACTOR: beyond a critical batch it grows no more (McCandlish et al., 2018).
 
     Args:
       dim: width.
       batch: tokens of a step.
     """
-    measured = max(MEASURED_WIDTH, min(dim, LARGEST_MEASURED_WIDTH))
-    at_measured = MEASURED_LEARNING_RATE * (MEASURED_WIDTH / measured) ** WIDTH_EXPONENT
-    return at_measured * (measured / dim) * min(math.sqrt(batch / MEASURED_BATCH), LARGEST_BATCH_FACTOR)
+    widths, rates = np.log(list(MEASURED_LEARNING_RATES)), np.log(list(MEASURED_LEARNING_RATES.values()))
+    at_measured = math.exp(np.interp(math.log(dim), widths, rates))
+    beyond = max(1.0, dim / max(MEASURED_LEARNING_RATES))
+    return at_measured / beyond * min(math.sqrt(batch / MEASURED_BATCH), LARGEST_BATCH_FACTOR)
 
 
 def rounded(x: float) -> float:

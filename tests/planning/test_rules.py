@@ -99,13 +99,14 @@ def test_more_tokens_take_no_smaller_batch(tokens, factor, devices):
 
 
 def test_the_learning_rate_is_the_measured_one_and_falls_with_the_width():
-    rate, width, batch = rules.MEASURED_LEARNING_RATE, rules.MEASURED_WIDTH, rules.MEASURED_BATCH
-    largest = rules.LARGEST_MEASURED_WIDTH
-    assert rules.learning_rate(width, batch) == rate
-    assert rules.learning_rate(largest, batch) == pytest.approx(rate * (width / largest) ** rules.WIDTH_EXPONENT)
-    assert rules.learning_rate(8 * largest, batch) == pytest.approx(rules.learning_rate(largest, batch) / 8)
-    assert rules.learning_rate(width, 2 * batch) == pytest.approx(2**0.5 * rate)
-    assert rules.learning_rate(width, 1e9) == rules.LARGEST_BATCH_FACTOR * rate
+    rates, batch = rules.MEASURED_LEARNING_RATES, rules.MEASURED_BATCH
+    for width, rate in rates.items():
+        assert rules.learning_rate(width, batch) == pytest.approx(rate)
+    assert rates[128] > rules.learning_rate(160, batch) > rates[192]
+    width, largest = 64, max(rates)
+    assert rules.learning_rate(8 * largest, batch) == pytest.approx(rates[largest] / 8)
+    assert rules.learning_rate(width, 2 * batch) == pytest.approx(2**0.5 * rates[width])
+    assert rules.learning_rate(width, 1e9) == pytest.approx(rules.LARGEST_BATCH_FACTOR * rates[width])
 
 
 def test_the_learning_rate_is_between_common_practice_and_step_law():
