@@ -29,7 +29,8 @@ def main(args):
     console = Console(width=120)
     console.print(f"standard deviation over seeds: {noise:.4f} bits/byte")
     console.print(table_of(best))
-    exponents = {rule: width_exponent(best, rule, noise, curves) for rule in ("one", "matrices")}
+    widest = (("one", 256), ("one", 448), ("matrices", 448))  # from 256 on one rate falls more steeply
+    exponents = {f"{rule}, up to {dim}": width_exponent(best, rule, dim) for rule, dim in widest}
     loss_fit = fit_loss(curves, best)
     draw(curves, best, loss_fit, args.output)
     print(json.dumps({"noise": noise, "width_exponent": exponents, "loss": loss_fit}))
@@ -79,9 +80,9 @@ def optimum(curve: dict[float, dict], noise: float) -> dict:
     return {"log2_lr": float(x), "loss": float(loss), "sd": float(high - low) / 2, "run": curve[middle]}
 
 
-def width_exponent(best: dict, rule: str, noise: float, curves: dict) -> dict | None:
-    """a in lr = c / dim^a, over widths with the same tokens and batch, with an interval of two deviations."""
-    points = {key[0]: o for key, o in best.items() if key[1:] == (2**19, 2048, rule)}
+def width_exponent(best: dict, rule: str, widest: int) -> dict | None:
+    """a in lr = c / dim^a, over widths up to `widest` with the same tokens and batch, each weighted by 1 / its deviation."""
+    points = {key[0]: o for key, o in best.items() if key[1:] == (2**19, 2048, rule) and key[0] <= widest}
     if rule == "matrices":  # at the base width both rules are one
         points |= {64: best[64, 2**19, 2048, "one"]} if (64, 2**19, 2048, "one") in best else {}
     if len(points) < 2:

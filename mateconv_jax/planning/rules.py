@@ -183,9 +183,10 @@ def warmup_ratio(steps: int) -> float:
 def learning_rate(dim: int, batch: float) -> float:
     """Peak learning rate of AdamW.
 
-    Interpolated between the measured widths (docs/recipes.md). Beyond them it is inverse to the width, as the hidden matrices'
-    for Adam in Yang et al., 2022 (muP). It grows with the root of the batch (Malladi et al., 2022, for Adam), but only up to
-    LARGEST_BATCH_FACTOR: beyond a critical batch it grows no more (McCandlish et al., 2018).
+    Interpolated between the measured widths (docs/recipes.md). Above the widest it is inverse to the width, as the hidden
+    matrices' for Adam in Yang et al., 2022 (muP); below the narrowest it is constant. It grows with the root of the batch
+    (Malladi et al., 2022, for Adam), but only up to LARGEST_BATCH_FACTOR: beyond a critical batch it grows no more (McCandlish
+    et al., 2018).
 
     Args:
       dim: width.
