@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import jax
@@ -181,7 +181,7 @@ def config_of(case: Case, data: Path, out_dir: Path):
 
 
 @contextlib.contextmanager
-def learning_rates_of(case: Case) -> Iterator[None]:
+def learning_rates_of(case: Case) -> Generator[None]:
     """A context in which `train`'s optimizer follows the case's rule."""
     make_optimizer = optimizer.make_optimizer
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from mateconv_jax.errors import UserError
@@ -19,7 +19,7 @@ FULL_BYTES = 1 << 16  # with less left, a write that failed without a reason fai
 
 
 @contextlib.contextmanager
-def os_errors(path: str | os.PathLike) -> Iterator[None]:
+def os_errors(path: str | os.PathLike) -> Generator[None]:
     """Within the block, an error of such a disk leaves as an OSError with its number, the system's words and `path`.
 
     safetensors, tokenizers, torch, TensorStore and ArrayRecord have errors of their own, with the system's words in the text;

@@ -4,14 +4,14 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from mateconv_jax import disk
 
 
 @contextlib.contextmanager
-def aside(path: Path, folder: bool = False, replace_folder: bool = False) -> Iterator[Path]:
+def aside(path: Path, folder: bool = False, replace_folder: bool = False) -> Generator[Path]:
     """Write `path` atomically: the block writes to the yielded path, PATH.partial/NAME, which is renamed to `path` if the block
     succeeds. The next attempt removes what a killed process left in PATH.partial, but nothing else that may be there.
 

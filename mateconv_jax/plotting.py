@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +15,7 @@ BLUE, RED, GREEN, DARK = "#5b84b9", "#c9605c", "#6f9f78", "#555555"
 
 
 @contextlib.contextmanager
-def style(**changes) -> Iterator[None]:
+def style(**changes) -> Generator[None]:
     """Inside the block, matplotlib's defaults with our changes. The user's settings are neither used nor changed."""
     ours = {
         "font.family": font().get_name(),

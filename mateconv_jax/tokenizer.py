@@ -5,7 +5,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -71,7 +71,7 @@ def inspect(args):
 
 
 @contextlib.contextmanager
-def _folder_aside(output: Path, overwrite: bool) -> Iterator[Path]:
+def _folder_aside(output: Path, overwrite: bool) -> Generator[Path]:
     """A new folder that replaces `output` if the block succeeds and is removed otherwise."""
     check_name(output, "--output")
     if output.exists() and not overwrite:

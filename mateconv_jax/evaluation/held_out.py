@@ -3,7 +3,7 @@
 import contextlib
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ def check_sizes(batch_size: int | None, max_batches: int | None, mesh: Mesh) -> 
 @contextlib.contextmanager
 def opened(
     data: list[str], split: str | None, config: ConfigDict, tokenizer: PreTrainedTokenizerFast, reading: dict[str, Any]
-) -> Iterator[tuple[Rows, dict]]:
+) -> Generator[tuple[Rows, dict]]:
     """Open a dataset folder, a flat .bin file or raw text: (rows, the result's data, split, seq_len and rejected).
 
     Args: see `evaluate_run`; config and tokenizer are the model's.

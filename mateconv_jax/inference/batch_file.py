@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -251,7 +251,7 @@ def _line(record: dict) -> bytes:
 
 
 @contextlib.contextmanager
-def _results_file(output: str | None, requests: list[Request], settings: dict) -> Iterator[tuple[BinaryIO, int]]:
+def _results_file(output: str | None, requests: list[Request], settings: dict) -> Generator[tuple[BinaryIO, int]]:
     """The binary file to append results to, and how many it already holds. A partly written last line is cut off."""
     if output is None:
         yield sys.stdout.buffer, 0

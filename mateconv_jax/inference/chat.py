@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -293,7 +293,7 @@ def _notice(text: str) -> None:
 
 
 @contextlib.contextmanager
-def _on_ctrl_c(handler) -> Iterator[None]:
+def _on_ctrl_c(handler) -> Generator[None]:
     """Handle Ctrl-C with `handler` inside the block. A KeyboardInterrupt could be raised anywhere in JAX, and a second one
     anywhere in the clean-up after the first.
     """

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from importlib.util import find_spec
 
 import jax
@@ -147,7 +147,7 @@ device_description_str: "{gpu.device_kind}"
 
 
 @contextlib.contextmanager
-def compiling_for(gpu: Gpu) -> Iterator[None]:
+def compiling_for(gpu: Gpu) -> Generator[None]:
     """A context in which programs for `gpu` can be traced and compiled (jax 0.10 to 0.12).
 
     jax.nn.dot_product_attention(implementation="cudnn") queries the local device's compute capability and cuDNN version; here

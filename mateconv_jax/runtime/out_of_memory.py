@@ -4,7 +4,7 @@ to lower.
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import jax
 
@@ -13,7 +13,7 @@ from mateconv_jax.runtime import device_memory
 
 
 @contextlib.contextmanager
-def as_user_error(key: str, advice: str) -> Iterator[None]:
+def as_user_error(key: str, advice: str) -> Generator[None]:
     """Within the block, running out of memory, at compilation too, is a UserError.
 
     Args:

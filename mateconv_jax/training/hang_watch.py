@@ -5,7 +5,7 @@ import faulthandler
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import jax
 
@@ -48,7 +48,7 @@ class HangWatch:
         self._steps += 1
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> Generator[None]:
         """While the main thread does something that takes as long as it takes."""
         self._pauses += 1
         try:

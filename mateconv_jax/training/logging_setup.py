@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from absl import logging as absl_logging
@@ -17,7 +17,7 @@ _PACKAGE = str(Path(mateconv_jax.__file__).parent) + "/"
 
 
 @contextlib.contextmanager
-def logging_to(path: Path) -> Iterator[None]:
+def logging_to(path: Path) -> Generator[None]:
     """Within the block, this package logs from INFO on to standard error and to `path`, other libraries from WARNING on.
 
     On a terminal the progress bar already shows the metrics, so their lines go only to the file. Only the first process writes

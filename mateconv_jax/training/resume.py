@@ -59,12 +59,16 @@ def find_origin(config: ConfigDict) -> Origin:
       UserError: what a key names cannot be used, out_dir holds a run and training.resume forbids continuing it, its config.json
         is not a run's, or processes see different checkpoints.
     """
-    for _ in range(LATE_SECONDS):
+    looks_left = LATE_SECONDS  # counted, not timed: all processes give up at the same look
+    while True:
         origin = _find_origin(config)
         seen = agreement.gather("origin", [origin.key, origin.checkpoint and origin.checkpoint.step])
         other = next((process for process, what in enumerate(seen) if what != seen[0]), None)
         if other is None:
             return origin
+        if looks_left == 0:
+            break
+        looks_left -= 1
         time.sleep(1)
     steps = [f"{'no checkpoint' if step is None else f'step {step}'} in process {i}" for i, (_, step) in enumerate(seen)]
     raise UserError(

@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import jax
@@ -29,7 +29,7 @@ DEAD_SECONDS = 60.0  # without a heartbeat
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path) -> Generator[None]:
     """Make a run folder and hold its lock. A folder that is new and that the block leaves empty is removed again.
 
     In a run of several processes the first holds the lock; all of them see whether they can write there.
@@ -58,7 +58,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Generator[None]:
     file = _open(path)
     try:
         stop = _hold(file, path)

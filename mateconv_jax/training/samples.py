@@ -1,7 +1,7 @@
 """Texts that the model writes during training."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import jax
 from flax import nnx
@@ -23,7 +23,7 @@ class FirstProcessGenerator:
         self.generator = TextGenerator(nnx.merge(graph, params), tokenizer)
 
     @contextlib.contextmanager
-    def with_weights(self, params: nnx.State) -> Iterator[TextGenerator | None]:
+    def with_weights(self, params: nnx.State) -> Generator[TextGenerator | None]:
         """The generator with these parameters, in the first process; every process must call it, the others get None."""
         replicated = self._gather(params)
         if not distributed.is_first():

@@ -4,7 +4,7 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import jax
 
@@ -43,14 +43,14 @@ class Throughput:
         return scalars
 
     @contextlib.contextmanager
-    def waiting_for_input(self) -> Iterator[None]:
+    def waiting_for_input(self) -> Generator[None]:
         """The time inside counts as waiting for data."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
     @contextlib.contextmanager
-    def not_training(self) -> Iterator[None]:
+    def not_training(self) -> Generator[None]:
         """The time inside does not count."""
         start = time.perf_counter()
         yield

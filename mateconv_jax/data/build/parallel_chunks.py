@@ -11,7 +11,7 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -133,7 +133,7 @@ class _ThisProcess(concurrent.futures.Executor):
 
 
 @contextlib.contextmanager
-def _workers(num_workers: int, setup: WorkerSetup) -> Iterator[concurrent.futures.Executor]:
+def _workers(num_workers: int, setup: WorkerSetup) -> Generator[concurrent.futures.Executor]:
     """A pool that is shut down at the first error. Raises UserError if a worker was killed."""
     with _pool(num_workers, setup) as pool:
         try:

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -67,7 +67,7 @@ def check_outside(sources: list[Source], folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, options: dict, overwrite: bool) -> Iterator[Path]:
+def opened(folder: Path, options: dict, overwrite: bool) -> Generator[Path]:
     """Create and lock the work folder, and check that its content was made with the same options.
 
     Raises:

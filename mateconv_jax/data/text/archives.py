@@ -101,11 +101,7 @@ def _zip_content(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[
         with archive.open(member) as content:
             while block := content.read(READ_BYTES):
                 yield block
-    except (
-        RuntimeError,
-        NotImplementedError,
-        OSError,
-    ) as error:  # it wants a password; a compression unknown here; broken bzip2
+    except (RuntimeError, OSError) as error:  # it wants a password or has a compression unknown here; broken bzip2
         raise zipfile.BadZipFile(str(error)) from error
 
 

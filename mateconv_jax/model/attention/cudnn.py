@@ -4,7 +4,7 @@ Dimensions in names: B batch, S queries, H query heads, K key/value heads, N hea
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def attention(q_BSHN, k_BSKN, v_BSKN, documents_BS=None, dropout=0.0, key_B=None
 
 
 @contextlib.contextmanager
-def clear_rejections() -> Iterator[None]:
+def clear_rejections() -> Generator[None]:
     """Within the block, shapes that `refusal` accepts and cuDNN rejects when a program is compiled are a UserError."""
     try:
         yield

@@ -3,13 +3,13 @@
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 
 _thread = threading.local()  # several threads may lower programs at once: only this one's change
 
 
 @contextlib.contextmanager
-def deterministic_attention() -> Iterator[None]:
+def deterministic_attention() -> Generator[None]:
     """Programs that this thread lowers here use cuDNN's deterministic backward pass. Compile them with xla_flags.DETERMINISTIC.
 
     XLA should set this flag itself, but sets it only on the first of several equal layers and then fails in the first step with
