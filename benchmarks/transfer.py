@@ -83,6 +83,10 @@ def campaign(runs: "Runs") -> None:
     sweep(runs, Case(128, best[64], rule="matrices"))
     best[448] = sweep(runs, Case(448, best[256] - 1))
     sweep(runs, Case(256, best[64], rule="matrices"))
+    sweep(runs, Case(448, best[64] - 1, rule="matrices"))
+    for dim in (128, 256):
+        for batch_tokens in (1024, 4096):
+            sweep(runs, Case(dim, best[dim], batch_tokens=batch_tokens))
     for dim, tokens in ((64, 2 * M), (256, M), (128, 2 * M), (448, M), (256, 2 * M), (64, 4 * M)):
         runs.of(Case(dim, best[dim], tokens))
 
