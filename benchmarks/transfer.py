@@ -16,18 +16,16 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Generator
 from pathlib import Path
 
 import jax
-import optax
 
 from mateconv_jax import config as config_lib
 from mateconv_jax.data.dataset import open_dataset
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig, ModelOptions
-from mateconv_jax.training import loop, optimizer
+from mateconv_jax.training import loop
 
 VOCAB_SIZE, SEQ_LEN = 2048, 128
 N_LAYERS = 4  # of every size: only the width changes, as in the papers on transfer over width
@@ -41,8 +39,8 @@ class Case:
 
     Attributes:
       dim: the model's width: 64, 128, 192, 256 and 448 have 0.3, 1.0, 2.1, 3.5 and 9.9 M parameters.
-      rule: "one": one learning rate for all parameters, as `train` does; "matrices": that of the blocks' matrices times
-        BASE_WIDTH / dim (the rule for Adam of Yang et al., 2022, as far as learning rates go).
+      rule: "one": one learning rate for all parameters; "matrices": that of the blocks' matrices times BASE_WIDTH / dim (the
+        rule for Adam of Yang et al., 2022, as far as learning rates go).
       tokens: trained on, of 18 M; none twice.
       batch_tokens: of a step.
       log2_lr: logarithm of the peak learning rate.
@@ -80,13 +78,17 @@ def campaign(runs: "Runs") -> None:
     for batch_tokens in (4096, 1024):
         sweep(runs, Case(64, best[64], batch_tokens=batch_tokens))
     best[256] = sweep(runs, Case(256, best[192]))
-    sweep(runs, Case(128, best[64], rule="matrices"))
+    best_matrices = {128: sweep(runs, Case(128, best[64], rule="matrices"))}
     best[448] = sweep(runs, Case(448, best[256] - 1))
-    sweep(runs, Case(256, best[64], rule="matrices"))
-    sweep(runs, Case(448, best[64] - 1, rule="matrices"))
+    best_matrices[256] = sweep(runs, Case(256, best[64], rule="matrices"))
+    best_matrices[448] = sweep(runs, Case(448, best[64] - 1, rule="matrices"))
+    for rule, log2_lr in (("matrices", best_matrices[256]), ("one", best[256])):
+        runs.of(Case(256, log2_lr, 2 * M, rule=rule))
     for dim in (128, 256):
         for batch_tokens in (1024, 4096):
-            sweep(runs, Case(dim, best[dim], batch_tokens=batch_tokens))
+            sweep(runs, Case(dim, best_matrices[dim], batch_tokens=batch_tokens, rule="matrices"))
+    for dim, tokens in ((128, 2 * M), (448, M), (128, M)):
+        runs.of(Case(dim, best_matrices[dim], tokens, rule="matrices"))
     for dim, tokens in ((64, 2 * M), (256, M), (128, 2 * M), (448, M), (256, 2 * M), (64, 4 * M)):
         runs.of(Case(dim, best[dim], tokens))
 
@@ -149,8 +151,7 @@ class Runs:
         shape = {"parameters": flops.parameters(c)[0], "embedding": c.vocab_size * c.dim, "steps": config.training.max_steps}
         start = time.monotonic()
         try:
-            with learning_rates_of(case):
-                code = loop.train(config)
+            code = loop.train(config)
         except UserError as error:  # training.max_bad_steps
             print(error, file=sys.stderr)
             return shape | {"val_loss": None, "bits_per_byte": None}
@@ -177,36 +178,13 @@ def config_of(case: Case, data: Path, out_dir: Path):
     config.training.update(
         dict(
             out_dir=str(out_dir), seed=case.seed, batch_size=rows, max_steps=case.tokens // case.batch_tokens,
-            learning_rate=case.learning_rate, min_lr=case.learning_rate / 10, eval_interval="100%", save_interval="100%",
+            learning_rate=case.learning_rate, min_lr=case.learning_rate / 10,
+            matrix_lr_ratio=BASE_WIDTH / case.dim if case.rule == "matrices" else 1.0,
+            eval_interval="100%", save_interval="100%",
             save_minutes=3.0, eval_iters=-(-val_rows // rows), keep_best=False, keep_latest=1, log_interval="2%",
         )
     )  # fmt: skip
     return config_lib.resolve(config)
-
-
-@contextlib.contextmanager
-def learning_rates_of(case: Case) -> Generator[None]:
-    """A context in which `train`'s optimizer follows the case's rule."""
-    make_optimizer = optimizer.make_optimizer
-
-    def scaled(options, c):
-        factor = BASE_WIDTH / case.dim
-
-        def scale(updates, _):
-            def of(path, update):
-                is_hidden = update.ndim >= 2 and "embedding_VD" not in jax.tree_util.keystr(path)
-                return factor * update if is_hidden else update
-
-            return jax.tree.map_with_path(of, updates)
-
-        return optax.chain(make_optimizer(options, c), optax.stateless(scale))
-
-    if case.rule == "matrices":
-        optimizer.make_optimizer = scaled
-    try:
-        yield
-    finally:
-        optimizer.make_optimizer = make_optimizer
 
 
 def prepare(text: Path, work: Path) -> Path:

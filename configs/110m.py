@@ -20,8 +20,9 @@ def get_config():
     config.training.max_steps = 16_594
     config.training.batch_size = 64
     config.training.accumulation_steps = 4
-    config.training.learning_rate = 6.3e-4
-    config.training.min_lr = 6.3e-5
+    config.training.learning_rate = 6.4e-3
+    config.training.matrix_lr_ratio = 0.083  # 64 / dim
+    config.training.min_lr = 6.4e-4
     config.training.eval_interval = "5%"
     config.training.save_interval = "5%"
     return config

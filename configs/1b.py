@@ -20,8 +20,9 @@ def get_config():
     config.training.max_steps = 38_294
     config.training.batch_size = 32
     config.training.accumulation_steps = 32
-    config.training.learning_rate = 2.7e-4
-    config.training.min_lr = 2.7e-5
+    config.training.learning_rate = 6.4e-3
+    config.training.matrix_lr_ratio = 0.036  # 64 / dim
+    config.training.min_lr = 6.4e-4
     config.training.warmup_ratio = 0.052  # 2,000 steps
     config.training.eval_interval = "5%"
     config.training.save_interval = "5%"

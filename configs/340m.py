@@ -20,8 +20,9 @@ def get_config():
     config.training.max_steps = 25_604
     config.training.batch_size = 32
     config.training.accumulation_steps = 16
-    config.training.learning_rate = 3.8e-4
-    config.training.min_lr = 3.8e-5
+    config.training.learning_rate = 6.4e-3
+    config.training.matrix_lr_ratio = 0.05  # 64 / dim
+    config.training.min_lr = 6.4e-4
     config.training.warmup_ratio = 0.078  # 2,000 steps
     config.training.eval_interval = "5%"
     config.training.save_interval = "5%"

@@ -207,6 +207,9 @@ KEYS = [
     # ---- training: optimizer and schedule ---------------------------------------------------------------------------------
     Key("training.optimizer_type", "adamw", FIXED, "Optimizer.", one_of("adamw", "adam", "lion", "adafactor", "muon")),
     Key("training.learning_rate", 3e-4, DIVERGES, "Peak learning rate.", POSITIVE),
+    Key("training.matrix_lr_ratio", 1.0, DIVERGES,
+        "Learning rate of the blocks' matrices over that of everything else; about 64 / model.dim is best (docs/recipes.md).",
+        POSITIVE),
     Key("training.min_lr", 3e-5, DIVERGES, "Learning rate at the end of the schedule (all but constant).", NOT_NEGATIVE),
     Key("training.lr_scheduler", "cosine", DIVERGES,
         "Learning rate after the warm-up.", one_of("cosine", "linear", "polynomial", "constant", "wsd")),

@@ -136,7 +136,7 @@ def test_the_keys_change_only_with_thought():
             "early_stopping", "ema_decay", "ema_warmup", "epochs", "eval_interval", "eval_iters", "eval_tasks", "eval_tasks_interval",
                 "eval_tasks_limit", "eval_tasks_score", "eval_tasks_shots", "grad_allreduce_dtype", "grad_clip",
             "hang_timeout", "init_from", "keep_best", "keep_every", "keep_latest", "learning_rate", "log_interval", "lr_power",
-            "lr_scheduler", "max_bad_steps", "max_hours", "max_steps", "min_lr", "muon_momentum", "optimizer_type",
+            "lr_scheduler", "matrix_lr_ratio", "max_bad_steps", "max_hours", "max_steps", "min_lr", "muon_momentum", "optimizer_type",
             "out_dir", "patience", "profile_step", "remat", "resume", "resume_from", "sample_chat", "sample_prompts", "samples_interval",
             "save_interval", "save_minutes", "seed", "skip_spikes", "use_ema",
             "warmup_ratio", "warmup_steps", "weight_decay", "z_loss",

@@ -93,8 +93,10 @@ def _optimizer(recipe: Recipe) -> list[Choice]:
     peak = rules.rounded(rules.learning_rate(recipe.shape.dim, recipe.tokens_per_step))
     return [
         Choice("training.learning_rate", peak,
-               f"from what was best at dim {min(rules.MEASURED_LEARNING_RATES)} to {max(rules.MEASURED_LEARNING_RATES)} "
-               "(docs/recipes.md), inverse to dim beyond (muP, Yang et al., 2022); half or twice as much is worth trying"),
+               f"what was best at dim {min(rules.MEASURED_LEARNING_RATES)} to {max(rules.MEASURED_LEARNING_RATES)}, "
+               "constant beyond (docs/recipes.md); half or twice as much is worth trying"),
+        Choice("training.matrix_lr_ratio", rules.rounded(rules.matrix_lr_ratio(recipe.shape.dim)),
+               f"{rules.MATRICES_WIDTH} / dim (muP, Yang et al., 2022; docs/recipes.md)"),
         Choice("training.min_lr", rules.rounded(peak / 10), "a tenth of the peak, as configs/base.py (Hoffmann et al., 2022)"),
         Choice("training.warmup_ratio", rules.warmup_ratio(recipe.steps.steps),
                f"a tenth of all steps, as configs/base.py, but at most about {rules.MAX_WARMUP_STEPS:,} steps"),

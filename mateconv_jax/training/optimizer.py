@@ -36,6 +36,7 @@ class OptimizerOptions:
     adam_eps: float
     muon_momentum: float
     weight_decay: float
+    matrix_lr_ratio: float
     grad_clip: float
 
 
@@ -85,6 +86,10 @@ def make_optimizer(options: OptimizerOptions, c: ModelConfig) -> optax.GradientT
     does. adamw, adam, adafactor (Shazeer & Stern, 2018) equal torch.optim's; lion: Chen et al., 2023; muon: Jordan, 2024, with
     Moonshot's factor 0.2 sqrt(max(fan)), on the hidden matrices, one per expert, and AdamW on embedding, output layer, norms
     and the experts' gates (which are output layers of E classes).
+
+    The blocks' matrices learn at matrix_lr_ratio times the learning rate, and decay as much less, as torch's parameter groups
+    with learning rates of their own do. 64 / dim makes the best rate of a width that of others, too (Yang et al., 2022,
+    table 8; measured in docs/recipes.md).
     """
     b1, b2, eps, weight_decay = options.beta1, options.beta2, options.adam_eps, options.weight_decay
     match options.optimizer_type:
@@ -114,8 +119,25 @@ def make_optimizer(options: OptimizerOptions, c: ModelConfig) -> optax.GradientT
             tx = on_parts(optax.partition({"muon": hidden, "adamw": adamw}, muon_labels), c)
         case other:
             raise ValueError(other)  # config.resolve has checked it
-    # A resumed run may turn clipping on or off, so the state has the same tree with it and without it.
-    return optax.chain(clip(options.grad_clip) if options.grad_clip else optax.identity(), tx)
+    # A resumed run may turn clipping on or off and change the ratio, so the state has the same tree whatever they are.
+    clipping = clip(options.grad_clip) if options.grad_clip else optax.identity()
+    return optax.chain(clipping, slower_matrices(tx, options.matrix_lr_ratio))
+
+
+def slower_matrices(tx: optax.GradientTransformation, ratio: float) -> optax.GradientTransformation:
+    """`tx` with the updates of the blocks' matrices multiplied by `ratio`."""
+    if ratio == 1:
+        return tx
+
+    def update(updates, state, params=None):
+        updates, state = tx.update(updates, state, params)
+        return jax.tree.map_with_path(lambda path, u: ratio * u if is_in_block(path) and u.ndim >= 2 else u, updates), state
+
+    return optax.GradientTransformation(tx.init, update)
+
+
+def is_in_block(path) -> bool:
+    return "['blocks']" in jax.tree_util.keystr(path)
 
 
 def clip(max_norm: float) -> optax.GradientTransformation:

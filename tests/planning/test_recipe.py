@@ -145,6 +145,7 @@ def test_the_sizes_in_configs_are_what_the_rules_give(name, size):
     assert (training.max_steps, training.batch_size * training.accumulation_steps) == (steps.steps, steps.rows)
     assert training.warmup_ratio == rules.warmup_ratio(steps.steps)
     assert training.learning_rate == rules.rounded(rules.learning_rate(shape.dim, steps.rows * 512))
+    assert training.matrix_lr_ratio == rules.rounded(rules.matrix_lr_ratio(shape.dim))
     assert training.min_lr == pytest.approx(training.learning_rate / 10)
 
 

@@ -98,21 +98,27 @@ def test_more_tokens_take_no_smaller_batch(tokens, factor, devices):
     assert rules.steps(tokens, 512, devices).rows <= rules.steps(factor * tokens, 512, devices).rows
 
 
-def test_the_learning_rate_is_the_measured_one_and_falls_with_the_width():
+def test_the_learning_rate_is_the_measured_one_and_constant_beyond():
     rates, batch = rules.MEASURED_LEARNING_RATES, rules.MEASURED_BATCH
     for width, rate in rates.items():
         assert rules.learning_rate(width, batch) == pytest.approx(rate)
-    assert rates[128] > rules.learning_rate(160, batch) > rates[192]
+    assert rates[128] > rules.learning_rate(160, batch) > rates[256]
     width, largest = 64, max(rates)
-    assert rules.learning_rate(8 * largest, batch) == pytest.approx(rates[largest] / 8)
+    assert rules.learning_rate(8 * largest, batch) == pytest.approx(rates[largest])
     assert rules.learning_rate(width, 2 * batch) == pytest.approx(2**0.5 * rates[width])
     assert rules.learning_rate(width, 1e9) == pytest.approx(rules.LARGEST_BATCH_FACTOR * rates[width])
 
 
-def test_the_learning_rate_is_between_common_practice_and_step_law():
+def test_the_matrices_learning_rate_is_inverse_to_the_width():
+    assert rules.matrix_lr_ratio(rules.MATRICES_WIDTH) == 1
+    assert rules.matrix_lr_ratio(1024) == pytest.approx(rules.matrix_lr_ratio(512) / 2)
+
+
+def test_the_matrices_learning_rate_is_near_common_practice_and_below_step_law():
     """GPT-3's (Brown et al., 2020, table 2.1) are known to be low, Step Law's (Li et al., 2025) are fitted optima."""
     for name, gpt3 in (("110m", 6e-4), ("340m", 3e-4), ("1b", 2e-4)):
         shape = rules.shape({"110m": 110e6, "340m": 340e6, "1b": 1e9}[name], 6400)
         tokens = rules.TOKENS_PER_PARAMETER * shape.parameters(6400)
         step_law = 1.79 * shape.non_embedding**-0.713 * tokens**0.307
-        assert gpt3 < rules.learning_rate(shape.dim, rules.batch_tokens(tokens)) < step_law
+        of_matrices = rules.matrix_lr_ratio(shape.dim) * rules.learning_rate(shape.dim, rules.batch_tokens(tokens))
+        assert 0.8 * gpt3 < of_matrices < step_law

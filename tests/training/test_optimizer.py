@@ -131,6 +131,59 @@ def test_fifty_steps_equal_pytorch(name, grad_clip, adam_eps):
             np.testing.assert_allclose(ours[key], tensor.detach().numpy(), atol=1e-5)
 
 
+def random_model(rng):
+    def array(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    return {"embedding_VD": array(160, 130), "blocks": {0: {"w2_DF": array(160, 130), "scale_D": array(7)}}}
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_blocks_matrices_learn_at_their_own_rate_as_in_pytorch(name):
+    options = training(optimizer_type=name, grad_clip=0.0, matrix_lr_ratio=0.25)
+    rng = np.random.default_rng(0)
+    params = random_model(rng)
+    gradients = [random_model(rng) for _ in range(STEPS)]
+
+    tensors = jax.tree.map(lambda p: torch.nn.Parameter(torch.tensor(p)), params)
+    groups = [
+        {"params": [tensors["embedding_VD"]], "weight_decay": options.weight_decay, "lr": 1e-2},
+        {"params": [tensors["blocks"][0]["scale_D"]], "weight_decay": 0.0, "lr": 1e-2},
+        {"params": [tensors["blocks"][0]["w2_DF"]], "weight_decay": options.weight_decay, "lr": 0.25e-2},
+    ]
+    theirs = TORCH[name](groups, options)
+    schedule = optimizer.make_schedule(options, STEPS)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(theirs, lambda step: float(schedule(step)) / 1e-2)
+    for gradient, ours in zip(gradients, updates_of(options, gradients, params), strict=True):
+        for tensor, g in zip(jax.tree.leaves(tensors), jax.tree.leaves(gradient), strict=True):
+            tensor.grad = torch.tensor(g)
+        theirs.step()
+        scheduler.step()
+        for tensor, p in zip(jax.tree.leaves(tensors), jax.tree.leaves(ours), strict=True):
+            np.testing.assert_allclose(p, tensor.detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "lion", "adafactor", "muon"])
+def test_matrix_lr_ratio_scales_the_updates_of_the_blocks_matrices_alone(name):
+    model = Transformer(llama.model_config(), nnx.Rngs(0))
+    params = nnx.split(model)[1]
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)
+
+    def update(ratio):
+        tx = optimizer.make_optimizer(training(optimizer_type=name, matrix_lr_ratio=ratio), model.c)
+        return jax.jit(tx.update)(grads, tx.init(params), params)
+
+    (ours, state), (slower, slower_state) = update(1.0), update(0.125)
+    assert jax.tree.structure(state) == jax.tree.structure(slower_state)
+    ratios = {
+        jax.tree_util.keystr(path): np.unique(np.round(b[a != 0] / a[a != 0], 6))
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(slower), strict=True)
+    }
+    for path, ratio in ratios.items():
+        is_matrix = any(name in path for name in ("wqkv_JND", "wo_DHN", "w13_2FD", "w2_DF"))
+        np.testing.assert_array_equal(ratio, [0.125 if is_matrix else 1.0], err_msg=path)
+
+
 def test_lion_equals_its_formula():
     options = training(optimizer_type="lion", grad_clip=0.0, beta1=0.9, beta2=0.99)
     schedule = optimizer.make_schedule(options, STEPS)
