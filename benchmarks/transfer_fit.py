@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.transfer import BASE_WIDTH
 from mateconv_jax import plotting
 from mateconv_jax.planning import rules
 
@@ -31,9 +32,9 @@ def main(args):
     console.print(table_of(best))
     widest = (("one", 256), ("one", 448), ("matrices", 448))  # from 256 on one rate falls more steeply
     exponents = {f"{rule}, up to {dim}": width_exponent(best, rule, dim) for rule, dim in widest}
-    loss_fit = fit_loss(curves, best)
-    draw(curves, best, loss_fit, args.output)
-    print(json.dumps({"noise": noise, "width_exponent": exponents, "loss": loss_fit}))
+    loss_fits = {rule: fit_loss(curves, best, rule) for rule in ("one", "matrices")}
+    draw(curves, best, loss_fits["matrices"], args.output)
+    print(json.dumps({"noise": noise, "width_exponent": exponents, "loss": loss_fits}))
 
 
 def seed_noise(runs: list[dict]) -> float:
@@ -82,9 +83,7 @@ def optimum(curve: dict[float, dict], noise: float) -> dict:
 
 def width_exponent(best: dict, rule: str, widest: int) -> dict | None:
     """a in lr = c / dim^a, over widths up to `widest` with the same tokens and batch, each weighted by 1 / its deviation."""
-    points = {key[0]: o for key, o in best.items() if key[1:] == (2**19, 2048, rule) and key[0] <= widest}
-    if rule == "matrices":  # at the base width both rules are one
-        points |= {64: best[64, 2**19, 2048, "one"]} if (64, 2**19, 2048, "one") in best else {}
+    points = {key[0]: o for key, o in of_rule(best, rule).items() if key[1:3] == (2**19, 2048) and key[0] <= widest}
     if len(points) < 2:
         return None
     x = np.log2(list(points))
@@ -96,15 +95,20 @@ def width_exponent(best: dict, rule: str, widest: int) -> dict | None:
     return {"a": -float(slope), "sd": float(np.std(slopes)), "at_width_64": float(at_64), "widths": sorted(points)}
 
 
-def fit_loss(curves: dict, best: dict) -> dict:
+def of_rule(settings: dict, rule: str) -> dict:
+    """Those of `rule`; at BASE_WIDTH both rules are one."""
+    return {key: value for key, value in settings.items() if key[3] == rule or key[0] == BASE_WIDTH}
+
+
+def fit_loss(curves: dict, best: dict, rule: str) -> dict:
     """log L = log k - a log N - b log D, on all widths but the largest, and its error on that one.
 
     N are non-embedding parameters, D bytes of text, L bits per byte; of each (width, tokens) the lowest loss.
     """
     points = []
-    for (dim, tokens, batch_tokens, rule), curve in curves.items():
-        if (batch_tokens, rule) == (2048, "one"):
-            key = (dim, tokens, batch_tokens, rule)
+    for key, curve in of_rule(curves, rule).items():
+        dim, tokens, batch_tokens, _ = key
+        if batch_tokens == 2048:
             loss = best[key]["loss"] if key in best else min(losses(curve).values())
             run = next(iter(curve.values()))
             points.append((dim, run["parameters"] - run["embedding"], tokens, loss))
@@ -164,29 +168,30 @@ def fixed_ticks(axis, ticks: list[float]) -> None:
 
 
 def draw_curves(axis, curves: dict, best: dict) -> None:
-    for (dim, tokens, batch_tokens, rule), curve in curves.items():
-        if batch_tokens == 2048 and rule == "one" and len(curve) > 1 and tokens <= 2**20:
-            y = losses(curve)
-            x = sorted(y)
-            line, parameters = "o-" if tokens == 2**19 else "s--", curve[x[0]]["parameters"]
-            label = f"{plotting.short(parameters)}, {plotting.short(tokens)} tokens"
-            axis.plot([2**i for i in x], [y[i] for i in x], line, color=COLORS[dim], label=label, markersize=4)
-    axis.set(xscale="log", xlabel="peak learning rate", title="bits per byte of validation text")
+    for rule, line in (("one", "s--"), ("matrices", "o-")):
+        for (dim, tokens, batch_tokens, _), curve in of_rule(curves, rule).items():
+            if (tokens, batch_tokens) == (2**19, 2048) and (dim != BASE_WIDTH or rule == "matrices"):
+                y = losses(curve)
+                x = [log2_lr for log2_lr in sorted(y) if y[log2_lr] < 3.1]
+                label = plotting.short(curve[x[0]]["parameters"]) + (", matrices' by 1/width" if rule == "matrices" else "")
+                axis.plot([2**i for i in x], [y[i] for i in x], line, color=COLORS[dim], label=label, markersize=4)
+    axis.set(xscale="log", xlabel="peak learning rate", title="bits per byte of validation text, 524k tokens")
     fixed_ticks(axis.xaxis, [0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016])
-    axis.set_ylim(bottom=2.55)  # room for the legend
+    axis.set_ylim(bottom=2.45)  # room for the legend
     axis.legend(frameon=False, fontsize=7.5, loc="lower left", ncols=2)
 
 
 def draw_optima(axis, best: dict) -> None:
-    for rule, marker, label in (("one", "o", "measured"), ("matrices", "^", "matrices' rate by 1/width: measured")):
-        points = {key[0]: o for key, o in best.items() if key[1:] == (2**19, 2048, rule)}
-        if points:
-            y = [o["log2_lr"] for o in points.values()]
-            sd = [2 * o["sd"] for o in points.values()]
-            low, high = ([2 ** (a + sign * b) for a, b in zip(y, sd, strict=True)] for sign in (-1, 1))
-            values = np.exp2(y)
-            color = plotting.BLUE if rule == "one" else plotting.GREEN
-            axis.errorbar(list(points), values, [values - low, high - values], fmt=marker, color=color, label=label, capsize=3)
+    for rule, marker, color, label in (
+        ("one", "s", plotting.BLUE, "one rate for all"),
+        ("matrices", "o", plotting.GREEN, "matrices' by 1/width"),
+    ):
+        points = {key[0]: o for key, o in of_rule(best, rule).items() if key[1:3] == (2**19, 2048)}
+        y = [o["log2_lr"] for o in points.values()]
+        sd = [2 * o["sd"] for o in points.values()]
+        low, high = ([2 ** (a + sign * b) for a, b in zip(y, sd, strict=True)] for sign in (-1, 1))
+        values = np.exp2(y)
+        axis.errorbar(list(points), values, [values - low, high - values], fmt=marker, color=color, label=label, capsize=3)
     x = np.array([64, 128, 192, 256, 448, 512])
     axis.plot(x, [rules.learning_rate(dim, 2048) for dim in x], "--", color=plotting.RED, label="the rule")
     shapes = [rules.Shape(dim, 4) for dim in (64, 128, 256, 512)]
@@ -212,7 +217,11 @@ def draw_loss(axis, loss_fit: dict) -> None:
             compute, [p["predicted"] for p in points], "_--" if len(points) == 1 else "--", color=COLORS[dim], markersize=14
         )
     fixed = [1e12, 2e12, 4e12, 8e12]
-    axis.set(xscale="log", xlabel="6 N D, FLOPs (N without the embedding)", title="bits per byte; dashed: the fit")
+    axis.set(
+        xscale="log",
+        xlabel="6 N D, FLOPs (N without the embedding)",
+        title="bits per byte, matrices' by 1/width; dashed: the fit",
+    )
     fixed_ticks(axis.xaxis, fixed)
     axis.legend(frameon=False, fontsize=8)
 
