@@ -103,7 +103,7 @@ def of_rule(settings: dict, rule: str) -> dict:
 def fit_loss(curves: dict, best: dict, rule: str) -> dict:
     """log L = log k - a log N - b log D, on all widths but the largest, and its error on that one.
 
-    N are non-embedding parameters, D bytes of text, L bits per byte; of each (width, tokens) the lowest loss.
+    N are non-embedding parameters, D tokens, L bits per byte; of each (width, tokens) the lowest loss.
     """
     points = []
     for key, curve in of_rule(curves, rule).items():
