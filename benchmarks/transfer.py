@@ -25,11 +25,11 @@ from mateconv_jax.data.dataset import open_dataset
 from mateconv_jax.errors import UserError
 from mateconv_jax.model import flops
 from mateconv_jax.model.config import ModelConfig, ModelOptions
+from mateconv_jax.planning import rules
 from mateconv_jax.training import loop
 
 VOCAB_SIZE, SEQ_LEN = 2048, 128
 N_LAYERS = 4  # of every size: only the width changes, as in the papers on transfer over width
-BASE_WIDTH = 64  # of the per-matrix rule: at this width both rules are the same
 M = 2**20
 
 
@@ -39,8 +39,8 @@ class Case:
 
     Attributes:
       dim: the model's width: 64, 128, 192, 256 and 448 have 0.3, 1.0, 2.1, 3.5 and 9.9 M parameters.
-      rule: "one": one learning rate for all parameters; "matrices": that of the blocks' matrices times BASE_WIDTH / dim (the
-        rule for Adam of Yang et al., 2022, as far as learning rates go).
+      rule: "one": one learning rate for all parameters; "matrices": the blocks' matrices have matrix_lr_ratio of it
+        (see rules.py).
       tokens: trained on, of 18 M; none twice.
       batch_tokens: of a step.
       log2_lr: logarithm of the peak learning rate.
@@ -179,7 +179,7 @@ def config_of(case: Case, data: Path, out_dir: Path):
         dict(
             out_dir=str(out_dir), seed=case.seed, batch_size=rows, max_steps=case.tokens // case.batch_tokens,
             learning_rate=case.learning_rate, min_lr=case.learning_rate / 10,
-            matrix_lr_ratio=BASE_WIDTH / case.dim if case.rule == "matrices" else 1.0,
+            matrix_lr_ratio=rules.matrix_lr_ratio(case.dim) if case.rule == "matrices" else 1.0,
             eval_interval="100%", save_interval="100%",
             save_minutes=3.0, eval_iters=-(-val_rows // rows), keep_best=False, keep_latest=1, log_interval="2%",
         )

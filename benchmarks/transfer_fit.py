@@ -14,7 +14,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.transfer import BASE_WIDTH
 from mateconv_jax import plotting
 from mateconv_jax.planning import rules
 
@@ -96,8 +95,8 @@ def width_exponent(best: dict, rule: str, widest: int) -> dict | None:
 
 
 def of_rule(settings: dict, rule: str) -> dict:
-    """Those of `rule`; at BASE_WIDTH both rules are one."""
-    return {key: value for key, value in settings.items() if key[3] == rule or key[0] == BASE_WIDTH}
+    """Those of `rule`; at width 64 both rules are one."""
+    return {key: value for key, value in settings.items() if key[3] == rule or key[0] == rules.MATRICES_WIDTH}
 
 
 def fit_loss(curves: dict, best: dict, rule: str) -> dict:
@@ -170,7 +169,7 @@ def fixed_ticks(axis, ticks: list[float]) -> None:
 def draw_curves(axis, curves: dict, best: dict) -> None:
     for rule, line in (("one", "s--"), ("matrices", "o-")):
         for (dim, tokens, batch_tokens, _), curve in of_rule(curves, rule).items():
-            if (tokens, batch_tokens) == (2**19, 2048) and (dim != BASE_WIDTH or rule == "matrices"):
+            if (tokens, batch_tokens) == (2**19, 2048) and (dim != rules.MATRICES_WIDTH or rule == "matrices"):
                 y = losses(curve)
                 x = [log2_lr for log2_lr in sorted(y) if y[log2_lr] < 3.1]
                 label = plotting.short(curve[x[0]]["parameters"]) + (", matrices' by 1/width" if rule == "matrices" else "")
