@@ -116,7 +116,7 @@ def test_clipping_may_be_turned_off_and_on(tiny_config, tmp_path, was, now):
 @pytest.mark.parametrize("optimizer_type", ["adamw", "adam", "muon"])
 def test_an_older_checkpoint_without_clipping_is_read(tmp_path, optimizer_type):
     """Its optimizer's state is not the second of a pair."""
-    options = OptimizerOptions(optimizer_type, 0.9, 0.95, 1e-8, 0.95, 0.1, grad_clip=0.0)
+    options = OptimizerOptions(optimizer_type, 0.9, 0.95, 1e-8, 0.95, 0.1, matrix_lr_ratio=1.0, grad_clip=0.0)
     c = llama.model_config(n_layers=1)
     state = train_state.init(c, optimizer.make_optimizer(options, c), 0, False)
     older = state.replace(opt_state=jax.tree.map(lambda x: x + 3, state.opt_state[1]))
