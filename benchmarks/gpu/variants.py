@@ -13,9 +13,10 @@ from mateconv_jax.training import setup
 from mateconv_jax.training.step import lower
 
 EXPERTS = dict(use_moe=True)
-SHORT, LONG = "base, 32 x 512", "base, 4 x 4,096"  # every other variant is compared with the one of its batch
-# {name: (changes to config.model, changes to config.training, XLA options)}, of 32 x 512 tokens.
-VARIANTS = {
+SHORT, LONG = "base, 32 x 512", "base, 4 x 4,096"
+BASES = {512: SHORT, 4096: LONG}  # {seq_len: what others of that length are compared with}
+# {name: (changes to config.model, changes to config.training, XLA options)}.
+SHORT_VARIANTS = {
     SHORT: ({}, {}, {}),
     "EMA": ({}, dict(use_ema=True), {}),
     "deterministic": ({}, dict(deterministic=True), {}),
@@ -38,18 +39,25 @@ LONG_VARIANTS = {
     "4 x 4,096, document mask, attention auto": ({}, dict(document_mask=True), {}),
     "4 x 4,096, document mask, attention xla": (dict(attention="xla"), dict(document_mask=True), {}),
 }
+# {name: (case, XLA options)}.
+VARIANTS = {
+    name: (Case(name, model, rows, seq_len, training), options)
+    for rows, seq_len, variants in ((32, 512, SHORT_VARIANTS), (4, 4096, LONG_VARIANTS))
+    for name, (model, training, options) in variants.items()
+}
 
 
 def main(args) -> None:
     compilation_cache.enable()
     report = Report(args.out, "variants")
-    names = [SHORT, "experts ragged", "not donated", *LONG_VARIANTS] if args.dry_run else [*VARIANTS, *LONG_VARIANTS]
+    names = [SHORT, "experts ragged", "not donated", *LONG_VARIANTS] if args.dry_run else list(VARIANTS)
     with ThreadPoolExecutor(8) as pool:
         compiled = {name: pool.submit(compile_variant, name, args.dry_run) for name in names}
     if args.compile_only:
         return
     measured = {}
     for name, result in compiled.items():
+        case, options = VARIANTS[name]
         try:
             step, program = result.result()
             running = timing.Step(step, program)
@@ -58,7 +66,7 @@ def main(args) -> None:
             report.row(name, "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", False)
             continue
         measured[name] = seconds
-        base = measured.get(LONG if name in LONG_VARIANTS else SHORT)
+        base = measured.get(BASES[case.seq_len])
         memory = program.memory_analysis()
         gigabytes = (
             memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -66,26 +74,16 @@ def main(args) -> None:
         ours = f"{1e3 * seconds:.2f} ms, {gigabytes:.2f} GB"
         # Those that only their configuration makes are what `plan` compiles, too; the base itself is of the part training.
         recorded = {}
-        if name not in (SHORT, "not donated") and not options_of(name):
-            recorded = {"config": case_of(name).changes(args.dry_run), "dtype": step.c.dtype.name}
+        if name not in (SHORT, "not donated") and not options:
+            recorded = {"config": case.changes(args.dry_run), "dtype": step.c.dtype.name}
         compared = "the base failed" if base is None else f"{seconds / base:.2f} times the base's"
         report.row(name, ours, compared, None, seconds=seconds, **recorded)
         del running
 
 
-def case_of(name: str) -> Case:
-    model, training, _ = (VARIANTS | LONG_VARIANTS)[name]
-    rows, seq_len = (4, 4096) if name in LONG_VARIANTS else (32, 512)
-    return Case(name, model, rows, seq_len, training)
-
-
-def options_of(name: str) -> dict:
-    return (VARIANTS | LONG_VARIANTS)[name][2]
-
-
 def compile_variant(name: str, dry_run: bool):
-    options = options_of(name)
-    config = case_of(name).config(dry_run)
+    case, options = VARIANTS[name]
+    config = case.config(dry_run)
     run = programs.training_step(config, setup.model_config(config), None, 1000)
     train_step = jax.jit(run.train_step.__wrapped__) if name == "not donated" else run.train_step
     lowered = lower(train_step, run.abstract_state, run.abstract_batch, run.c.deterministic)

@@ -121,23 +121,22 @@ def make_optimizer(options: OptimizerOptions, c: ModelConfig) -> optax.GradientT
             raise ValueError(other)  # config.resolve has checked it
     # A resumed run may turn clipping on or off and change the ratio, so the state has the same tree whatever they are.
     clipping = clip(options.grad_clip) if options.grad_clip else optax.identity()
-    return optax.chain(clipping, slower_matrices(tx, options.matrix_lr_ratio))
+    return optax.chain(clipping, scale_matrices(tx, options.matrix_lr_ratio))
 
 
-def slower_matrices(tx: optax.GradientTransformation, ratio: float) -> optax.GradientTransformation:
+def scale_matrices(tx: optax.GradientTransformation, ratio: float) -> optax.GradientTransformation:
     """`tx` with the updates of the blocks' matrices multiplied by `ratio`."""
     if ratio == 1:
         return tx
 
+    def scale(path, update):
+        return ratio * update if path[0].key == "blocks" and update.ndim >= 2 else update
+
     def update(updates, state, params=None):
         updates, state = tx.update(updates, state, params)
-        return jax.tree.map_with_path(lambda path, u: ratio * u if is_in_block(path) and u.ndim >= 2 else u, updates), state
+        return jax.tree.map_with_path(scale, updates), state
 
     return optax.GradientTransformation(tx.init, update)
-
-
-def is_in_block(path) -> bool:
-    return "['blocks']" in jax.tree_util.keystr(path)
 
 
 def clip(max_norm: float) -> optax.GradientTransformation:
