@@ -14,6 +14,13 @@ from mateconv_jax.training import loop
 ROOT = Path(__file__).parents[2]
 
 
+def training(**changes):
+    """The default training section with high learning rates and `changes`."""
+    config = config_lib.default_config()
+    config.training.update(dict(learning_rate=1e-2, min_lr=1e-3) | changes)
+    return config.training
+
+
 def metrics_of(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
