@@ -1,7 +1,7 @@
 """Reward functions of other people: slow, wrong, raising."""
 
 import math
-import time
+import threading
 
 import numpy as np
 import pytest
@@ -29,8 +29,9 @@ def too_few(prompts, completions, records):
     return [1.0] * (len(completions) - 1)
 
 
-def slow(prompts, completions, records):
-    time.sleep(0.2)
+def waiting(prompts, completions, records):
+    """Ends when eight calls wait and the test waits too."""
+    records[0]["together"].wait(timeout=60)
     return [record["answer"] for record in records]
 
 
@@ -54,12 +55,13 @@ def test_a_function_that_returns_too_few_gives_none(caplog):
 
 
 def test_functions_run_beside_each_other_and_waiting_ends_when_the_run_stops():
-    rewards = Rewards((f"{HERE}:slow",), (), 8)
-    start = time.perf_counter()
-    futures = [future for _ in range(8) for future in rewards.start("问", ["a"], {"answer": 7})]
-    assert not wait_for(futures, lambda: True) and time.perf_counter() - start < 0.15
-    assert wait_for(futures, lambda: False) and time.perf_counter() - start < 1.0
-    assert futures[0].result().tolist() == [7.0]
+    rewards = Rewards((f"{HERE}:waiting",), (), 8)
+    together = threading.Barrier(9)
+    futures = [future for _ in range(8) for future in rewards.start("问", ["a"], {"answer": 7, "together": together})]
+    assert not wait_for(futures, lambda: True)
+    together.wait(timeout=60)
+    assert wait_for(futures, lambda: False)
+    assert [future.result().tolist() for future in futures] == [[7.0]] * 8
 
 
 @pytest.mark.parametrize(

@@ -55,22 +55,26 @@ def read(text):
         pass
 
 
-def seconds(function, make, n):
-    best = float("inf")
-    for _ in range(3):
-        text, start = make(n), time.process_time()
-        function(text)
-        best = min(best, time.process_time() - start)
-    return best
+def seconds(function, text):
+    start = time.process_time()
+    function(text)
+    return time.process_time() - start
 
 
 @pytest.mark.parametrize("name", PATHOLOGICAL)
 @pytest.mark.parametrize("function, n", [(clean, 40_000), (train, 20_000), (read, 400_000)])
 def test_twice_the_text_takes_at_most_two_and_a_half_times_as_long(function, n, name):
-    """What takes less than 50 ms for 4 n is not compared: 40,000 spaces took 30 s, 20,000 emoji 19 s."""
-    make = PATHOLOGICAL[name]
-    if (four := seconds(function, make, 4 * n)) > 0.05:
-        assert four < 2.5**2 * seconds(function, make, n) + 0.05
+    """What takes less than 50 ms for 4 n is not compared: 40,000 spaces took 30 s, 20,000 emoji 19 s.
+
+    The shortest of up to 20 times each, taken in turns: a core that others share halves its speed for seconds.
+    """
+    long, short = PATHOLOGICAL[name](4 * n), PATHOLOGICAL[name](n)
+    took_long = took_short = float("inf")
+    for _ in range(20):
+        took_long, took_short = min(took_long, seconds(function, long)), min(took_short, seconds(function, short))
+        if took_long < 0.05 or took_long < 2.5**2 * took_short:
+            return
+    pytest.fail(f"{took_long:.3f} s for {len(long):,} characters, {took_short:.3f} s for {len(short):,}")
 
 
 def test_marks_are_sorted_as_normalisation_sorts_them():
