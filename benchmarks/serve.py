@@ -50,8 +50,8 @@ def main(args):
         if not args.without_llama_cpp:
             urls["llama.cpp"] = llama_cpp_server(Path(folder), stored, params)
         alone = TextGenerator(model, tokenizer)
-        figures = ("tokens/s", "first token ms", "between tokens", "between pieces")
-        table = Table("prompt", "clients", "", *figures, title="served (ms: p50, p95)")
+        columns = ("tokens/s", "first token ms", "between tokens", "between pieces")
+        table = Table("prompt", "clients", "", *columns, title="served (ms: p50, p95)")
         for n_prompt in args.prompts:
             for n_clients in args.clients:
                 turns = []
