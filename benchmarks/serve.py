@@ -61,7 +61,8 @@ def main(args):
                 report[f"{n_prompt}_{n_clients}"] = entry = summary(turns[1:])
                 for name, figures in entry.items():
                     if name != "ratios":
-                        table.add_row(str(n_prompt), str(n_clients), name, *map(str, figures.values()))
+                        cells = [", ".join(f"{one:.0f}" for one in np.atleast_1d(figure)) for figure in figures.values()]
+                        table.add_row(str(n_prompt), str(n_clients), name, *cells)
                 console.print(f"{n_prompt} tokens, {n_clients} clients: {entry['ratios']}")
         console.print(table)
     print(json.dumps(report))
@@ -100,7 +101,7 @@ async def load(url: str, name: str, prompts: list[list[int]], n_clients: int, ne
                         if line.startswith(b"data: {"):
                             times.append(time.perf_counter())
                     assert reply.status == 200, reply.status
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientPayloadError):  # llama.cpp's does now and then
+            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError):  # llama.cpp's does now and then
                 if name == "ours":
                     raise
                 waiting.append(prompt)

@@ -5,8 +5,8 @@ import math
 from collections.abc import Callable
 
 from mateconv_jax import weighted_paths
-from mateconv_jax.data.dataset import is_dataset
 from mateconv_jax.data.mixture import names
+from mateconv_jax.evaluation.documents import is_prepared
 
 
 def each(evaluate: Callable[..., dict]) -> Callable[..., dict]:
@@ -24,7 +24,7 @@ def each(evaluate: Callable[..., dict]) -> Callable[..., dict]:
     @functools.wraps(evaluate)
     def evaluate_each(model_path, data: list[str], *args, **options) -> dict:
         is_weighted = any(map(weighted_paths.has_weights, data))
-        if not is_weighted and not (len(data) > 1 and all(map(is_dataset, data))):
+        if not is_weighted and not (len(data) > 1 and is_prepared(data)):
             return evaluate(model_path, data, *args, **options)
         paths = weighted_paths.parse(",".join(data if is_weighted else [f"{path}:1" for path in data]), "--data")
         total = sum(weight for _, weight in paths)

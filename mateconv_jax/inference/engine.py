@@ -39,6 +39,9 @@ HOST_SHARE = 0.03
 LOWER = "max_batch", "lower it, or the context: the cache has room for their product"
 # A batch becomes smaller once it has been too large for this many dispatches: it costs a copy of all its rows.
 SHRINK_AFTER = 8
+# Copy from another slot what it holds of a prompt from so many tokens on: 2 to 4 ms. 16 samples of one prompt have their first
+# tokens after 146 instead of 217 ms (20 tokens), 451 instead of 1,763 (200), 481 instead of 2,781 (450); base model, 2 cores.
+WORTH_COPYING = 16
 
 
 @dataclasses.dataclass(eq=False)
@@ -254,21 +257,45 @@ class Engine:
                 self._prefill([admitted[i] for i in indices], P)
 
     def _take_slots(self) -> list[tuple[Slot, int]]:
-        """Give waiting requests the free slots: (slot, tokens of the prompt that it holds already) of those to be read."""
+        """Give waiting requests the free slots: (slot, tokens of the prompt that it holds already) of those to be read.
+
+        What any slot holds of a prompt is copied rather than read again: the samples of one prompt, and dialogues that begin
+        with the same system prompt, read it once. One that begins as a prompt that is only about to be read waits for it.
+        """
         taken = []
-        while self._waiting and (free := [slot for slot in self._slots if slot.request is None]):
-            request = self._waiting.popleft()
-            slot, n_same = _best_slot(free, request.ids)
+        for request in list(self._waiting):
+            if not (free := [slot for slot in self._slots if slot.request is None]):
+                break
+            slot, source, n_same = self._choose_slot(free, request.ids)
+            coming = max((_n_same(slot.request.ids, request.ids) for slot, _ in taken if slot.request is not None), default=0)
+            if coming >= n_same + WORTH_COPYING:
+                continue
+            with self._wake:
+                self._waiting.remove(request)
             slot.request, slot.used, slot.held = request, next(self._clock), request.ids[:n_same]
             slot.remaining = min(request.config.max_new_tokens, self.context - len(request.ids))
             self.counters.prompt_tokens += len(request.ids)
             self.counters.reused_tokens += n_same
+            if source is not slot:
+                self._pool = self._programs.copy(self._pool, source.number, slot.number)
             request.listener(Started(n_same))
             if slot.remaining:
                 taken.append((slot, n_same))
             else:
                 self._finish(slot)
         return taken
+
+    def _choose_slot(self, free: list[Slot], ids: list[int]) -> tuple[Slot, Slot, int]:
+        """(free slot, slot to copy from, tokens of a prompt that this one holds): at most all but the prompt's last, which must
+        be read to get logits.
+        """
+        prompt = ids[:-1]
+        n_same = {slot: _n_same(slot.held, prompt) for slot in self._slots}
+        own = max(free, key=lambda slot: (n_same[slot], -slot.used))
+        source = max(self._slots, key=lambda slot: n_same[slot])
+        if n_same[source] >= n_same[own] + WORTH_COPYING:
+            return min(free, key=lambda slot: slot.used), source, n_same[source]
+        return own, own, n_same[own]
 
     def _prefill(self, group: list[tuple[Slot, int]], P: int) -> None:
         """Read the prompts of `group`, from n_same on, and draw their first tokens. Unused rows repeat the first."""
@@ -446,17 +473,9 @@ class Engine:
         request.listener(Finished(whole))
 
 
-def _best_slot(free: list[Slot], ids: list[int]) -> tuple[Slot, int]:
-    """The free slot that holds most of a prompt, otherwise the one that was not used for longest; and how many tokens of the
-    prompt it holds, at most all but one: at least one must be read to get logits.
-    """
-
-    def n_same(slot: Slot) -> int:
-        most = min(len(slot.held), len(ids) - 1)
-        return next((i for i in range(most) if slot.held[i] != ids[i]), most)
-
-    slot = max(free, key=lambda slot: (n_same(slot), -slot.used))
-    return slot, n_same(slot)
+def _n_same(a: list[int], b: list[int]) -> int:
+    """How many tokens two texts have in common before they differ."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _logprob(n: int, logprobs: list[np.ndarray], at: tuple[int, int], token: int) -> TokenLogprob:

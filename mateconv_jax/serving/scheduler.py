@@ -113,7 +113,8 @@ class Answers:
         while n_left:
             index, event = self._early.pop(0) if self._early else await self._next()
             if isinstance(event, Started):
-                self.n_reused += event.n_reused
+                if self._prompts[index][1] == 0:  # usage counts a prompt once, whatever the number of its samples
+                    self.n_reused += event.n_reused
                 continue
             if isinstance(event, Failed):
                 raise _failure(event)

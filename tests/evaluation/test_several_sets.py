@@ -1,4 +1,6 @@
 import math
+import os
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +39,10 @@ def test_several_datasets_weigh_the_same_and_several_files_are_one_text(sets):
     assert [one["weight"] for one in result["sets"].values()] == [0.5, 0.5] and list(result["sets"]) == ["wiki", "code"]
     assert result["scores"]["raw"]["bits_per_byte"] is None
     assert result == score("out", ["wiki:1", "code:1"], batch_size=4) | {"data": ["wiki", "code"]}
+    for folder in ("raw", "texts"):
+        os.mkdir(folder)
+        Path(folder, "a.jsonl").touch()
+    assert "sets" not in score("out", ["raw", "texts"], batch_size=4)  # folders of raw files
     assert "sets" not in score("out", ["a.jsonl", "wiki"], batch_size=4) and "sets" not in score("out", ["wiki"], batch_size=4)
     with pytest.raises(UserError, match="--data: 'code' has no weight"):
         score("out", ["wiki:1", "code"], batch_size=4)

@@ -45,9 +45,10 @@ class Listener:
 
 @pytest.fixture(scope="module")
 def engine(generator):
-    """With caches for prefills together that are shorter than the context, as they are by default."""
+    """With caches for prefills together that are shorter than the context, as they are by default, and copies of few tokens."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(slots, "SMALLEST_LENGTH", 32)
+        monkeypatch.setattr(engine_lib, "WORTH_COPYING", 4)
         engine, ran, call = Engine(generator, max_batch=4), set(), jax.stages.Compiled.__call__
         with monkeypatch.context() as while_starting:
             while_starting.setattr(
@@ -128,6 +129,26 @@ def test_samples_of_a_prompt_are_generate_samples(engine, generator):
     listeners = [ask(engine, generator.document_ids("小明"), config, sample=i) for i in range(3)]
     for listener, text in zip(listeners, expected, strict=True):
         assert_equal(listener, text)
+
+
+def test_what_prompts_have_in_common_is_read_once(engine, generator):
+    """Asked at once, and while the first is still being answered."""
+    ids = generator.document_ids("熊猫最爱吃竹子。法国的首都是巴黎。")
+    config = GenerationConfig(max_new_tokens=8)
+    expected = generator.generate_samples("熊猫最爱吃竹子。法国的首都是巴黎。", 3, config)
+    other = ids[: len(ids) // 2] + generator.document_ids("小明")
+    engine.submit(ids[::-1], config, first := Listener())  # nothing of this prompt is in a slot
+    first.end()
+    before = engine.counters.reused_tokens
+    with engine._wake:  # nothing is admitted before all of them wait
+        at_once = [ask(engine, ids, config, sample=i) for i in range(3)] + [ask(engine, other, config)]
+    for listener, text in zip(at_once, expected, strict=False):
+        assert_equal(listener, text)
+    at_once[3].end()
+    reused = [listener.events[0].n_reused for listener in at_once]
+    assert reused[1:] == [len(ids) - 1, len(ids) - 1, len(ids) // 2] and sum(reused) == engine.counters.reused_tokens - before
+    alone = generator._decode_batches([other], config, 1)[0]
+    assert at_once[3].end().generation.token_ids == alone.token_ids
 
 
 def test_a_completion_keeps_the_space_after_its_prompt_and_a_dialogues_answer_begins_a_text(engine, generator, monkeypatch):

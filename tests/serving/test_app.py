@@ -91,6 +91,13 @@ def test_a_completion_answers_each_prompt_n_times_as_the_generator_does(client, 
     assert client.post("/v1/completions", json=TEXT | {"prompt": ids}).json()["choices"][0]["text"] == expected[0]
 
 
+def test_usage_counts_what_was_cached_of_a_prompt_once(client):
+    body = TEXT | {"prompt": "熊猫最爱吃竹子。法国的首都是巴黎。", "n": 3}
+    client.post("/v1/completions", json=body)
+    usage = client.post("/v1/completions", json=body).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"] - 1
+
+
 def test_every_option_means_what_it_means_to_the_generator(client, generator):
     options = dict(
         temperature=0.8, top_p=0.9, top_k=30, min_p=0.01, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.3,
