@@ -9,7 +9,7 @@ from mateconv_jax.serving.guard import Refusal
 from mateconv_jax.serving.limits import Limits
 from mateconv_jax.serving.openai_schema import ChatRequest
 from mateconv_jax.serving.prompts import Prompts
-from tests.data.tokenizer.test_chat import tokenizer_of
+from tests.data.tokenizer.chat_cases import tokenizer_of
 
 TOOL = {
     "type": "function",
