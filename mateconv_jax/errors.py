@@ -29,6 +29,12 @@ def check_name(path: str | os.PathLike, key: str) -> None:
         raise UserError(f"{key}: {whole!r} is not a UTF-8 name (choose another one)") from error
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or its host had no more memory. Orbax passes jax's message on in errors of other types."""
+    text = str(error)  # TensorStore says RESOURCE_EXHAUSTED of a full disk, too
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text and "os_error_code" not in text
+
+
 def exit_code(command, *args) -> int:
     """Run `command(*args)` and return its exit code (0 for None). A UserError is printed to standard error and gives 2; Ctrl-C
     gives 130. A reader that closes standard output, as `| head` does, ends the command with 0. A file that cannot be read or
@@ -61,7 +67,7 @@ def exit_code(command, *args) -> int:
         _say(f"{where}{error.strerror}")
         return 2
     except Exception as error:
-        if not (isinstance(error, MemoryError) or _is_device_out_of_memory(error)):
+        if not is_out_of_memory(error):
             raise
         _say(f"out of memory{f' ({_first_line(error)})' if str(error) else ''}")
         return 2
@@ -70,11 +76,6 @@ def exit_code(command, *args) -> int:
 def _say(message: str) -> None:
     """Messages quote lines of files, which must not move a terminal's cursor."""
     print(f"error: {escaped(message)}", file=sys.stderr)
-
-
-def _is_device_out_of_memory(error: Exception) -> bool:
-    """Whether jax, which is not imported here, raised it because a device has no more memory."""
-    return type(error).__module__.startswith("jax") and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from mateconv_jax.errors import UserError
+from mateconv_jax.errors import UserError, is_out_of_memory
 from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.inference.detokenizer import Detokenizer
 from mateconv_jax.inference.request import Event, Failed, Finished, Piece, QueueFull, Request, Started, TokenLogprob
@@ -198,7 +198,7 @@ class Engine:
                     self._dispatch()
             except Exception as error:
                 self.counters.failed_dispatches += 1
-                if out_of_memory.is_cause_of(error):
+                if is_out_of_memory(error):
                     logger.error("a dispatch failed: %s", out_of_memory.explain(error, *LOWER))
                     self._fail_active("out of memory")
                     continue

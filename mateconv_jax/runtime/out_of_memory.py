@@ -8,7 +8,7 @@ from collections.abc import Generator
 
 import jax
 
-from mateconv_jax.errors import UserError
+from mateconv_jax.errors import UserError, is_out_of_memory
 from mateconv_jax.runtime import device_memory
 
 
@@ -23,15 +23,9 @@ def as_user_error(key: str, advice: str) -> Generator[None]:
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if not is_cause_of(error):
+        if not is_out_of_memory(error):
             raise
         raise UserError(explain(error, key, advice)) from error
-
-
-def is_cause_of(error: BaseException) -> bool:
-    """Whether `error` was raised because a device or its host ran out of memory."""
-    text = str(error)  # TensorStore says RESOURCE_EXHAUSTED of a full disk, too
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text and "os_error_code" not in text
 
 
 def explain(error: BaseException, key: str, advice: str) -> str:

@@ -20,8 +20,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from mateconv_jax import disk, run_folder
-from mateconv_jax.errors import UserError
-from mateconv_jax.runtime import agreement, device_memory, distributed, out_of_memory
+from mateconv_jax.errors import UserError, is_out_of_memory
+from mateconv_jax.runtime import agreement, device_memory, distributed
 from mateconv_jax.training.train_state import TrainState
 
 
@@ -323,7 +323,7 @@ def read(folder: Path, abstract_state: TrainState) -> tuple[TrainState, Progress
     try:
         found = restore(folder, abstract_state)
     except Exception as error:  # the libraries raise anything for a broken file
-        if out_of_memory.is_cause_of(error):
+        if is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
     reasons = agreement.gather("checkpoint read", reason)
@@ -370,7 +370,7 @@ def _clear_errors(folder: Path):
     except UserError:
         raise
     except Exception as error:  # Orbax and its storage raise anything
-        if out_of_memory.is_cause_of(error):
+        if is_out_of_memory(error):
             raise
         code = disk.code_of(error, folder)
         reason = os.strerror(code) if code else " ".join(str(error).split())[:300]

@@ -126,3 +126,24 @@ def test_a_server_without_room_says_so_and_ends(caplog):
     assert uvicorn.has_failed and uvicorn.should_exit
     assert "cannot start: max_batch: out of memory on cpu: 276.17GiB more requested" in caplog.text
     assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error, is_it",
+    [
+        (MemoryError(), True),
+        (jax.errors.JaxRuntimeError(MESSAGE), True),
+        (ValueError(f"saving failed: {MESSAGE}"), True),  # Orbax
+        (ValueError("RESOURCE_EXHAUSTED: Error writing 'd/x' [os_error_code='28']"), False),  # TensorStore, of a full disk
+        (jax.errors.JaxRuntimeError("INTERNAL: an illegal memory access"), False),
+    ],
+)
+def test_a_full_disk_is_no_lack_of_memory(error, is_it, capsys):
+    def fail():
+        raise error
+
+    if not is_it:
+        with pytest.raises(type(error)):
+            exit_code(fail)
+    else:
+        assert exit_code(fail) == 2 and capsys.readouterr().err.startswith("error: out of memory")
