@@ -1,6 +1,7 @@
 """Continuous batching: every request gets the text that it would get alone, and what runs is bounded."""
 
 import copy
+import os
 import random
 import threading
 import time
@@ -8,6 +9,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, strategies as st
 
 from mateconv_jax import GenerationConfig, TextGenerator
 from mateconv_jax.errors import UserError
@@ -149,6 +151,11 @@ def test_what_prompts_have_in_common_is_read_once(engine, generator):
     assert reused[1:] == [len(ids) - 1, len(ids) - 1, len(ids) // 2] and sum(reused) == engine.counters.reused_tokens - before
     alone = generator._decode_batches([other], config, 1)[0]
     assert at_once[3].end().generation.token_ids == alone.token_ids
+
+
+@given(st.lists(st.integers(0, 1), max_size=9), st.lists(st.integers(0, 1), max_size=9))
+def test_a_common_prefix_is_the_longest(a, b):
+    assert engine_lib.common_prefix(a, b) == len(os.path.commonprefix([a, b]))
 
 
 def test_a_completion_keeps_the_space_after_its_prompt_and_a_dialogues_answer_begins_a_text(engine, generator, monkeypatch):
