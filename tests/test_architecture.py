@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "mateconv_jax"
 
 # What each room may import; commands (train, prepare, …) may import everything but each other, the leaves nothing.
-LEAVES = {"cores", "disk", "errors", "files", "intervals", "plotting", "rewards", "terminal"}
+LEAVES = {"common_prefix", "cores", "disk", "errors", "files", "intervals", "plotting", "rewards", "terminal"}
 ROOMS = {
     "errors": "terminal",
     "disk": "errors",
@@ -23,10 +23,10 @@ ROOMS = {
     "run_folder": "config disk errors files",
     "runtime": "errors",
     "model": "cores errors",
-    "data": "cores disk errors files plotting",
+    "data": "common_prefix cores disk errors files plotting",
     "losses": "data model",
     "interop": "config data errors files generation_config model run_folder",
-    "inference": "config data errors files generation_config interop model runtime terminal",
+    "inference": "common_prefix config data errors files generation_config interop model runtime terminal",
     "tasks": "data errors model runtime",
     "training": "config config_keys data disk errors files inference generation_config interop intervals losses model run_folder runtime tasks terminal weighted_paths",
     "serving": "cores data errors generation_config inference",

@@ -22,6 +22,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from mateconv_jax.common_prefix import common_prefix
 from mateconv_jax.errors import UserError, is_out_of_memory
 from mateconv_jax.generation_config import GenerationConfig
 from mateconv_jax.inference.detokenizer import Detokenizer
@@ -471,20 +472,6 @@ class Engine:
         reason = "stop" if text.stopped else reason
         whole = Generation("".join(request.pieces), ids[: text.n_tokens], len(request.ids), reason)
         request.listener(Finished(whole))
-
-
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """How many tokens two texts have in common before they differ. Slices are compared in C: 32,768 tokens take 1.2 ms, one by
-    one 3.5.
-    """
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def _logprob(n: int, logprobs: list[np.ndarray], at: tuple[int, int], token: int) -> TokenLogprob:

@@ -11,8 +11,9 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+from mateconv_jax.common_prefix import common_prefix
 from mateconv_jax.data.tokenizer.chat_template import ChatTemplate, DialogueRenderer, Rendering, TemplateRefuses
-from mateconv_jax.data.tokenizer.stand_ins import Run, common_prefix
+from mateconv_jax.data.tokenizer.stand_ins import Run
 
 LONGEST_GAP = 500  # characters; longer ones are not remembered
 MOST_GAPS = 10_000

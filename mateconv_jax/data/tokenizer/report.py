@@ -1,12 +1,12 @@
 """Report on a tokenizer: its vocabulary as text, compression by kind of text, and round-trip failures."""
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from mateconv_jax.common_prefix import common_prefix
 from mateconv_jax.data.tokenizer.pieces import BYTES, is_byte_level, read_pieces, readable
 from mateconv_jax.data.tokenizer.samples import HARD_CASES, SAMPLES
 
@@ -121,7 +121,7 @@ def round_trip(tokenizer: "PreTrainedTokenizerFast", cases: Iterable[tuple[str, 
         decoded = tokenizer.decode(tokenizer_lib.encode(tokenizer, [text])[0])
         assert isinstance(decoded, str)
         if decoded != text:
-            at = len(os.path.commonprefix([text, decoded]))
+            at = common_prefix(text, decoded)
             near = slice(max(0, at - CONTEXT), at + CONTEXT)
             failed.append({"name": name, "text": text[near], "decoded": decoded[near]})
     return failed

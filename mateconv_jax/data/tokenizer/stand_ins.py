@@ -4,6 +4,8 @@ import functools
 import re
 from typing import NamedTuple
 
+from mateconv_jax.common_prefix import common_prefix
+
 FIRST, LAST = 0xF0000, 0x10FFFF  # the private planes: nobody's text or template holds them, and if so they are replaced as well
 N_STAND_INS = LAST - FIRST + 1
 STAND_INS = re.compile("[\U000f0000-\U0010ffff]+")
@@ -98,10 +100,3 @@ class StandIns:
 @functools.cache
 def _all_stand_ins() -> str:
     return "".join(map(chr, range(FIRST, LAST + 1)))
-
-
-def common_prefix(a: str, b: str) -> int:
-    """Length of the longest common prefix."""
-    if b.startswith(a):
-        return len(a)
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
