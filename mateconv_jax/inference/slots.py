@@ -99,7 +99,9 @@ class SlotPrograms:
     def compile(self, params: nnx.State, progress=lambda done, total: None) -> None:
         """Compile everything, several programs at a time, and run each once. progress(done, total) is called after each."""
         options = xla_flags.compiler_options(self._c.platform)
-        copy = jax.jit(_copy_within, donate_argnames="pool", compiler_options=options)
+        copy = jax.jit(
+            lambda pool, source, target: _copy(pool, source, pool, target), donate_argnames="pool", compiler_options=options
+        )
         prefill = jax.jit(self._prefill, static_argnames="C", donate_argnames="pool", compiler_options=options)
         decode = jax.jit(self._decode, donate_argnames=("pool", "batch"), compiler_options=options)
         shape = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype))
@@ -281,10 +283,6 @@ def _copy(source: Rows, source_row, target: Rows, target_row) -> Rows:
         for (k, v), (other_k, other_v) in zip(source.kv_cache, target.kv_cache, strict=True)
     )
     return Rows(copy(source.tokens, target.tokens, 1), kv_cache)
-
-
-def _copy_within(pool: Rows, source, target) -> Rows:
-    return jax.lax.fori_loop(0, 1, lambda _, pool: _copy(pool, source, pool, target), pool)
 
 
 def _copy_read(source: Rows, source_row, target: Rows, target_row, start, C: int) -> Rows:

@@ -1,7 +1,6 @@
 """Continuous batching: every request gets the text that it would get alone, and what runs is bounded."""
 
 import copy
-import os
 import random
 import threading
 import time
@@ -9,7 +8,6 @@ import time
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
 
 from mateconv_jax import GenerationConfig, TextGenerator
 from mateconv_jax.errors import UserError
@@ -135,27 +133,19 @@ def test_samples_of_a_prompt_are_generate_samples(engine, generator):
 
 def test_what_prompts_have_in_common_is_read_once(engine, generator):
     """Asked at once, and while the first is still being answered."""
-    ids = generator.document_ids("熊猫最爱吃竹子。法国的首都是巴黎。")
-    config = GenerationConfig(max_new_tokens=8)
-    expected = generator.generate_samples("熊猫最爱吃竹子。法国的首都是巴黎。", 3, config)
+    text = "巴黎的首都是法国。竹子最爱吃熊猫。"  # no other test's
+    ids, config = generator.document_ids(text), GenerationConfig(max_new_tokens=8)
+    expected = generator.generate_samples(text, 3, config)
     other = ids[: len(ids) // 2] + generator.document_ids("小明")
-    engine.submit(ids[::-1], config, first := Listener())  # nothing of this prompt is in a slot
-    first.end()
+    alone = generator._decode_batches([other], config, 1)
     before = engine.counters.reused_tokens
     with engine._wake:  # nothing is admitted before all of them wait
         at_once = [ask(engine, ids, config, sample=i) for i in range(3)] + [ask(engine, other, config)]
-    for listener, text in zip(at_once, expected, strict=False):
-        assert_equal(listener, text)
-    at_once[3].end()
+    for listener, answer in zip(at_once, [*expected, *alone], strict=True):
+        assert_equal(listener, answer)
     reused = [listener.events[0].n_reused for listener in at_once]
+    assert reused[0] < 4  # what is worth copying
     assert reused[1:] == [len(ids) - 1, len(ids) - 1, len(ids) // 2] and sum(reused) == engine.counters.reused_tokens - before
-    alone = generator._decode_batches([other], config, 1)[0]
-    assert at_once[3].end().generation.token_ids == alone.token_ids
-
-
-@given(st.lists(st.integers(0, 1), max_size=9), st.lists(st.integers(0, 1), max_size=9))
-def test_a_common_prefix_is_the_longest(a, b):
-    assert engine_lib.common_prefix(a, b) == len(os.path.commonprefix([a, b]))
 
 
 def test_a_completion_keeps_the_space_after_its_prompt_and_a_dialogues_answer_begins_a_text(engine, generator, monkeypatch):

@@ -102,7 +102,7 @@ def test_a_heartbeat_stands_in_for_locks(tmp_path, without_locks, monkeypatch):
     os.utime(lock, (long_ago, long_ago))
     with run_lock.held(tmp_path):
         pass
-    (tmp_path / ".lock").write_text(json.dumps({"host": socket.gethostname(), "pid": 2**22 + 1, "since": "now"}))
+    lock.write_text(json.dumps({"host": socket.gethostname(), "pid": 2**22 + 1, "since": "now"}))
     with run_lock.held(tmp_path):  # known to be dead
         pass
     assert os.listdir(tmp_path) == []

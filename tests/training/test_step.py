@@ -48,7 +48,7 @@ def test_training_equals_pytorch_from_the_tokens_to_the_weights():
 
     Adam divides a gradient by its own size: one that is rounding noise makes an update that is noise, and from batches 0 to 2
     on such an entry moved the losses 1e-3 apart; with these they stay within 1e-6. (On equal gradients the updates agree to
-    1e-5, above.)
+    1e-5: see test_optimizer.py.)
     """
     graph, train_step, state = make(use_ema=False, learning_rate=3e-3, min_lr=3e-4)
     params = jax.tree.map(lambda p: 5 * p if p.ndim > 1 else p, state.params)  # as at first, most gradients are noise
